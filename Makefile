@@ -1,0 +1,36 @@
+# make install   the environment, in .venv
+# make demo      the whole way on one machine; INPUT=my.fasta takes your own proteins
+# make test      the whole suite
+# make check     format, lint, types, layering
+# make clean     everything the other targets made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INPUT ?=
+
+.PHONY: install demo test check clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	@exec $(BIN)/python jobs/run_demo.py $(if $(INPUT),--input '$(INPUT)')
+
+test: install
+	@exec $(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) runs/demo corpora/demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache platform/raptide.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,117 @@
+"""Embed every protein of FASTA files into one Parquet file.
+
+    python jobs/embed_proteins.py --model runs/demo --input my.fasta --output embeddings.parquet
+
+Columns: `id` (the record's name, as it stands), `length` (residues) and `embedding` (fp32, mean
+over the residues), in the order of the input. The numbers are those of the engine and the endpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from tqdm import tqdm
+
+from commandline import job_parser, run_job
+from raptide.alphabet import decode_residues
+from raptide.cluster import local_cpus, ray_session
+from raptide.data.fasta import read_fasta
+from raptide.errors import ConfigError, find_raptide_error
+from raptide.training.checkpoint import find_bundle
+
+BATCH_SEQUENCES = 256
+
+
+class Embedder:
+    """One engine in a Ray Data worker."""
+
+    def __init__(self, bundle: str) -> None:
+        from raptide import Engine
+
+        self._engine = Engine.load(bundle)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        vectors = np.asarray(self._engine.embed(table["sequence"].to_pylist()))
+        flat = pa.array(vectors.ravel(), pa.float32())
+        embeddings = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+        return table.select(["id", "length"]).append_column("embedding", embeddings)
+
+
+def main() -> None:
+    parser = job_parser(__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="bundle, checkpoint or run")
+    parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="FASTA")
+    parser.add_argument("--output", type=Path, required=True, metavar="PARQUET")
+    parser.add_argument("--workers", type=int, default=1, help="engines (default: %(default)s)")
+    args = parser.parse_args()
+    if args.output.exists():
+        raise ConfigError(f"{args.output} exists already; remove it or choose another --output.")
+    bundle = find_bundle(args.model)
+    with ray_session(num_cpus=args.workers + local_cpus(), verbose=args.verbose):
+        count = embed(bundle, args.input, args.output, args.workers)
+    print(f"Embedded {count:,} proteins with {bundle}\n  {args.output}")
+
+
+def embed(bundle: Path, inputs: list[Path], output: Path, workers: int) -> int:
+    """Write one row a protein; the file appears under its name only when it is complete."""
+
+    def parse(files: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        for path in files["path"]:
+            for batch in read_fasta(str(path), BATCH_SEQUENCES):
+                yield _to_table(batch.names, batch.residues, batch.lengths)
+
+    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    files = [{"path": str(path.resolve())} for path in inputs]
+    dataset = (
+        ray.data.from_items(files, override_num_blocks=len(files))
+        .map_batches(parse, batch_size=1)
+        .map_batches(
+            Embedder,
+            fn_constructor_args=(str(bundle),),
+            batch_format="pyarrow",
+            batch_size=BATCH_SEQUENCES,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_gpus=gpus,
+        )
+    )
+    partial = output.with_name(output.name + ".partial")
+    try:
+        count = _write(dataset.iter_batches(batch_size=None, batch_format="pyarrow"), partial)
+    except Exception as error:
+        partial.unlink(missing_ok=True)
+        if (cause := find_raptide_error(error)) is not None:
+            raise cause from None
+        raise
+    partial.rename(output)
+    return count
+
+
+def _to_table(names: list[str], residues: bytes, lengths: np.ndarray) -> pa.Table:
+    ids = np.frombuffer(residues, np.uint8)
+    ends = np.cumsum(lengths)
+    sequences = [decode_residues(ids[a:b]) for a, b in zip(ends - lengths, ends, strict=True)]
+    return pa.table({"id": names, "length": lengths, "sequence": sequences})
+
+
+def _write(tables: Iterator[pa.Table], file: Path) -> int:
+    writer: Any = None
+    count = 0
+    with tqdm(unit=" proteins") as bar:
+        for table in tables:
+            writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
+            writer.write_table(table)
+            count += table.num_rows
+            bar.update(table.num_rows)
+    writer.close()
+    return count
+
+
+if __name__ == "__main__":
+    run_job(main)

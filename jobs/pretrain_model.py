@@ -1,0 +1,68 @@
+"""Pretrain a protein language model from a recipe.
+
+    python jobs/pretrain_model.py --config jobs/recipes/demo.yaml
+    python jobs/pretrain_model.py --config jobs/recipes/demo.yaml training.steps=500
+    python jobs/pretrain_model.py --resume runs/demo
+
+Any setting of the recipe can be overridden with section.field=value. The run folder holds
+recipe.yaml, metrics.jsonl, wandb/ and checkpoints/; a run is only ever resumed on request, from its
+newest checkpoint that is complete, with the very next batch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from commandline import job_parser, run_job
+from raptide.cluster import DATA_CPUS, ray_session
+from raptide.config import load_settings
+from raptide.errors import ConfigError
+from raptide.training.recipe import Recipe
+from raptide.training.trainer import RunResult, load_resumed, prepare_run, pretrain, remove_run
+
+
+def main() -> None:
+    parser = job_parser(__doc__)
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--config", type=Path, metavar="YAML", help="start a new run from a recipe")
+    start.add_argument("--resume", type=Path, metavar="RUN", help="go on with an earlier run")
+    parser.add_argument(
+        "--output", type=Path, metavar="RUN", help="run folder (default: runs/ and the name)"
+    )
+    parser.add_argument("--replace", action="store_true", help="delete an earlier run first")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    args = parser.parse_args()
+
+    if args.resume and (args.output or args.replace):
+        raise ConfigError("--resume goes on in the run's own folder; leave out --output/--replace.")
+    file = load_resumed(args.resume) if args.resume else args.config
+    recipe = load_settings(Recipe, file, args.overrides)
+    folder = args.resume or args.output or Path("runs") / recipe.name
+    if args.replace:
+        remove_run(folder)
+    prepare_run(recipe, folder, resume=bool(args.resume))
+    cpus = recipe.cluster.workers * recipe.cluster.cpus_per_worker + DATA_CPUS
+    with ray_session(num_cpus=cpus, verbose=args.verbose):
+        result = pretrain(recipe, folder, resume=bool(args.resume))
+    (folder / "result.json").write_text(json.dumps(asdict(result), default=str, indent=1) + "\n")
+    _print_summary(result)
+
+
+def _print_summary(result: RunResult) -> None:
+    print(
+        f"Trained to step {result.step} on {result.tokens:,} tokens. Held-out ECE "
+        f"{result.heldout_ece.all_chosen:.3f}, on <mask> alone "
+        f"{result.heldout_ece.masked_only:.3f} (unigram {result.unigram_ece.all_chosen:.3f}, "
+        f"uniform {result.uniform_ece:.0f}).\n"
+        f"  model     {result.bundle}\n"
+        f"  metrics   {result.folder / 'metrics.jsonl'}\n"
+        f"Serve it:   serve run serve.app:build model={result.bundle}"
+    )
+    if result.wandb_mode == "offline":
+        print(f"W&B:        wandb sync {result.folder}/wandb/offline-run-*")
+
+
+if __name__ == "__main__":
+    run_job(main)

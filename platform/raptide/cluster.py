@@ -1,0 +1,55 @@
+"""Start Ray here, or join the cluster that a job was submitted to."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+import ray.data
+
+DATA_CPUS = 2
+"""Logical CPUs that stay free for data tasks beside the training workers."""
+
+
+@contextmanager
+def ray_session(*, num_cpus: int, verbose: bool = False) -> Iterator[None]:
+    """Ray for the length of a job.
+
+    With RAY_ADDRESS set (as `ray job submit` does) the job joins that cluster and ships this
+    package to its workers. Otherwise a Ray of its own starts on this machine with `num_cpus`
+    logical CPUs and is gone afterwards, whatever happens inside.
+
+    Args:
+        verbose: show what workers print, and Ray's own messages.
+    """
+    level = logging.INFO if verbose else logging.ERROR
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(level)
+    ray.data.DataContext.get_current().enable_progress_bars = verbose or sys.stderr.isatty()
+    # Ray Train asks the dashboard, which a local Ray does not start, for its state every second.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
+    if "RAY_ADDRESS" in os.environ:
+        package = str(Path(__file__).parent)
+        ray.init(runtime_env={"py_modules": [package]}, log_to_driver=verbose, logging_level=level)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=verbose,
+            logging_level=level,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def local_cpus() -> int:
+    """Logical CPUs for a job of data tasks alone: one for each real one."""
+    return max(2, os.cpu_count() or 2)

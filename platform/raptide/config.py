@@ -1,0 +1,99 @@
+"""Typed settings: a YAML file, `key=value` overrides on top, one clear error per bad field."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from raptide.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of every settings class: immutable, keyword-only, no unknown field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def load_settings(cls: type[S], path: str | Path, overrides: Iterable[str] = ()) -> S:
+    """Read `path` as YAML, apply `a.b=value` overrides, and check the result against `cls`.
+
+    Raises:
+        ConfigError: the file is unreadable, an override is malformed, or a field is wrong.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot read the settings file {path}: {error.strerror}; give an existing YAML file."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not valid YAML: {reason}.") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold `field: value` lines, not a {type(tree).__name__}.")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_settings(cls, tree, source=str(path))
+
+
+def parse_settings(cls: type[S], tree: dict[str, Any], *, source: str) -> S:
+    """Check a plain mapping against `cls`; `source` is the place named in the error."""
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_first_problem(cls, error)}") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(
+            f"An override has the form section.field=value, but {override!r} was given."
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *sections, field = key.split(".")
+    for section in sections:
+        node = tree.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"Override {override!r}: `{section}` is a value, not a section.")
+        tree = node
+    tree[field] = value
+
+
+def _first_problem(cls: type[BaseModel], error: ValidationError) -> str:
+    """One sentence for the first of pydantic's complaints."""
+    problem = error.errors(include_url=False)[0]
+    path = [str(part) for part in problem["loc"]]
+    field = ".".join(path) or "the whole file"
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(cls, path[:-1])
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}."
+        return f"there is no setting `{field}`; {hint}"
+    if problem["type"] == "missing":
+        return f"the setting `{field}` is required; add it, or give {field}=value."
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict):
+        return f"`{field}`: {message}"
+    return f"`{field}` is {problem['input']!r}: {message[:1].lower()}{message[1:]}."
+
+
+def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        field = cls.model_fields.get(part)
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        cls = annotation
+    return list(cls.model_fields)

@@ -1,0 +1,1 @@
+"""From FASTA files to global batches: fasta -> build -> corpus -> rows -> stream."""

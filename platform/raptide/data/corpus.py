@@ -1,0 +1,213 @@
+"""A corpus on disk.
+
+    corpora/x/
+      manifest.json              what is in it, from what, and the digest; written last
+      blocks.parquet             one row a block: split, shard, row_group, rows, residues, sha256
+      train-00000-00.parquet     shards of cluster rows (zstd), at most 256 row groups each
+      heldout-00000-00.parquet   the same for the clusters held out
+
+A *cluster row* is `cluster` (string), `cluster_size` (int64), `first_member` (int64), `ids` (list
+of string), `members` (list of binary, residue ids without specials) and `lengths` (list of int32).
+Member 0 is the representative. A large cluster spans several rows, told apart by `first_member`.
+
+A *block* is one row group, the unit of reading. Rows are ordered by a hash of the cluster's name,
+so that reading in order is reading at random. The digest is the hash of the blocks' hashes, which
+cover the logical rows; Parquet bytes are hashed per file, only to find damage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raptide.errors import CorpusError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+BLOCK_TABLE = "blocks.parquet"
+MAX_ROW_GROUPS = 256
+
+Split = Literal["train", "heldout"]
+
+CLUSTER_ROW = pa.schema(
+    [
+        ("cluster", pa.string()),
+        ("cluster_size", pa.int64()),
+        ("first_member", pa.int64()),
+        ("ids", pa.list_(pa.string())),
+        ("members", pa.list_(pa.binary())),
+        ("lengths", pa.list_(pa.int32())),
+    ]
+)
+
+BLOCK_ROW = pa.schema(
+    [
+        ("split", pa.string()),
+        ("shard", pa.string()),
+        ("row_group", pa.int32()),
+        ("rows", pa.int64()),
+        ("residues", pa.int64()),
+        ("sha256", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ClusterRows:
+    """One block in memory: n cluster rows with m members in all."""
+
+    clusters: pa.Array
+    """Cluster names, [n] string."""
+
+    cluster_size: np.ndarray
+    """Members of the whole cluster, [n] int64."""
+
+    first_member: np.ndarray
+    """Index within the cluster of the row's first member, [n] int64."""
+
+    member_splits: np.ndarray
+    """Members of row i are member_splits[i] to member_splits[i + 1], [n + 1] int64."""
+
+    residue_splits: np.ndarray
+    """Residues of member j are residues[residue_splits[j]:residue_splits[j + 1]], [m + 1] int64."""
+
+    residues: np.ndarray
+    """Residue ids of all members, end to end, uint8."""
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> ClusterRows:
+        members = table["members"].combine_chunks()
+        flat = members.flatten()
+        offsets = np.frombuffer(flat.buffers()[1], np.int32)[flat.offset :][: len(flat) + 1]
+        data = flat.buffers()[2]
+        residues = np.frombuffer(data, np.uint8) if data else np.empty(0, np.uint8)
+        member_splits = members.offsets.to_numpy().astype(np.int64)
+        return cls(
+            clusters=table["cluster"].combine_chunks(),
+            cluster_size=table["cluster_size"].to_numpy(),
+            first_member=table["first_member"].to_numpy(),
+            member_splits=member_splits - member_splits[0],
+            residue_splits=offsets.astype(np.int64) - offsets[0],
+            residues=residues[offsets[0] : offsets[-1]],
+        )
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """An opened corpus: its manifest and its block table; residues are read block by block."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Corpus:
+        """Open a corpus folder.
+
+        Raises:
+            CorpusError: there is no finished corpus, or it has another format version.
+        """
+        path = Path(path)
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+        except FileNotFoundError:
+            raise CorpusError(
+                f"{path} holds no finished corpus (no {MANIFEST}); build one with "
+                f"`python jobs/build_corpus.py --input FASTA --output {path}`."
+            ) from None
+        except (OSError, ValueError) as error:
+            raise CorpusError(f"{path / MANIFEST} cannot be read ({error}); build again.") from None
+        version = manifest.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CorpusError(
+                f"{path} has corpus format {version}, but this version reads {FORMAT_VERSION}; "
+                "build the corpus again."
+            )
+        return cls(path, manifest)
+
+    @property
+    def digest(self) -> str:
+        return self.manifest["digest"]
+
+    @cached_property
+    def _blocks(self) -> pa.Table:
+        try:
+            return pq.read_table(self.path / BLOCK_TABLE)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise CorpusError(
+                f"{self.path / BLOCK_TABLE} cannot be read ({error}); build again."
+            ) from None
+
+    def blocks(self, split: Split) -> list[dict[str, Any]]:
+        """The block table's rows of one split, in corpus order."""
+        table = self._blocks
+        return table.filter(pa.compute.equal(table["split"], split)).to_pylist()
+
+    def read_block(self, block: dict[str, Any]) -> ClusterRows:
+        """Read one block, given its row of the block table.
+
+        Raises:
+            CorpusError: the shard is missing or damaged.
+        """
+        file = self.path / block["shard"]
+        columns = ["cluster", "cluster_size", "first_member", "members"]
+        try:
+            with pq.ParquetFile(file) as shard:
+                return ClusterRows.from_table(shard.read_row_group(block["row_group"], columns))
+        except (OSError, pa.ArrowInvalid, IndexError) as error:
+            raise CorpusError(
+                f"{file}, row group {block['row_group']} cannot be read ({error}); the corpus is "
+                "damaged, build it again."
+            ) from None
+
+    def verify(self) -> None:
+        """Compare the hash of every file with the manifest's.
+
+        Raises:
+            CorpusError: names the first file that is missing or has another hash.
+        """
+        for name, expected in self._files():
+            file = self.path / name
+            found = sha256_of_file(file) if file.is_file() else "no such file"
+            if found != expected:
+                raise CorpusError(
+                    f"{file} is damaged: expected sha256 {expected}, found {found}; build again."
+                )
+
+    def _files(self) -> Iterator[tuple[str, str]]:
+        for shard in self.manifest["shards"]:
+            yield shard["name"], shard["sha256"]
+        yield BLOCK_TABLE, self.manifest["blocks_sha256"]
+
+
+def hash_rows(table: pa.Table) -> str:
+    """SHA-256 over the logical content of cluster rows, however Arrow has chunked them."""
+    digest = hashlib.sha256()
+    for name in ("cluster_size", "first_member"):
+        digest.update(table[name].to_numpy().astype("<i8").tobytes())
+    for name in ("ids", "members"):
+        column = table[name].combine_chunks()
+        digest.update(np.diff(column.offsets.to_numpy()).astype("<i8").tobytes())
+        _hash_strings(digest, column.flatten())
+    _hash_strings(digest, table["cluster"].combine_chunks())
+    return digest.hexdigest()
+
+
+def _hash_strings(digest: Any, strings: pa.Array) -> None:
+    strings = strings.cast(pa.binary())
+    lengths = pa.compute.binary_length(strings).to_numpy()
+    digest.update(lengths.astype("<i8").tobytes())
+    digest.update(b"".join(strings.to_pylist()))
+
+
+def sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,84 @@
+"""The feeder: one light actor walks the stream and hands every worker the same global batches.
+
+Protein tokens are tiny (the paper's global batch is 131 kB), so each batch is put into the object
+store once, whole; workers fetch it by reference and cut their share themselves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from raptide.data.stream import Cursor, GlobalBatch, StreamPlan, global_batches
+from raptide.errors import StreamStalled, find_raptide_error
+
+IN_FLIGHT = 4
+"""Batches a worker asks for ahead of the one it works on."""
+
+
+class Feeder:
+    """Serves `count` batches from a cursor on, each to `num_readers` readers."""
+
+    def __init__(self, plan: StreamPlan, cursor: Cursor, count: int, num_readers: int) -> None:
+        self._batches = global_batches(plan, cursor, count)
+        self._num_readers = num_readers
+        self._produced = 0
+        self._kept: dict[int, tuple[Any, int]] = {}
+
+    def fetch(self, index: int) -> list[Any]:
+        """A list with the reference of batch `index`; each reader asks once, in order."""
+        while self._produced <= index:
+            self._kept[self._produced] = (ray.put(next(self._batches)), 0)
+            self._produced += 1
+        reference, readers = self._kept.pop(index)
+        if readers + 1 < self._num_readers:
+            self._kept[index] = (reference, readers + 1)
+        return [reference]
+
+
+FeederActor = ray.remote(num_cpus=0)(Feeder)
+
+
+class BatchReader:
+    """One worker's view of the feeder: keeps requests in flight and measures its waiting."""
+
+    def __init__(self, feeder: Any, timeout_s: float) -> None:
+        self._feeder = feeder
+        self._timeout_s = timeout_s
+        self.last_wait_s = 0.0
+        """Seconds spent waiting for the batch at hand."""
+
+    def batches(self, count: int) -> Iterator[GlobalBatch]:
+        """The next `count` global batches.
+
+        Raises:
+            StreamStalled: a batch took longer than the timeout.
+            CorpusError: a block could not be read.
+        """
+        ahead: deque[Any] = deque()
+        for index in range(count):
+            while len(ahead) < IN_FLIGHT and index + len(ahead) < count:
+                ahead.append(self._feeder.fetch.remote(index + len(ahead)))
+            started = time.perf_counter()
+            batch = self._get(ahead.popleft())
+            self.last_wait_s = time.perf_counter() - started
+            yield batch
+
+    def _get(self, answer: Any) -> GlobalBatch:
+        try:
+            (reference,) = ray.get(answer, timeout=self._timeout_s)
+            return ray.get(reference, timeout=self._timeout_s)
+        except GetTimeoutError:
+            raise StreamStalled(
+                f"No batch came within {self._timeout_s:.0f} s: a data stall, not a slow model; "
+                "check that the cluster has free logical CPUs for the data tasks."
+            ) from None
+        except RayError as error:
+            if (cause := find_raptide_error(error)) is not None:
+                raise cause from None
+            raise

@@ -1,0 +1,270 @@
+"""The stream of global batches.
+
+    blocks in epoch order ─ Ray Data: read, pack ─> packed rows in order ─ cut ─> global batches
+
+A global batch is `batch_rows` packed rows. Which rows, and what is in them, is a pure function of
+the stream's fingerprint and a cursor; workers, data tasks and restarts change nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from pydantic import Field
+
+from raptide.alphabet import ALPHABETS
+from raptide.data.corpus import Corpus
+from raptide.data.rows import PackedRows, RowSettings, block_order, pack_block
+
+STREAM_VERSION = 1
+"""Raised whenever the same fingerprint would give other rows."""
+
+PLAN_TASKS = 1 << 14
+"""Data tasks in one Ray Data plan, at most: 34 G residues, so that the seam between two plans is
+rare, and few enough that the plan itself costs nothing. One plan spans epochs."""
+
+TASK_RESIDUES = 1 << 21
+"""Residues one data task prepares, about: enough that a task is worth its overhead."""
+
+
+class StreamSettings(RowSettings):
+    """How a corpus becomes global batches."""
+
+    batch_rows: int = Field(128, ge=1)
+    """Packed rows in a global batch, over all workers."""
+
+    fraction: float = Field(1.0, gt=0.0, le=1.0)
+    """Share of the training blocks in use; subsets nest, since the order is a hash."""
+
+    seed: int = Field(1, ge=0, lt=2**63)
+    """Seeds the block order, the drawn members, the crops and the masks."""
+
+    lookahead_mb: int = Field(256, ge=16)
+    """Object-store memory, in MB, that rows prepared ahead may take; changes no batch."""
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in the stream: the next packed row to be read."""
+
+    epoch: int = 0
+    block: int = 0
+    """Place within the epoch's block order."""
+
+    row: int = 0
+    """Packed row within that block; may be one past its last."""
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """`batch_rows` packed rows and the cursor behind them."""
+
+    rows: PackedRows
+    row_ids: np.ndarray
+    """(epoch, block, row) of each packed row, [R, 3] int64."""
+
+    next_cursor: Cursor
+
+    @property
+    def num_targets(self) -> int:
+        """Residues to predict, over all rows."""
+        return sum(int(np.count_nonzero(a != PAD)) for a in self.rows.targets)
+
+
+PAD = ALPHABETS["esm-33"].pad
+assert all(alphabet.pad == PAD for alphabet in ALPHABETS.values())
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Everything that fixes the stream; plain and small, so it travels to any process."""
+
+    corpus_path: str
+    corpus_digest: str
+    settings: StreamSettings
+    alphabet: str
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must share with the run before."""
+        settings = self.settings.model_dump(exclude={"lookahead_mb"})
+        return {
+            "stream_version": STREAM_VERSION,
+            "corpus_digest": self.corpus_digest,
+            "alphabet": self.alphabet,
+            **settings,
+        }
+
+    def training_blocks(self, corpus: Corpus) -> list[dict[str, Any]]:
+        blocks = corpus.blocks("train")
+        return blocks[: int(np.ceil(self.settings.fraction * len(blocks)))]
+
+
+def global_batches(plan: StreamPlan, cursor: Cursor, count: int) -> Iterator[GlobalBatch]:
+    """The next `count` global batches from `cursor` on. Ray must be running."""
+    size = plan.settings.batch_rows
+    tokens = count * size * plan.settings.row_tokens
+    waiting: list[pa.Table] = []
+    held = 0
+    for table in _drop_rows_before(cursor, _packed_tables(plan, cursor, tokens)):
+        waiting.append(table)
+        held += table.num_rows
+        while held >= size:
+            batch, waiting = _split_tables(waiting, size)
+            held -= size
+            yield _to_batch(batch, plan.settings.row_tokens)
+            count -= 1
+            if count == 0:
+                return
+
+
+def prepare_rows(plan: StreamPlan, epoch: int, position: int) -> PackedRows:
+    """The packed rows of one place in the stream; runs in Ray Data's tasks and in tests."""
+    corpus, blocks = _open(plan)
+    index = int(_order(plan.settings.seed, epoch, len(blocks))[position])
+    alphabet = ALPHABETS[plan.alphabet]
+    block = corpus.read_block(blocks[index])
+    return pack_block(block, plan.settings, alphabet, plan.settings.seed, epoch, index)
+
+
+@lru_cache(maxsize=4)
+def _open(plan: StreamPlan) -> tuple[Corpus, list[dict[str, Any]]]:
+    corpus = Corpus.open(plan.corpus_path)
+    return corpus, plan.training_blocks(corpus)
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, num_blocks: int) -> np.ndarray:
+    return block_order(seed, epoch, num_blocks)
+
+
+def _packed_tables(plan: StreamPlan, cursor: Cursor, tokens: int) -> Iterator[pa.Table]:
+    """Ray Data's ordered stream of packed rows, plan after plan, without end.
+
+    A plan has as many blocks as `tokens` tokens should take, so that nothing is prepared in vain;
+    where that falls short (crops, members of other lengths), the next plan goes on.
+    """
+    blocks = _open(plan)[1]
+    num_blocks = len(blocks)
+    block_residues = sum(block["residues"] for block in blocks) / num_blocks
+    task_blocks = max(1, round(TASK_RESIDUES / block_residues))
+    plan_blocks = min(int(tokens / block_residues) + 2, PLAN_TASKS * task_blocks)
+    _configure_ray_data(plan)
+    first = cursor.epoch * num_blocks + cursor.block
+    while True:
+        # A map before `repartition` would turn its streaming form into a barrier, so the first
+        # place is added in `prepare`.
+        def prepare(ids: dict[str, np.ndarray], first: int = first) -> pa.Table:
+            places = (ids["id"] + first).tolist()
+            return pa.concat_tables([_prepare_table(plan, p, num_blocks) for p in places])
+
+        dataset = ray.data.range(plan_blocks, override_num_blocks=min(4, plan_blocks))
+        dataset = dataset.repartition(target_num_rows_per_block=task_blocks)
+        dataset = dataset.map_batches(prepare, batch_size=None)
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+        first += plan_blocks
+
+
+def _configure_ray_data(plan: StreamPlan) -> None:
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ray.data.ExecutionResources(
+        object_store_memory=plan.settings.lookahead_mb * 1e6
+    )
+    context.execution_no_progress_timeout_s = -1  # waiting for the trainer is no hang
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def _prepare_table(plan: StreamPlan, place: int, num_blocks: int) -> pa.Table:
+    epoch, position = divmod(place, num_blocks)
+    return _to_table(prepare_rows(plan, epoch, position), epoch, position)
+
+
+def _to_table(rows: PackedRows, epoch: int, block: int) -> pa.Table:
+    """Packed rows as an Arrow table; the inverse of `_to_batch`."""
+    count, width = rows.tokens.shape
+    splits = np.concatenate([[0], np.cumsum([len(s) for s in rows.segments])]).astype(np.int32)
+    lengths = np.concatenate([*rows.segments, np.empty(0, np.int32)])
+    return pa.table(
+        {
+            "tokens": _fixed_binary(rows.tokens, width),
+            "targets": _fixed_binary(rows.targets, width),
+            "segments": pa.ListArray.from_arrays(splits, pa.array(lengths, pa.int32())),
+            "epoch": np.full(count, epoch, np.int64),
+            "block": np.full(count, block, np.int64),
+            "row": np.arange(count, dtype=np.int64),
+        }
+    )
+
+
+def _fixed_binary(array: np.ndarray, width: int) -> pa.Array:
+    buffer = pa.py_buffer(np.ascontiguousarray(array))
+    return pa.Array.from_buffers(pa.binary(width), len(array), [None, buffer])
+
+
+def _drop_rows_before(cursor: Cursor, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Leave out the rows of the cursor's block that came before the cursor."""
+    for table in tables:
+        if table.num_rows and cursor.row:
+            here = (table["epoch"].to_numpy() == cursor.epoch) & (
+                table["block"].to_numpy() == cursor.block
+            )
+            table = table.filter(pa.array(~(here & (table["row"].to_numpy() < cursor.row))))
+        yield table
+
+
+def _split_tables(tables: list[pa.Table], size: int) -> tuple[list[pa.Table], list[pa.Table]]:
+    """The first `size` rows of some tables, and what is left; slices, not copies."""
+    taken = []
+    for index, table in enumerate(tables):
+        if table.num_rows > size:
+            taken.append(table.slice(0, size))
+            return taken, [table.slice(size), *tables[index + 1 :]]
+        taken.append(table)
+        size -= table.num_rows
+        if size == 0:
+            return taken, tables[index + 1 :]
+    raise AssertionError("fewer rows than asked for")
+
+
+def _to_batch(tables: list[pa.Table], row_tokens: int) -> GlobalBatch:
+    table = pa.concat_tables(tables).combine_chunks()
+
+    def matrix(name: str) -> np.ndarray:
+        column = table[name].combine_chunks()
+        flat = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, row_tokens)
+        return flat[column.offset : column.offset + len(column)].copy()
+
+    segments = table["segments"].combine_chunks()
+    splits = segments.offsets.to_numpy()
+    lengths = segments.flatten().to_numpy().astype(np.int32)
+    row_ids = np.stack([table[name].to_numpy() for name in ("epoch", "block", "row")], axis=1)
+    epoch, block, row = row_ids[-1].tolist()
+    return GlobalBatch(
+        rows=PackedRows(
+            tokens=matrix("tokens"),
+            targets=matrix("targets"),
+            segments=np.split(lengths, splits[1:-1] - splits[0]),
+        ),
+        row_ids=row_ids,
+        next_cursor=Cursor(epoch, block, row + 1),
+    )
+
+
+def describe_difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The first field in which two fingerprints differ, as `name: before -> now`."""
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            return f"{name}: {before.get(name)} -> {now.get(name)}"
+    return None
+
+
+def cursor_to_json(cursor: Cursor) -> dict[str, int]:
+    return asdict(cursor)

@@ -1,0 +1,1 @@
+"""The ESM family as one transformer over packed tokens."""

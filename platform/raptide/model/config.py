@@ -1,0 +1,90 @@
+"""Model shapes: the families by name, the switches they stand for, and their sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from raptide.alphabet import ESM_33, ESM_35, Alphabet
+from raptide.config import Settings
+
+Family = Literal["esm1", "esm1b", "esm2"]
+Positions = Literal["sinusoidal", "learned", "rotary"]
+
+
+@dataclass(frozen=True)
+class FamilyTraits:
+    """What sets one family apart; the transformer reads these switches, never the name."""
+
+    alphabet: Alphabet
+    positions: Positions
+    scale_embedding: bool
+    """Embeddings are multiplied by the square root of the width."""
+    token_dropout: bool
+    norm_before: bool
+    norm_after: bool
+    tied_head: bool
+    """The output projection is the embedding matrix, behind a dense layer and a norm."""
+    attention_bias_kv: bool
+    """One learned key and value are appended to every sequence."""
+    norm_eps: float
+
+
+TRAITS: dict[str, FamilyTraits] = {
+    "esm1": FamilyTraits(ESM_35, "sinusoidal", True, False, False, False, False, True, 1e-12),
+    "esm1b": FamilyTraits(ESM_33, "learned", False, True, True, True, True, False, 1e-5),
+    "esm2": FamilyTraits(ESM_33, "rotary", False, True, False, True, True, False, 1e-5),
+}
+
+
+class ModelSettings(Settings):
+    """The shape of one model."""
+
+    family: Family = "esm2"
+    layers: int = Field(ge=1)
+    width: int = Field(ge=2)
+    heads: int = Field(ge=1)
+
+    ffn: int | None = Field(None, ge=1)
+    """Width of the feed-forward layer; None means four times `width`."""
+
+    norm_eps: float | None = Field(None, gt=0.0)
+    """Epsilon of the layer norms; None means the family's own."""
+
+    max_positions: int = Field(1024, ge=4)
+    """Rows of the learned position table (ESM-1b), specials included; other families have none."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> ModelSettings:
+        if self.width % self.heads or (self.traits.positions == "rotary" and self.head_width % 2):
+            raise ValueError(
+                f"width ({self.width}) must be an even multiple of heads ({self.heads})"
+            )
+        return self
+
+    @property
+    def traits(self) -> FamilyTraits:
+        return TRAITS[self.family]
+
+    @property
+    def alphabet(self) -> Alphabet:
+        return self.traits.alphabet
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def eps(self) -> float:
+        return self.norm_eps or self.traits.norm_eps
+
+    @property
+    def ffn_width(self) -> int:
+        return self.ffn or 4 * self.width
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Longest sequence the positions allow, specials included; None if they set no limit."""
+        return self.max_positions if self.traits.positions == "learned" else None

@@ -1,0 +1,203 @@
+"""The ESM transformer over packed tokens. Shape letters: see packed.py.
+
+One class serves ESM-1, ESM-1b and ESM-2; `ModelSettings.traits` holds what differs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn.functional import gelu, linear
+
+from raptide.model.attention import attend, attend_with_bias
+from raptide.model.config import ModelSettings
+from raptide.model.packed import Packed
+
+FIRST_POSITION = 2
+"""Position index of a sequence's first token: the padding index (1) plus one, as in fairseq."""
+
+TRAINING_MASK_SHARE = 0.15 * 0.8
+"""Share of tokens that are `<mask>` in pretraining; token dropout scales by it."""
+
+ROTARY_BASE = 10000.0
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each sequence."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        width = settings.width
+        self.heads = settings.heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+        if settings.traits.attention_bias_kv:
+            self.bias_k = nn.Parameter(torch.empty(width))
+            self.bias_v = nn.Parameter(torch.empty(width))
+        self.has_bias_kv = settings.traits.attention_bias_kv
+
+    def forward(
+        self, x_TD: torch.Tensor, packed: Packed, rotation: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        q, k, v = (
+            projection(x_TD).unflatten(-1, (self.heads, -1))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if self.has_bias_kv:
+            bias_k, bias_v = (b.view(self.heads, -1) for b in (self.bias_k, self.bias_v))
+            mixed = attend_with_bias(q, k, v, packed, bias_k, bias_v)
+        else:
+            mixed = attend(q, k, v, packed)
+        return self.out_proj(mixed.flatten(1))
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer with exact GELU."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        eps = settings.eps
+        self.attention_norm = nn.LayerNorm(settings.width, eps)
+        self.attention = Attention(settings)
+        self.ffn_norm = nn.LayerNorm(settings.width, eps)
+        self.fc1 = nn.Linear(settings.width, settings.ffn_width)
+        self.fc2 = nn.Linear(settings.ffn_width, settings.width)
+
+    def forward(
+        self, x_TD: torch.Tensor, packed: Packed, rotation: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), packed, rotation)
+        return x_TD + self.fc2(gelu(self.fc1(self.ffn_norm(x_TD))))
+
+
+class Esm(nn.Module):
+    """Masked language model of proteins (Rives et al., PNAS 2021; ESM-2: Lin et al., 2023)."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        traits, width, vocabulary = settings.traits, settings.width, len(settings.alphabet)
+        self.embed = nn.Embedding(vocabulary, width)
+        if traits.positions == "learned":
+            self.positions = nn.Embedding(FIRST_POSITION + settings.max_positions, width)
+        if traits.positions == "rotary":
+            # Not a buffer: casting the model to bf16 must leave the angles in fp32.
+            self.inv_freq = default_inv_freq(settings.head_width)
+        self.norm_before = nn.LayerNorm(width, settings.eps) if traits.norm_before else None
+        self.layers = nn.ModuleList(Layer(settings) for _ in range(settings.layers))
+        self.norm_after = nn.LayerNorm(width, settings.eps) if traits.norm_after else None
+        if traits.tied_head:
+            self.head_dense = nn.Linear(width, width)
+            self.head_norm = nn.LayerNorm(width, settings.eps)
+        else:
+            self.head_weight = nn.Parameter(torch.empty(vocabulary, width))
+        self.head_bias = nn.Parameter(torch.zeros(vocabulary))
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> Esm:
+        """Draw fresh weights: normal with deviation 0.02 (as BERT), biases 0; returns self."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+        return self
+
+    def forward(self, packed: Packed, targets_T: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [T, V]; with `targets_T` (int64, -1 for no target) the loss at each target.
+
+        The loss is the cross entropy over the whole vocabulary in nats, fp32, one value for each
+        target in order; only their positions go through the head.
+        """
+        final_TD = self.represent(packed, [self.settings.layers])[-1]
+        if targets_T is None:
+            return self.predict(final_TD)
+        at = torch.nonzero(targets_T >= 0)[:, 0]
+        logits = self.predict(final_TD[at]).float()
+        return nn.functional.cross_entropy(logits, targets_T[at], reduction="none")
+
+    def represent(self, packed: Packed, layers: Iterable[int]) -> list[torch.Tensor]:
+        """Representations [T, D] after the given layers, in their order.
+
+        Layer 0 is the embedding; the last one is taken after the final norm, where there is one.
+        """
+        wanted = list(layers)
+        kept: dict[int, torch.Tensor] = {}
+        x_TD = self._embed(packed)
+        rotation = self._rotation(packed, x_TD.dtype)
+        last = self.settings.layers
+        for index in range(last + 1):
+            if index > 0:
+                x_TD = self.layers[index - 1](x_TD, packed, rotation)
+            if index == last and self.norm_after is not None:
+                x_TD = self.norm_after(x_TD)
+            if index in wanted:
+                kept[index] = x_TD
+        return [kept[index] for index in wanted]
+
+    def predict(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """Final representations to logits over the vocabulary, [N, V]."""
+        if not self.settings.traits.tied_head:
+            return linear(x_ND, self.head_weight, self.head_bias)
+        hidden = self.head_norm(gelu(self.head_dense(x_ND)))
+        return linear(hidden, self.embed.weight, self.head_bias)
+
+    def _embed(self, packed: Packed) -> torch.Tensor:
+        traits = self.settings.traits
+        x_TD = self.embed(packed.tokens_T)
+        if traits.scale_embedding:
+            x_TD = x_TD * math.sqrt(self.settings.width)
+        if traits.token_dropout:
+            x_TD = x_TD * self._token_scale(packed)[:, None].to(x_TD.dtype)
+        if traits.positions == "learned":
+            x_TD = x_TD + self.positions(packed.position_T + FIRST_POSITION)
+        if traits.positions == "sinusoidal":
+            x_TD = x_TD + sinusoids(packed.position_T + FIRST_POSITION, x_TD.shape[1]).to(x_TD)
+        return self.norm_before(x_TD) if self.norm_before is not None else x_TD
+
+    def _token_scale(self, packed: Packed) -> torch.Tensor:
+        """Token dropout: 0 at `<mask>`, elsewhere what restores the mean; per sequence, [T]."""
+        masked_T = packed.tokens_T == self.settings.alphabet.mask
+        masked_B = torch.zeros(len(packed.lengths), device=masked_T.device)
+        masked_B = masked_B.index_add(0, packed.sequence_T, masked_T.float())
+        scale_B = (1 - TRAINING_MASK_SHARE) / (1 - masked_B / packed.lengths_B).clamp(min=1e-6)
+        return torch.where(masked_T, 0.0, scale_B[packed.sequence_T])
+
+    def _rotation(
+        self, packed: Packed, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosine and sine of each token's rotary angles, [T, 1, K] each."""
+        if self.settings.traits.positions != "rotary":
+            return None
+        inv_freq = self.inv_freq.to(packed.tokens_T.device).repeat(2)
+        angle_TK = packed.position_T[:, None].float() * inv_freq
+        return angle_TK.cos()[:, None].to(dtype), angle_TK.sin()[:, None].to(dtype)
+
+
+def default_inv_freq(head_width: int) -> torch.Tensor:
+    """Rotary frequencies, [K / 2] fp32, in the arithmetic that transformers uses."""
+    return 1.0 / (ROTARY_BASE ** (torch.arange(0, head_width, 2).float() / head_width))
+
+
+def rotate(x_THK: torch.Tensor, cos_T1K: torch.Tensor, sin_T1K: torch.Tensor) -> torch.Tensor:
+    """Rotary positions, halves paired (Su et al., 2021)."""
+    first, second = x_THK.chunk(2, dim=-1)
+    return x_THK * cos_T1K + torch.cat([-second, first], dim=-1) * sin_T1K
+
+
+def sinusoids(position_T: torch.Tensor, width: int) -> torch.Tensor:
+    """Sinusoidal positions as in fairseq: sines in the first half, cosines in the second."""
+    half = width // 2
+    steps = torch.arange(half, device=position_T.device, dtype=torch.float32)
+    angle = position_T[:, None].float() * torch.exp(steps * -(math.log(10000.0) / (half - 1)))
+    return torch.cat([angle.sin(), angle.cos()], dim=1)

@@ -1,0 +1,1 @@
+"""Pretraining: a recipe becomes a run folder with checkpoints and metrics."""

@@ -1,0 +1,110 @@
+"""DeepSpeed engines: build one, load a checkpoint into it at any size, read its full weights."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raptide.model.transformer import Esm
+from raptide.training.checkpoint import ZERO, ZERO_TAG, SavedCheckpoint
+from raptide.training.deepspeed_config import deepspeed_config
+from raptide.training.recipe import Recipe, TrainingSettings
+
+SCRATCH = Path(tempfile.gettempdir()) / "raptide-universal"
+"""Node-local home of checkpoints converted to another number of workers."""
+
+
+def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoint | None) -> Any:
+    """A DeepSpeed engine around a fresh model; torch.distributed must be up already."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    model = Esm(recipe.model).initialise(recipe.training.seed)
+    config = deepspeed_config(
+        recipe,
+        workers=workers,
+        device=device,
+        load_universal=saved is not None and needs_conversion(saved, workers),
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=model.parameters(),
+        config=config,
+        dist_init_required=False,
+    )
+    return engine
+
+
+def needs_conversion(saved: SavedCheckpoint, workers: int) -> bool:
+    """Whether the checkpoint's shards belong to another number of workers (stage 0 has none)."""
+    stage = saved.manifest["recipe"]["training"]["zero_stage"]
+    return stage > 0 and saved.manifest["workers"] != workers
+
+
+def load_state(engine: Any, saved: SavedCheckpoint, workers: int) -> None:
+    """Load weights and optimizer state, converted first if the number of workers has changed."""
+    with tempfile.TemporaryDirectory(prefix="raptide-resume-") as scratch:
+        folder = saved.fetch(Path(scratch)) / ZERO
+        tag = ZERO_TAG
+        if needs_conversion(saved, workers):
+            folder = _convert_once_per_node(folder, saved)
+            tag = folder.name
+            folder = folder.parent
+        path, _ = engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
+        assert path is not None, f"DeepSpeed found nothing in {folder}"
+        dist.barrier()
+
+
+def _convert_once_per_node(folder: Path, saved: SavedCheckpoint) -> Path:
+    """DeepSpeed's universal form of a checkpoint, cached by the checkpoint's hash."""
+    key = hashlib.sha256(json.dumps(saved.manifest["files"], sort_keys=True).encode()).hexdigest()
+    target = SCRATCH / f"{saved.name}-{key[:16]}"
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    with (SCRATCH / f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            partial = target.with_name(target.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            stage = saved.manifest["recipe"]["training"]["zero_stage"]
+            command = [
+                *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
+                *("--input_folder", str(folder / ZERO_TAG)),
+                *("--output_folder", str(partial)),
+                *(["--inject_missing_state"] if stage < 3 else []),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise RuntimeError(f"DeepSpeed could not convert {saved.name}: {done.stderr}")
+            partial.rename(target)
+    return target
+
+
+def full_state(engine: Any, training: TrainingSettings) -> dict[str, torch.Tensor]:
+    """All weights in fp32 on the CPU; every rank calls it, rank 0 gets them, the others nothing.
+
+    Under bf16 and fp16 these are the optimizer's master weights, so a bundle loses nothing.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    state = {}
+    for name, parameter in engine.module.named_parameters():
+        with GatheredParameters([parameter], enabled=training.zero_stage == 3):
+            full = None
+            if training.precision != "fp32":
+                full = safe_get_full_fp32_param(parameter)
+            if dist.get_rank() == 0:
+                tensor = parameter if full is None else full
+                state[name] = tensor.detach().float().cpu().clone()
+    return state

@@ -1,0 +1,139 @@
+"""A recipe: everything that defines a pretraining run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from raptide.config import Settings
+from raptide.data.stream import StreamSettings
+from raptide.model.config import ModelSettings
+
+
+class OptimizerSettings(Settings):
+    """Adam, with warm-up and inverse-square-root decay."""
+
+    lr: float = Field(1e-4, gt=0.0)
+    """Learning rate at the end of the warm-up."""
+
+    warmup_steps: int = Field(16_000, ge=1)
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(0.999, ge=0.0, lt=1.0)
+    eps: float = Field(1e-8, gt=0.0)
+    weight_decay: float = Field(0.0, ge=0.0)
+
+    clip_norm: float = Field(1.0, ge=0.0)
+    """Largest norm of the whole gradient; 0 never clips."""
+
+
+class TrainingSettings(Settings):
+    """How long, and how a step is cut up."""
+
+    steps: int = Field(ge=1)
+
+    micro_batch_rows: int = Field(ge=1)
+    """Packed rows in one forward pass of one worker; what GPU memory allows."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in host memory (ZeRO 1 to 3)."""
+
+    offload_parameters: bool = False
+    """Keep the parameters in host memory too (ZeRO 3)."""
+
+    seed: int = Field(1, ge=0, lt=2**63)
+    """Seeds the fresh weights."""
+
+    @model_validator(mode="after")
+    def _offload_fits_stage(self) -> TrainingSettings:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("offload_parameters needs zero_stage 3")
+        return self
+
+
+class ClusterSettings(Settings):
+    """What the run takes from the cluster."""
+
+    workers: int = Field(ge=1)
+    """Training workers, one process and (with `device: cuda`) one GPU each."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes GPUs where the cluster has enough of them."""
+
+    cpus_per_worker: int = Field(1, ge=1)
+
+    max_failures: int = Field(3, ge=-1)
+    """Restarts after a worker's death before the run gives up; -1 never gives up."""
+
+    data_timeout_s: float = Field(600.0, gt=0.0)
+    """Seconds without a batch after which the run stops with a data stall."""
+
+
+class CheckpointSettings(Settings):
+    every_steps: int = Field(1000, ge=1)
+    keep: int = Field(3, ge=1)
+    """Newest checkpoints that stay."""
+
+
+class EvaluationSettings(Settings):
+    every_steps: int = Field(1000, ge=1)
+    """Steps between two held-out evaluations; the last step is always evaluated."""
+
+    blocks: int = Field(8, ge=1)
+    """Held-out blocks that are read, from the first on."""
+
+    seed: int = Field(7, ge=0, lt=2**63)
+    """Fixes crops and masks, so that every evaluation asks for the same residues."""
+
+
+class TrackingSettings(Settings):
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto` is online with a W&B key at hand, else offline."""
+
+    project: str = "raptide"
+    log_every: int = Field(10, ge=1)
+
+    audit: bool = False
+    """Write the ids of the packed rows each worker trains on, step by step, to `audit/`."""
+
+
+class Recipe(Settings):
+    """One pretraining run."""
+
+    name: str
+    corpus: str
+    """Corpus folder."""
+
+    stream: StreamSettings = StreamSettings()
+    model: ModelSettings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    training: TrainingSettings
+    cluster: ClusterSettings
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _crop_fits_positions(self) -> Recipe:
+        limit = self.model.max_tokens
+        if limit is not None and self.stream.crop_tokens > limit:
+            raise ValueError(
+                f"stream.crop_tokens ({self.stream.crop_tokens}) must be at most "
+                f"model.max_positions ({limit})"
+            )
+        return self
+
+    def accumulation(self, workers: int) -> int:
+        """Micro-batches each worker runs in a step, so that all rows find a slot."""
+        return -(-self.stream.batch_rows // (workers * self.training.micro_batch_rows))
+
+
+def learning_rate(settings: OptimizerSettings, step: int) -> float:
+    """Rate of the update that ends `step` (from 1): linear warm-up, then 1/sqrt(step) decay."""
+    warmup = settings.warmup_steps
+    return settings.lr * min(step / warmup, (warmup / step) ** 0.5)

@@ -1,0 +1,272 @@
+"""What each Ray Train worker runs: build the engine, go on from the checkpoint, train, save."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.collective import broadcast_from_rank_zero
+
+from raptide.alphabet import ALPHABETS
+from raptide.data.feeder import BatchReader, FeederActor
+from raptide.data.stream import Cursor, GlobalBatch, StreamPlan
+from raptide.model.bundle import save_bundle
+from raptide.training.batches import micro_batches, share_bounds
+from raptide.training.checkpoint import (
+    SavedCheckpoint,
+    Storage,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from raptide.training.engine import build_engine, full_state, load_state
+from raptide.training.heldout import Ece, HeldoutEvaluator, heldout_rows
+from raptide.training.recipe import Recipe, learning_rate
+from raptide.training.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the driver tells every worker."""
+
+    recipe: Recipe
+    plan: StreamPlan
+    folder: str
+    run_id: str
+    """W&B's id, the same through all restarts."""
+    code_version: str
+    device: str
+    tracking_mode: str
+    board: Any
+    """Handle of the driver's progress board."""
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """The Ray Train loop function; `config["run"]` is a `Run`."""
+    run: Run = config["run"]
+    os.environ["DS_ACCELERATOR"] = run.device
+    with ExitStack() as stack:
+        Worker(run, stack).train()
+
+
+class Worker:
+    """One rank of a run."""
+
+    def __init__(self, run: Run, stack: ExitStack) -> None:
+        context = ray.train.get_context()
+        self._run = run
+        self._recipe = run.recipe
+        self._rank, self._workers = context.get_world_rank(), context.get_world_size()
+        self._alphabet = ALPHABETS[run.plan.alphabet]
+        self._accumulation = self._recipe.accumulation(self._workers)
+        self._bounds = share_bounds(
+            self._recipe.stream.batch_rows,
+            self._rank,
+            self._workers,
+            self._recipe.training.micro_batch_rows,
+            self._accumulation,
+        )
+        self._attempt = self._begin_attempt()
+        self._post(phase="loading DeepSpeed")
+        saved = self._choose_checkpoint()
+        self._engine = build_engine(self._recipe, self._workers, run.device, saved)
+        self._step, self._tokens, cursor = 0, 0, Cursor()
+        self._heldout: Ece | None = None
+        if saved is not None:
+            load_state(self._engine, saved, self._workers)
+            self._step, self._tokens = saved.step, saved.manifest["tokens"]
+            if saved.manifest["heldout_ece"] is not None:
+                self._heldout = Ece(**saved.manifest["heldout_ece"])
+            cursor = saved.cursor
+        self._reader = self._start_stream(cursor)
+        self._evaluator = HeldoutEvaluator(
+            heldout_rows(run.plan, self._recipe.evaluation),
+            run.plan,
+            self._recipe.training.micro_batch_rows,
+            self._rank,
+            self._workers,
+        )
+        self._tracker = self._start_tracking(stack)
+        self._audit = self._open_audit(stack)
+
+    def train(self) -> None:
+        """All steps that are left."""
+        recipe = self._recipe
+        self._post(phase="training", step=self._step)
+        self._resumed_at = time.perf_counter()
+        for batch in self._reader.batches(recipe.training.steps - self._step):
+            metrics = self._timed_step(batch)
+            last = self._step == recipe.training.steps
+            if last or self._step % recipe.evaluation.every_steps == 0:
+                self._heldout = self._evaluator.measure(self._engine)
+                metrics["eval/ece"] = self._heldout.all_chosen
+                metrics["eval/ece_masked"] = self._heldout.masked_only
+                self._post(heldout_ece=self._heldout.all_chosen)
+            if last or self._step % recipe.checkpoint.every_steps == 0:
+                metrics |= self._save(batch.next_cursor, metrics["train/loss"])
+            wanted = self._step % recipe.tracking.log_every == 0 or "eval/ece" in metrics
+            if self._tracker is not None and (last or wanted):
+                self._tracker.log(self._step, metrics)
+            self._resumed_at = time.perf_counter()
+
+    def _timed_step(self, batch: GlobalBatch) -> dict[str, float]:
+        rate = learning_rate(self._recipe.optimizer, self._step + 1)
+        loss = train_step(self._engine, batch, self._bounds, rate, self._alphabet, self._workers)
+        self._step += 1
+        self._write_audit(batch)
+        tokens = int(sum(s.sum() for s in batch.rows.segments))
+        self._tokens += tokens
+        step_s = time.perf_counter() - self._resumed_at
+        metrics = {
+            "train/loss": loss,
+            "train/ece": math.exp(min(loss, 50.0)),
+            "train/lr": rate,
+            "train/grad_norm": float(self._engine.get_global_grad_norm() or math.nan),
+            "progress/tokens": self._tokens,
+            "progress/epoch": batch.next_cursor.epoch,
+            "speed/step_s": step_s,
+            "speed/tokens_per_s": tokens / step_s,
+            "speed/data_wait_fraction": self._reader.last_wait_s / step_s,
+            "speed/padding_percent": 100 * (1 - tokens / batch.rows.tokens.size),
+            "system/memory_gb": _memory_gb(self._run.device),
+            "system/workers": self._workers,
+            "system/restarts": self._attempt - 1,
+        }
+        self._post(
+            step=self._step, loss=loss, step_s=step_s, tokens_per_s=metrics["speed/tokens_per_s"]
+        )
+        return metrics
+
+    def _save(self, cursor: Cursor, loss: float) -> dict[str, float]:
+        started = time.perf_counter()
+        run, recipe = self._run, self._recipe
+        manifest = {
+            "step": self._step,
+            "tokens": self._tokens,
+            "cursor": asdict(cursor),
+            "fingerprint": run.plan.fingerprint(),
+            "workers": self._workers,
+            "recipe": recipe.model_dump(),
+            "corpus_digest": run.plan.corpus_digest,
+            "code_version": run.code_version,
+            "wandb_run_id": run.run_id,
+            "train_loss": loss,
+            "heldout_ece": asdict(self._heldout) if self._heldout else None,
+        }
+        state = full_state(self._engine, recipe.training)
+        lineage = {name: value for name, value in manifest.items() if name != "cursor"}
+        metrics = {name: manifest[name] for name in ("step", "train_loss", "heldout_ece")}
+        save_checkpoint(
+            self._engine,
+            manifest,
+            metrics,
+            lambda folder: save_bundle(folder, recipe.model, state, lineage),
+        )
+        self._post(checkpoint=self._step)
+        return {"speed/checkpoint_s": time.perf_counter() - started}
+
+    def _choose_checkpoint(self) -> SavedCheckpoint | None:
+        """The newest checkpoint that counts, as rank 0 sees it."""
+        saved = None
+        if self._rank == 0:
+            saved = newest_checkpoint(Storage.of_ray_train(), remove_broken=True)
+        saved = broadcast_from_rank_zero(saved)
+        if saved is not None:
+            zero_stage = self._recipe.training.zero_stage
+            saved.refuse_other_run(self._run.plan.fingerprint(), zero_stage)
+        return saved
+
+    def _start_stream(self, cursor: Cursor) -> BatchReader:
+        """Rank 0 owns the feeder, so that it ends with this group of workers."""
+        feeder = None
+        if self._rank == 0:
+            left = self._recipe.training.steps - self._step
+            feeder = FeederActor.remote(self._run.plan, cursor, left, self._workers)
+        self._feeder = broadcast_from_rank_zero(feeder)
+        return BatchReader(self._feeder, self._recipe.cluster.data_timeout_s)
+
+    def _start_tracking(self, stack: ExitStack) -> Tracker | None:
+        if self._rank != 0:
+            return None
+        run, recipe = self._run, self._recipe
+        config = recipe.model_dump() | {
+            "corpus_digest": run.plan.corpus_digest,
+            "code_version": run.code_version,
+            "workers": self._workers,
+        }
+        tracker = Tracker(
+            recipe.tracking,
+            Path(run.folder),
+            mode=run.tracking_mode,
+            run_id=run.run_id,
+            name=recipe.name,
+            config=config,
+        )
+        return stack.enter_context(tracker)
+
+    def _open_audit(self, stack: ExitStack) -> Any:
+        if not self._recipe.tracking.audit:
+            return None
+        folder = Path(self._run.folder) / "audit"
+        folder.mkdir(exist_ok=True)
+        return stack.enter_context((folder / f"rank-{self._rank:05d}.jsonl").open("a"))
+
+    def _write_audit(self, batch: GlobalBatch) -> None:
+        if self._audit is not None:
+            rows = batch.row_ids[self._bounds[0][0] : self._bounds[-1][1]]
+            line = {"step": self._step, "attempt": self._attempt, "rows": rows.tolist()}
+            self._audit.write(json.dumps(line) + "\n")
+            self._audit.flush()
+
+    def _begin_attempt(self) -> int:
+        attempt = ray.get(self._run.board.begin_attempt.remote()) if self._rank == 0 else None
+        return broadcast_from_rank_zero(attempt)
+
+    def _post(self, **state: Any) -> None:
+        if self._rank == 0:
+            self._run.board.post.remote(state)
+
+
+def train_step(
+    engine: Any,
+    batch: GlobalBatch,
+    bounds: list[tuple[int, int]],
+    rate: float,
+    alphabet: Any,
+    workers: int,
+) -> float:
+    """One update on a global batch; returns the mean loss over its targets, in nats.
+
+    The loss of a micro-batch is a sum, scaled so that the whole step is the mean over the targets
+    of the global batch, whatever the number of workers: DeepSpeed divides gradients by workers and
+    by accumulation, which the factor takes back.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    targets = max(batch.num_targets, 1)
+    factor = workers * len(bounds) / targets
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for micro in micro_batches(batch.rows, bounds, alphabet, engine.device):
+        loss = engine(micro.packed, micro.targets_T).sum()
+        engine.backward(loss * factor)
+        engine.step()
+        total += loss.detach()
+    dist.all_reduce(total)
+    return total.item() / targets
+
+
+def _memory_gb(device: str) -> float:
+    """Peak memory of this worker: of the GPU, or resident on a CPU."""
+    if device == "cuda":  # not exercised without a GPU
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

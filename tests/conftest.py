@@ -1,0 +1,44 @@
+"""One local Ray and a few shared artifacts for the whole session."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from raptide.data.build import BuildSettings, build_corpus
+from raptide.data.corpus import Corpus
+
+ROOT = Path(__file__).resolve().parent.parent
+
+os.environ["WANDB_MODE"] = "offline"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault(
+    "RAY_AUTH_TOKEN_PATH", str(Path(tempfile.mkdtemp(prefix="raptide-test-")) / "token")
+)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A local Ray with room for four training workers."""
+    from raptide.cluster import ray_session
+
+    with ray_session(num_cpus=6):
+        yield
+
+
+@pytest.fixture(scope="session")
+def proteome() -> Path:
+    """A FASTA file of 2,100 real proteins."""
+    return Path(str(files("pyhmmer") / "tests/data/seqs/938293.PRJEB85.HG003687.faa"))
+
+
+@pytest.fixture(scope="session")
+def corpus(cluster: None, proteome: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """The proteome in blocks of about 32 k residues."""
+    output = tmp_path_factory.mktemp("corpus") / "proteome"
+    return build_corpus([proteome], output, BuildSettings(block_residues=32_768))

@@ -1,0 +1,53 @@
+import pytest
+
+from raptide.config import Settings, load_settings
+from raptide.errors import ConfigError
+
+
+class Inner(Settings):
+    size: int = 1
+
+
+class Outer(Settings):
+    name: str
+    inner: Inner = Inner()
+    rate: float = 0.5
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("name: a\ninner:\n  size: 3\n")
+    return path
+
+
+def test_overrides_go_on_top_of_the_file(file):
+    settings = load_settings(Outer, file, ["inner.size=7", "rate=1e-4"])
+    assert (settings.name, settings.inner.size, settings.rate) == ("a", 7, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("inner.sise=1", "no setting `inner.sise`; did you mean `size`"),
+        ("inner.size=many", "`inner.size` is 'many'"),
+        ("rate", "section.field=value"),
+        ("name.x=1", "`name` is a value, not a section"),
+    ],
+)
+def test_a_bad_field_is_one_sentence_with_its_place(file, override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_settings(Outer, file, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_a_missing_field_and_broken_yaml_are_refused(tmp_path):
+    path = tmp_path / "x.yaml"
+    with pytest.raises(ConfigError, match="Cannot read"):
+        load_settings(Outer, path)
+    path.write_text("inner: {}")
+    with pytest.raises(ConfigError, match="`name` is required"):
+        load_settings(Outer, path)
+    path.write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_settings(Outer, path)

@@ -1,0 +1,59 @@
+"""What the package promises: its public names, errors that travel, layers that hold."""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import raptide
+from raptide import errors
+
+
+def test_public_names():
+    assert sorted(raptide.__all__) == [
+        "BundleError",
+        "CheckpointError",
+        "ConfigError",
+        "Corpus",
+        "CorpusError",
+        "Engine",
+        "FastaError",
+        "InputError",
+        "RaptideError",
+        "SequenceError",
+        "StreamStalled",
+    ]
+    assert all(getattr(raptide, name) is not None for name in raptide.__all__)
+
+
+def test_every_error_survives_pickling_and_is_found_behind_a_cause():
+    for cls in (errors.FastaError, errors.StreamStalled):
+        error = pickle.loads(pickle.dumps(cls("a sentence")))  # noqa: S301
+        assert isinstance(error, cls)
+        assert str(error) == "a sentence"
+        outer = RuntimeError("outer")
+        outer.__cause__ = error
+        assert errors.find_raptide_error(outer) is error
+    assert errors.find_raptide_error(RuntimeError("other")) is None
+
+
+def test_layers_hold():
+    subprocess.run([f"{sys.prefix}/bin/lint-imports"], cwd=ROOT, check=True)
+
+
+def test_the_data_layer_needs_no_torch():
+    code = "import sys, raptide.data.stream; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_platform_stays_a_source_root_and_jobs_shadow_nothing():
+    assert not (ROOT / "platform/__init__.py").exists()
+    names = {path.stem for path in (ROOT / "jobs").glob("*.py")}
+    assert not names & sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("platform/**/*.py")), ids=lambda p: p.stem)
+def test_no_module_grows_past_a_screenful_of_screens(path):
+    assert len(path.read_text().splitlines()) < 400
