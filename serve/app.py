@@ -15,7 +15,7 @@ from ray import serve
 
 from raptide.config import parse_settings
 from raptide.training.checkpoint import find_bundle
-from serve.gateway import Gateway, api
+from serve.gateway import Gateway
 from serve.replica import Replica
 from serve.settings import ServeSettings
 
@@ -34,7 +34,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         ray_actor_options={"num_cpus": 1, "num_gpus": settings.gpus_per_replica},
     ).bind(settings)
     gateway = serve.deployment(
-        serve.ingress(api)(Gateway),
+        Gateway,
         max_ongoing_requests=ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 0},
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import math
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 Sequence = Annotated[str, Field(description="Protein sequence, letters A to Z", min_length=1)]
@@ -30,10 +33,22 @@ class Embedding(BaseModel):
     embedding: list[float] | list[list[float]] | str
     shape: list[int] = Field(description="[D], or [residues, D] with pooling residue")
 
+    @classmethod
+    def of(cls, index: int, array: np.ndarray, encoding_format: str) -> Embedding:
+        if encoding_format == "base64":
+            raw = np.ascontiguousarray(array, "<f4").tobytes()
+            return cls(index=index, embedding=base64.b64encode(raw).decode(), shape=[*array.shape])
+        return cls(index=index, embedding=array.tolist(), shape=[*array.shape])
+
 
 class Usage(BaseModel):
     prompt_tokens: int = Field(description="Residues")
     total_tokens: int = Field(description="Residues")
+
+    @classmethod
+    def of(cls, sequences: list[str]) -> Usage:
+        residues = sum(map(len, sequences))
+        return cls(prompt_tokens=residues, total_tokens=residues)
 
 
 class EmbeddingsResponse(BaseModel):
@@ -57,6 +72,10 @@ class Score(BaseModel):
     index: int
     score: float = Field(description="Mean log likelihood of the residues, nats; higher is better")
     perplexity: float = Field(description="exp(-score)")
+
+    @classmethod
+    def of(cls, index: int, score: float) -> Score:
+        return cls(index=index, score=score, perplexity=math.exp(-score))
 
 
 class ScoresResponse(BaseModel):

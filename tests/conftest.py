@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from importlib.resources import files
@@ -17,9 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault(
-    "RAY_AUTH_TOKEN_PATH", str(Path(tempfile.mkdtemp(prefix="raptide-test-")) / "token")
-)
+
+# A token of the session's own, so that tests write nothing into the user's home.
+_token = Path(tempfile.mkdtemp(prefix="raptide-test-")) / "token"
+_token.write_text(secrets.token_hex(32))
+os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token)
 
 
 @pytest.fixture(scope="session")

@@ -58,20 +58,20 @@ class StreamStalled(RaptideError):
 
 
 def find_raptide_error(error: BaseException | None) -> RaptideError | None:
-    """The first Raptide error in a chain of causes, as Ray wraps what its tasks raise.
+    """The Raptide error behind what Ray raises for a failed task or worker, or None.
 
-    Ray keeps the original under `.cause` (tasks), `.worker_failures` (training) or Python's own
-    `__cause__`; all three are followed.
+    Ray keeps the original under `.cause` (tasks) or `.worker_failures` (training); from Ray Data it
+    comes only out of functions that are generators, with advice of Ray's appended. Our messages
+    are one line, so that is cut off again.
     """
-    seen: set[int] = set()
     pending = [error]
     while pending:
         current = pending.pop(0)
-        if current is None or id(current) in seen:
+        if current is None:
             continue
-        seen.add(id(current))
-        if isinstance(current, RaptideError):
-            return current
         failures = getattr(current, "worker_failures", None) or {}
-        pending += [getattr(current, "cause", None), current.__cause__, *failures.values()]
+        inner = [getattr(current, "cause", None), *failures.values()]
+        if isinstance(current, RaptideError) and inner == [None]:
+            return type(current)(str(current).split("\n")[0])
+        pending += [*inner, current.__cause__]
     return None

@@ -33,12 +33,18 @@ class Feeder:
     def fetch(self, index: int) -> list[Any]:
         """A list with the reference of batch `index`; each reader asks once, in order."""
         while self._produced <= index:
-            self._kept[self._produced] = (ray.put(next(self._batches)), 0)
+            self._kept[self._produced] = (ray.put(self._next()), 0)
             self._produced += 1
         reference, readers = self._kept.pop(index)
         if readers + 1 < self._num_readers:
             self._kept[index] = (reference, readers + 1)
         return [reference]
+
+    def _next(self) -> GlobalBatch:
+        try:
+            return next(self._batches)
+        except Exception as error:  # a bad block, as Ray Data wraps it
+            raise find_raptide_error(error) or error from None
 
 
 FeederActor = ray.remote(num_cpus=0)(Feeder)

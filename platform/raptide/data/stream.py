@@ -160,9 +160,10 @@ def _packed_tables(plan: StreamPlan, cursor: Cursor, tokens: int) -> Iterator[pa
     while True:
         # A map before `repartition` would turn its streaming form into a barrier, so the first
         # place is added in `prepare`.
-        def prepare(ids: dict[str, np.ndarray], first: int = first) -> pa.Table:
+        # A generator: only out of those does Ray Data let our own errors through.
+        def prepare(ids: dict[str, np.ndarray], first: int = first) -> Iterator[pa.Table]:
             places = (ids["id"] + first).tolist()
-            return pa.concat_tables([_prepare_table(plan, p, num_blocks) for p in places])
+            yield pa.concat_tables([_prepare_table(plan, p, num_blocks) for p in places])
 
         dataset = ray.data.range(plan_blocks, override_num_blocks=min(4, plan_blocks))
         dataset = dataset.repartition(target_num_rows_per_block=task_blocks)

@@ -11,7 +11,7 @@ the residues that were shown as `<mask>`, where nothing can be copied.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,9 +110,9 @@ def unigram_ece(plan: StreamPlan, rows: PackedRows) -> Ece:
     """
     blocks = plan.training_blocks(Corpus.open(plan.corpus_path))
 
-    def count(places: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def count(places: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         corpus = Corpus.open(plan.corpus_path)
-        return {"counts": np.stack([_count_block(plan, corpus, blocks[i]) for i in places["id"]])}
+        yield {"counts": np.stack([_count_block(plan, corpus, blocks[i]) for i in places["id"]])}
 
     tasks = min(len(blocks), 256)
     counted = ray.data.range(len(blocks), override_num_blocks=tasks).map_batches(count)

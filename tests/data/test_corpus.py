@@ -1,0 +1,142 @@
+import gzip
+import json
+import random
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from raptide.alphabet import decode_residues
+from raptide.data.build import BuildSettings, build_corpus
+from raptide.data.corpus import CLUSTER_ROW, MANIFEST, Corpus
+from raptide.errors import CorpusError, FastaError
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+SETTINGS = BuildSettings(block_residues=4096, cluster_tag="cluster50", holdout_fraction=0.3)
+
+
+def records(seed=1, clusters=60):
+    """Random proteins in clusters of unequal size; some names occur twice."""
+    rng = random.Random(seed)
+    for cluster in range(clusters):
+        for member in range(rng.choice([1, 1, 2, 5, 30])):
+            letters = "".join(rng.choices("LAGVSERTIDPKQNFYMHWC", k=rng.randint(20, 300)))
+            yield f">c{cluster}m{member} cluster50=c{cluster}m0 x=1\n{letters}\n"
+    yield ">twin\nMKLVWWFFYY\n>twin\nMKLVWWFFYR\n"
+
+
+@pytest.fixture(scope="module")
+def text():
+    return list(records())
+
+
+@pytest.fixture(scope="module")
+def built(cluster, text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("build")
+    (folder / "a.fasta").write_text("".join(text))
+    return build_corpus([folder / "a.fasta"], folder / "corpus", SETTINGS)
+
+
+def shard_rows(corpus, split):
+    shards = [s["name"] for s in corpus.manifest["shards"] if s["split"] == split]
+    return [row for name in shards for row in pq.read_table(corpus.path / name).to_pylist()]
+
+
+def test_every_record_is_there_once_in_its_cluster(built, text):
+    expected = {}
+    for record in text:
+        header, letters, _ = record.split("\n", 2)
+        expected[letters] = header[1:].split()[0]
+    expected["MKLVWWFFYR"], expected["MKLVWWFFYY"] = "twin", "twin"
+    found, clusters = {}, {}
+    for split in ("train", "heldout"):
+        for row in shard_rows(built, split):
+            clusters.setdefault(row["cluster"], set()).add(split)
+            for name, member, length in zip(
+                row["ids"], row["members"], row["lengths"], strict=True
+            ):
+                letters = decode_residues(np.frombuffer(member, np.uint8))
+                assert len(letters) == length
+                found[letters] = name.split("#")[0]
+    assert found == expected
+    assert all(len(splits) == 1 for splits in clusters.values()), "a cluster in both splits"
+    assert built.manifest["renamed_duplicates"] == 1
+
+
+def test_rows_are_as_the_design_says(built):
+    rows = shard_rows(built, "train") + shard_rows(built, "heldout")
+    shard = built.manifest["shards"][0]["name"]
+    assert pq.read_schema(built.path / shard).equals(CLUSTER_ROW)
+    by_cluster = {}
+    for row in rows:
+        by_cluster.setdefault(row["cluster"], []).append(row)
+    assert any(len(parts) > 1 for parts in by_cluster.values()), "no cluster spans rows"
+    for name, parts in by_cluster.items():
+        firsts = np.cumsum([0, *(len(p["ids"]) for p in parts)])
+        assert [p["first_member"] for p in parts] == firsts[:-1].tolist()
+        assert {p["cluster_size"] for p in parts} == {firsts[-1]}
+        assert parts[0]["ids"][0] == name, "the representative carries the cluster's name"
+
+
+def test_manifest_counts_are_those_of_the_rows(built):
+    for split in ("train", "heldout"):
+        rows = shard_rows(built, split)
+        assert built.manifest["counts"][split] == {
+            "clusters": sum(row["first_member"] == 0 for row in rows),
+            "sequences": sum(len(row["ids"]) for row in rows),
+            "residues": sum(sum(row["lengths"]) for row in rows),
+        }
+        assert sum(built.manifest["residue_counts"][split].values()) == sum(
+            sum(row["lengths"]) for row in rows
+        )
+    blocks = built.blocks("train")
+    assert all(block["residues"] >= 4096 for block in blocks[:-1])
+    assert sum(b["residues"] for b in blocks) == built.manifest["counts"]["train"]["residues"]
+
+
+def test_the_digest_knows_neither_order_nor_files_nor_compression(built, text, tmp_path):
+    shuffled = random.Random(2).sample(text, len(text))
+    (tmp_path / "b.fasta").write_text("".join(shuffled[:40]))
+    (tmp_path / "a.fasta.gz").write_bytes(gzip.compress("".join(shuffled[40:]).encode()))
+    inputs = [tmp_path / "b.fasta", tmp_path / "a.fasta.gz"]
+    assert build_corpus(inputs, tmp_path / "corpus", SETTINGS).digest == built.digest
+    other = build_corpus(inputs[:1], tmp_path / "other", SETTINGS)
+    assert other.digest != built.digest
+
+
+def test_damage_is_found_and_named(built, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(built.path, copy)
+    Corpus.open(copy).verify()
+    shard = copy / built.manifest["shards"][0]["name"]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CorpusError, match=f"{shard.name} is damaged: expected sha256"):
+        Corpus.open(copy).verify()
+    shard.unlink()
+    with pytest.raises(CorpusError, match="no such file"):
+        Corpus.open(copy).verify()
+    with pytest.raises(CorpusError, match=f"{shard.name}, row group 0 cannot be read"):
+        Corpus.open(copy).read_block(built.blocks("train")[0])
+
+
+def test_a_missing_an_unfinished_and_a_foreign_corpus_are_refused(built, tmp_path):
+    with pytest.raises(CorpusError, match="no finished corpus"):
+        Corpus.open(tmp_path)
+    manifest = built.manifest | {"format_version": 99}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CorpusError, match="format 99"):
+        Corpus.open(tmp_path)
+
+
+def test_a_bad_record_stops_the_build_and_leaves_nothing(tmp_path):
+    (tmp_path / "a.fasta").write_text(">a\nMKLV\n>b\nMK1\n")
+    with pytest.raises(FastaError, match=r"a.fasta:3: record 'b'"):
+        build_corpus([tmp_path / "a.fasta"], tmp_path / "corpus", BuildSettings())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.fasta"]
+    with pytest.raises(CorpusError, match="exists already"):
+        build_corpus([tmp_path / "a.fasta"], tmp_path, BuildSettings())

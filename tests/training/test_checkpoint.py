@@ -1,0 +1,90 @@
+import hashlib
+import json
+
+import pytest
+
+from raptide.errors import BundleError, CheckpointError
+from raptide.training.checkpoint import CHECKPOINTS, Storage, find_bundle, newest_checkpoint
+
+FINGERPRINT = {"seed": 1, "batch_rows": 8}
+
+
+def write_checkpoint(run, step, **changes):
+    folder = run / CHECKPOINTS / f"step-{step:08d}"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model/config.json").write_text("{}")
+    (folder / "zero.pt").write_bytes(b"weights")
+    files = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in ("zero.pt", "model/config.json")
+    }
+    manifest = {
+        "format_version": 1,
+        "step": step,
+        "cursor": {"epoch": 0, "block": 3, "row": step},
+        "fingerprint": FINGERPRINT,
+        "recipe": {"training": {"zero_stage": 2}},
+        "files": files,
+    } | changes
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    for step in (10, 20, 30):
+        write_checkpoint(tmp_path, step)
+    return tmp_path
+
+
+def newest(run, **kwargs):
+    return newest_checkpoint(Storage.of(run / CHECKPOINTS), **kwargs)
+
+
+def test_the_newest_complete_one_is_taken(run):
+    saved = newest(run)
+    assert (saved.step, saved.cursor.row) == (30, 30)
+    assert find_bundle(run) == run.resolve() / CHECKPOINTS / "step-00000030/model"
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda folder: (folder / "manifest.json").unlink(), "was not finished"),
+        (lambda folder: (folder / "zero.pt").unlink(), "zero.pt is missing"),
+        (lambda folder: (folder / "zero.pt").write_bytes(b"weightz"), "zero.pt is damaged"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "cannot be read"),
+    ],
+)
+def test_a_broken_one_is_skipped_by_name_and_the_one_before_is_used(run, damage, problem, capsys):
+    folder = run / CHECKPOINTS / "step-00000030"
+    damage(folder)
+    assert newest(run).step == 20
+    assert f"Skipping checkpoint step-00000030: {problem}" in capsys.readouterr().out.replace(
+        "it has no manifest.json, so it ", ""
+    ).replace("its manifest.json ", "")
+    assert folder.exists()
+    newest(run, remove_broken=True)
+    assert not folder.exists()
+
+
+def test_nothing_to_resume(tmp_path):
+    assert newest(tmp_path) is None
+    with pytest.raises(BundleError, match="no model folder, no checkpoint"):
+        find_bundle(tmp_path)
+
+
+def test_another_format_is_refused_and_kept(run):
+    folder = write_checkpoint(run, 40, format_version=9)
+    with pytest.raises(CheckpointError, match="step-00000040 has checkpoint format 9"):
+        newest(run, remove_broken=True)
+    assert folder.exists()
+
+
+def test_another_stream_and_another_stage_are_refused(run):
+    saved = newest(run)
+    saved.refuse_other_run(FINGERPRINT, 2)
+    with pytest.raises(CheckpointError, match=r"another stream \(seed: 1 -> 2\)"):
+        saved.refuse_other_run(FINGERPRINT | {"seed": 2}, 2)
+    with pytest.raises(CheckpointError, match=r"resume with training.zero_stage=2"):
+        saved.refuse_other_run(FINGERPRINT, 0)

@@ -1,0 +1,186 @@
+"""Real runs: Ray Train workers, DeepSpeed, checkpoints; a few, shared among the tests."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from offline_wandb import read_run
+from transformers import EsmForMaskedLM
+
+from raptide.config import parse_settings
+from raptide.errors import CheckpointError, ConfigError
+from raptide.inference.engine import Engine
+from raptide.training.recipe import Recipe
+from raptide.training.trainer import load_resumed, prepare_run, pretrain
+
+STEPS = 24
+EVERY = 6
+
+
+def make_recipe(corpus, **training):
+    tree = {
+        "name": "test",
+        "corpus": str(corpus.path),
+        "stream": {"row_tokens": 256, "crop_tokens": 128, "batch_rows": 10, "seed": 3},
+        "model": {"layers": 2, "width": 64, "heads": 4},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 10},
+        "training": {
+            "steps": STEPS,
+            "micro_batch_rows": 2,
+            "precision": "fp32",
+            "zero_stage": 2,
+            **training,
+        },
+        "cluster": {"workers": 2, "device": "cpu"},
+        "checkpoint": {"every_steps": EVERY, "keep": 10},
+        "evaluation": {"every_steps": EVERY, "blocks": 1},
+        "tracking": {"log_every": 1, "audit": True},
+    }
+    return tree
+
+
+def as_recipe(tree, **cluster):
+    return parse_settings(Recipe, tree | {"cluster": tree["cluster"] | cluster}, source="test")
+
+
+def losses(run):
+    """Loss of each step, a step redone counted by its last occurrence."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["trainer/global_step"]: line["train/loss"] for line in lines}
+
+
+def audited_rows(run):
+    """Row ids of each step over all ranks, a step redone counted by its last attempt."""
+    steps = {}
+    for file in sorted((run / "audit").glob("rank-*.jsonl")):
+        for line in map(json.loads, file.read_text().splitlines()):
+            steps.setdefault(line["step"], {}).setdefault(line["attempt"], []).extend(line["rows"])
+    return {step: attempts[max(attempts)] for step, attempts in sorted(steps.items())}
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """Two workers, ZeRO-2, never interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return pretrain(as_recipe(make_recipe(corpus)), folder)
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    assert whole.step == STEPS
+    assert sorted(losses(whole.folder)) == list(range(1, STEPS + 1))
+    names = sorted(p.name for p in (whole.folder / "checkpoints").glob("step-*"))
+    assert names == [f"step-{step:08d}" for step in range(EVERY, STEPS + 1, EVERY)]
+    manifest = json.loads((whole.checkpoint / "manifest.json").read_text())
+    on_disk = {
+        str(p.relative_to(whole.checkpoint)) for p in whole.checkpoint.rglob("*") if p.is_file()
+    }
+    assert set(manifest["files"]) | {"manifest.json"} == on_disk
+    assert manifest["tokens"] == whole.tokens
+    assert (
+        manifest["wandb_run_id"]
+        == json.loads((whole.folder / "run.json").read_text())["wandb_run_id"]
+    )
+
+
+def test_the_model_learns_and_the_baselines_are_sane(whole):
+    assert whole.uniform_ece == 25
+    assert 16.5 < whole.unigram_ece.all_chosen < 18.5
+    first = json.loads((whole.folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert whole.heldout_ece.all_chosen < 0.9 * first["train/ece"]
+
+
+def test_each_packed_row_is_used_once(whole):
+    rows = [tuple(row) for rows in audited_rows(whole.folder).values() for row in rows]
+    assert len(rows) == len(set(rows)) == STEPS * 10
+
+
+def test_the_bundle_opens_in_transformers_and_in_the_engine(whole):
+    EsmForMaskedLM.from_pretrained(whole.bundle)
+    engine = Engine.load(whole.bundle)
+    assert engine.lineage["step"] == STEPS
+    assert engine.embed(["MKTAYIAKQR"]).shape == (1, 64)
+
+
+def test_wandb_holds_the_run_under_its_stable_id(whole):
+    run_id, config, history = read_run(whole.folder / "wandb")
+    assert run_id == json.loads((whole.folder / "run.json").read_text())["wandb_run_id"]
+    assert config["model"]["width"] == 64
+    assert [row["trainer/global_step"] for row in history] == list(range(1, STEPS + 1))
+    assert {"train/loss", "train/lr", "train/grad_norm", "speed/tokens_per_s"} <= set(history[0])
+    assert history[-1]["eval/ece"] == pytest.approx(whole.heldout_ece.all_chosen)
+
+
+def test_a_finished_run_is_neither_resumed_nor_overwritten_silently(whole, corpus):
+    with pytest.raises(ConfigError, match="exists already; go on with --resume"):
+        prepare_run(as_recipe(make_recipe(corpus)), whole.folder, resume=False)
+
+
+def test_a_resume_with_another_stream_or_model_is_refused(whole, corpus):
+    assert load_resumed(whole.folder) == whole.folder / "recipe.yaml"
+    tree = make_recipe(corpus)
+    other_seed = as_recipe(tree | {"stream": tree["stream"] | {"seed": 4}})
+    with pytest.raises(CheckpointError, match=r"seed: 3 -> 4"):
+        prepare_run(other_seed, whole.folder, resume=True)
+    other_model = as_recipe(tree | {"model": tree["model"] | {"layers": 3}})
+    with pytest.raises(CheckpointError, match="holds another model"):
+        prepare_run(other_model, whole.folder, resume=True)
+
+
+def kill_a_worker_at(run: Path, step: int) -> None:
+    """SIGKILL one training worker once the run has logged `step`."""
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
+        assert time.monotonic() < deadline, "the run never got that far"
+        time.sleep(0.02)
+    workers = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if process.cmdline() and process.cmdline()[0].startswith("ray::RayTrainWorker")
+    ]
+    os.kill(workers[-1].pid, signal.SIGKILL)
+
+
+def test_a_killed_worker_changes_nothing(whole, corpus, tmp_path):
+    results = []
+    recipe = as_recipe(make_recipe(corpus))
+    thread = threading.Thread(target=lambda: results.append(pretrain(recipe, tmp_path / "run")))
+    thread.start()
+    kill_a_worker_at(tmp_path / "run", step=EVERY + 2)
+    thread.join()
+    (killed,) = results
+    last = json.loads((killed.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["system/restarts"] == 1, "the kill came too late to interrupt anything"
+    assert abs(killed.heldout_ece.all_chosen - whole.heldout_ece.all_chosen) < 1e-4
+    assert audited_rows(killed.folder) == audited_rows(whole.folder)
+    same = [(r.bundle / "model.safetensors").read_bytes() for r in (killed, whole)]
+    assert same[0] == same[1], "the weights differ in at least one bit"
+
+
+def test_one_worker_gives_the_losses_of_two(whole, corpus, tmp_path):
+    alone = pretrain(as_recipe(make_recipe(corpus), workers=1), tmp_path / "run")
+    two, one = losses(whole.folder), losses(alone.folder)
+    assert two.keys() == one.keys()
+    assert max(abs(two[step] - one[step]) for step in two) < 1e-4
+    assert alone.heldout_ece.all_chosen == pytest.approx(whole.heldout_ece.all_chosen, abs=1e-3)
+
+
+@pytest.mark.parametrize(("stage", "workers"), [(0, 1), (1, 1), (2, 2), (3, 1)])
+def test_every_zero_stage_trains_saves_and_resumes_at_any_size(
+    whole, corpus, tmp_path, stage, workers
+):
+    """Two workers up to a checkpoint, then `workers`; the curve is that of ZeRO-2 throughout."""
+    tree = make_recipe(corpus, steps=EVERY, zero_stage=stage)
+    pretrain(as_recipe(tree), tmp_path / "run")
+    tree["training"]["steps"] = EVERY + 4
+    resumed = pretrain(as_recipe(tree, workers=workers), tmp_path / "run", resume=True)
+    assert resumed.step == EVERY + 4
+    curve = losses(whole.folder)
+    for step, loss in losses(tmp_path / "run").items():
+        assert loss == pytest.approx(curve[step], abs=1e-4), f"step {step}"
+    assert Engine.load(resumed.bundle).lineage["workers"] == workers
