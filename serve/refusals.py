@@ -42,7 +42,8 @@ def register(api: FastAPI) -> None:
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"] if part != "body") or "body"
+        # The last parts of a place may be pydantic's names for the branches of a union.
+        field = str([*problem["loc"], "body"][1])
         message = f"`{field}`: {problem['msg'][:1].lower()}{problem['msg'][1:]}."
         return _answer(422, {"type": "invalid_request", "message": message, "param": field})
 

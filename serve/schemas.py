@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-Sequence = Annotated[str, Field(description="Protein sequence, letters A to Z", min_length=1)]
+Sequence = Annotated[str, Field(description="Protein sequence, letters A to Z")]
 
 
 class Request(BaseModel):

@@ -28,8 +28,10 @@ def ray_session(*, num_cpus: int, verbose: bool = False) -> Iterator[None]:
         verbose: show what workers print, and Ray's own messages.
     """
     level = logging.INFO if verbose else logging.ERROR
-    for name in ("ray", "ray.data", "ray.train"):
+    for name in ("ray", "ray.train"):
         logging.getLogger(name).setLevel(level)
+    # Ray Data logs every failed task as an error; ours reach the user as one sentence instead.
+    logging.getLogger("ray.data").setLevel(level if verbose else logging.CRITICAL)
     ray.data.DataContext.get_current().enable_progress_bars = verbose or sys.stderr.isatty()
     # Ray Train asks the dashboard, which a local Ray does not start, for its state every second.
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")

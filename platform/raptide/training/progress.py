@@ -78,7 +78,7 @@ def _print_lines(board: Any, total_steps: int, stop: threading.Event) -> None:
     line = ""
     for state in _states(board, stop):
         new = f"  {state.get('phase', 'starting workers')}"
-        if "step" in state:
+        if "loss" in state:
             new += f": step {state['step']}/{total_steps}, {_figures(state)}"
             new += f", {_left(state, total_steps)} left"
         due = time.monotonic() - printed >= LINE_EVERY_S or stop.is_set()

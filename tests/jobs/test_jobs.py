@@ -1,0 +1,157 @@
+"""The jobs as a user runs them: processes of their own, in an empty folder."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT
+
+from raptide import Corpus, Engine
+from raptide.data.fasta import read_fasta
+
+JOBS = sorted(p for p in (ROOT / "jobs").glob("*.py") if "def main" in p.read_text())
+
+
+def job(name, *arguments, cwd, **kwargs):
+    command = [sys.executable, str(ROOT / "jobs" / name), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, **kwargs)
+
+
+def processes_of(folder):
+    """Processes that work in, or were started with, a folder of this test."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        text = " ".join([*(process.info["cmdline"] or []), process.info["cwd"] or ""])
+        if str(folder) in text:
+            found.append(process)
+    return found
+
+
+def assert_nothing_runs(folder):
+    deadline = time.monotonic() + 20
+    while left := processes_of(folder):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_help_teaches(path, tmp_path):
+    done = job(path.name, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert f"python jobs/{path.name}" in done.stdout, "the help shows no example"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("build_corpus.py", ["--input", "a.fasta", "--output", "c"], "a.fasta:3: record 'b'"),
+        ("build_corpus.py", ["--input", "none", "--output", "c"], "none is not there"),
+        ("pretrain_model.py", ["--config", "none.yaml"], "Cannot read the settings file none.yaml"),
+        ("pretrain_model.py", ["--resume", "runs/x"], "holds no run to resume"),
+        (
+            "pretrain_model.py",
+            ["--config", ROOT / "jobs/recipes/demo.yaml", "model.layer=2"],
+            "did you mean `layers`",
+        ),
+        (
+            "pretrain_model.py",
+            ["--config", ROOT / "jobs/recipes/demo.yaml"],
+            "corpora/demo holds no finished corpus",
+        ),
+        (
+            "embed_proteins.py",
+            ["--model", "m", "--input", "a.fasta", "--output", "e.parquet"],
+            "no model folder",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(name, arguments, message, tmp_path):
+    (tmp_path / "a.fasta").write_text(">a\nMKLV\n>b\nMK1\n")
+    done = job(name, *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.fasta"], "something is left behind"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A short demo: fewer and smaller steps, nothing else changed."""
+    folder = tmp_path_factory.mktemp("demo")
+    short = ["training.steps=60", "stream.batch_rows=4", "model.layers=2"]
+    done = job("run_demo.py", *short, "optimizer.warmup_steps=20", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shutil.copytree(next(folder.glob("runs/demo/checkpoints/*60/model")), folder / "bundle")
+    return folder, done.stdout
+
+
+def test_the_demo_goes_the_whole_way(demo):
+    folder, output = demo
+    summary = json.loads((folder / "runs/demo/summary.json").read_text())
+    assert (summary["num_sequences"], summary["num_residues"]) == (2100, 680_484)
+    assert summary["steps"] == 60
+    assert 100_000 < summary["tokens"] <= 60 * 4 * 1024
+    assert summary["heldout_ece"] < summary["unigram_ece"] < summary["uniform_ece"] == 25
+    assert summary["heldout_ece_masked_only"] < summary["unigram_ece_masked_only"]
+    assert summary["http_library_max_abs_diff"] < 1e-5
+    assert set(summary["phase_seconds"]) == {"corpus", "pretraining", "serving"}
+    assert summary["versions"]["ray"] == "2.60.0"
+    assert "Try next" in output
+
+
+def test_after_the_demo_nothing_is_left_running(demo):
+    assert_nothing_runs(demo[0])
+
+
+def test_a_second_demo_says_what_it_reuses_and_replaces_and_a_stop_leaves_nothing(demo):
+    folder, _ = demo
+    command = [sys.executable, str(ROOT / "jobs/run_demo.py")]
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "loading DeepSpeed" in line:
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    output = "".join(lines)
+    assert "Reusing corpora/demo" in output
+    assert "Replacing the earlier run in runs/demo; nothing of it is resumed" in output
+    assert_nothing_runs(folder)
+
+
+def test_build_and_embed_a_users_own_file(demo, tmp_path, proteome):
+    bundle = demo[0] / "bundle"
+    source = tmp_path / "mine.fasta"
+    with proteome.open() as file:
+        source.write_text("".join(line for _, line in zip(range(2000), file, strict=False)))
+    source.write_text(source.read_text().rsplit(">", 1)[0])
+    done = job("build_corpus.py", "--input", source, "--output", "corpora/mine", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    corpus = Corpus.open(tmp_path / "corpora/mine")
+    corpus.verify()
+    assert corpus.digest[:16] in done.stdout
+
+    output = tmp_path / "embeddings.parquet"
+    done = job(
+        *("embed_proteins.py", "--model", bundle, "--input", source, "--output", output),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    table = pq.read_table(output)
+    names = [name for batch in read_fasta(source) for name in batch.names]
+    assert table["id"].to_pylist() == names
+    engine = Engine.load(bundle)
+    sequence = source.read_text().split(">")[1].split("\n", 1)[1].replace("\n", "")
+    np.testing.assert_allclose(
+        table["embedding"][0].as_py(), engine.embed([sequence])[0], atol=1e-5
+    )
