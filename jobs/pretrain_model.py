@@ -42,10 +42,10 @@ def main() -> None:
     folder = args.resume or args.output or Path("runs") / recipe.name
     if args.replace:
         remove_run(folder)
-    prepare_run(recipe, folder, resume=bool(args.resume))
+    plan = prepare_run(recipe, folder, resume=bool(args.resume))
     cpus = recipe.cluster.workers * recipe.cluster.cpus_per_worker + DATA_CPUS
     with ray_session(num_cpus=cpus, verbose=args.verbose):
-        result = pretrain(recipe, folder, resume=bool(args.resume))
+        result = pretrain(recipe, plan, folder)
     (folder / "result.json").write_text(json.dumps(asdict(result), default=str, indent=1) + "\n")
     _print_summary(result)
 

@@ -115,6 +115,8 @@ def test_bad_input_is_one_sentence(engine):
         engine.embed(["MK", "MK?"])
     with pytest.raises(SequenceError, match="at most 16384 residues, but 20000"):
         engine.embed(["A" * 20000])
+    with pytest.raises(SequenceError, match="one string was given"):
+        engine.embed("MKT")
     with pytest.raises(ConfigError, match="layers 0 to 3"):
         engine.embed(["MK"], layers=(4,))
 

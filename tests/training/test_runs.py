@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from offline_wandb import read_run
 from transformers import EsmForMaskedLM
 
@@ -48,6 +49,10 @@ def as_recipe(tree, **cluster):
     return parse_settings(Recipe, tree | {"cluster": tree["cluster"] | cluster}, source="test")
 
 
+def run_to_the_end(recipe, folder, *, resume=False):
+    return pretrain(recipe, prepare_run(recipe, folder, resume=resume), folder)
+
+
 def losses(run):
     """Loss of each step, a step redone counted by its last occurrence."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
@@ -67,7 +72,7 @@ def audited_rows(run):
 def whole(corpus, tmp_path_factory):
     """Two workers, ZeRO-2, never interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    return pretrain(as_recipe(make_recipe(corpus)), folder)
+    return run_to_the_end(as_recipe(make_recipe(corpus)), folder)
 
 
 def test_a_run_leaves_what_it_promises(whole):
@@ -126,6 +131,8 @@ def test_a_resume_with_another_stream_or_model_is_refused(whole, corpus):
     other_seed = as_recipe(tree | {"stream": tree["stream"] | {"seed": 4}})
     with pytest.raises(CheckpointError, match=r"seed: 3 -> 4"):
         prepare_run(other_seed, whole.folder, resume=True)
+    with pytest.raises(CheckpointError, match=f"reached step {STEPS} of {STEPS} already"):
+        prepare_run(as_recipe(tree), whole.folder, resume=True)
     other_model = as_recipe(tree | {"model": tree["model"] | {"layers": 3}})
     with pytest.raises(CheckpointError, match="holds another model"):
         prepare_run(other_model, whole.folder, resume=True)
@@ -149,7 +156,9 @@ def kill_a_worker_at(run: Path, step: int) -> None:
 def test_a_killed_worker_changes_nothing(whole, corpus, tmp_path):
     results = []
     recipe = as_recipe(make_recipe(corpus))
-    thread = threading.Thread(target=lambda: results.append(pretrain(recipe, tmp_path / "run")))
+    thread = threading.Thread(
+        target=lambda: results.append(run_to_the_end(recipe, tmp_path / "run"))
+    )
     thread.start()
     kill_a_worker_at(tmp_path / "run", step=EVERY + 2)
     thread.join()
@@ -163,24 +172,35 @@ def test_a_killed_worker_changes_nothing(whole, corpus, tmp_path):
 
 
 def test_one_worker_gives_the_losses_of_two(whole, corpus, tmp_path):
-    alone = pretrain(as_recipe(make_recipe(corpus), workers=1), tmp_path / "run")
+    alone = run_to_the_end(as_recipe(make_recipe(corpus), workers=1), tmp_path / "run")
     two, one = losses(whole.folder), losses(alone.folder)
     assert two.keys() == one.keys()
     assert max(abs(two[step] - one[step]) for step in two) < 1e-4
     assert alone.heldout_ece.all_chosen == pytest.approx(whole.heldout_ece.all_chosen, abs=1e-3)
 
 
-@pytest.mark.parametrize(("stage", "workers"), [(0, 1), (1, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("stage", "precision", "before", "after", "tolerance"),
+    [
+        (0, "fp32", 2, 1, 1e-4),
+        (1, "fp32", 1, 2, 1e-4),
+        (2, "bf16", 2, 2, 3e-2),
+        (3, "fp32", 2, 1, 1e-4),
+    ],
+)
 def test_every_zero_stage_trains_saves_and_resumes_at_any_size(
-    whole, corpus, tmp_path, stage, workers
+    whole, corpus, tmp_path, stage, precision, before, after, tolerance
 ):
-    """Two workers up to a checkpoint, then `workers`; the curve is that of ZeRO-2 throughout."""
-    tree = make_recipe(corpus, steps=EVERY, zero_stage=stage)
-    pretrain(as_recipe(tree), tmp_path / "run")
+    """Up to a checkpoint at one size, on at another; the curve is that of ZeRO-2 throughout."""
+    tree = make_recipe(corpus, steps=EVERY, zero_stage=stage, precision=precision)
+    run_to_the_end(as_recipe(tree, workers=before), tmp_path / "run")
     tree["training"]["steps"] = EVERY + 4
-    resumed = pretrain(as_recipe(tree, workers=workers), tmp_path / "run", resume=True)
+    resumed = run_to_the_end(as_recipe(tree, workers=after), tmp_path / "run", resume=True)
     assert resumed.step == EVERY + 4
     curve = losses(whole.folder)
     for step, loss in losses(tmp_path / "run").items():
-        assert loss == pytest.approx(curve[step], abs=1e-4), f"step {step}"
-    assert Engine.load(resumed.bundle).lineage["workers"] == workers
+        assert loss == pytest.approx(curve[step], abs=tolerance), f"step {step}"
+    engine = Engine.load(resumed.bundle)
+    assert engine.lineage["workers"] == after
+    weight = engine.model.layers[0].fc1.weight
+    assert not torch.equal(weight, weight.bfloat16().float()), "the bundle lost the fp32 weights"

@@ -9,8 +9,9 @@ the stream's fingerprint and a cursor; workers, data tasks and restarts change n
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -103,7 +104,7 @@ class StreamPlan:
 
     def training_blocks(self, corpus: Corpus) -> list[dict[str, Any]]:
         blocks = corpus.blocks("train")
-        return blocks[: int(np.ceil(self.settings.fraction * len(blocks)))]
+        return blocks[: math.ceil(self.settings.fraction * len(blocks) - 1e-9)]
 
 
 def global_batches(plan: StreamPlan, cursor: Cursor, count: int) -> Iterator[GlobalBatch]:
@@ -265,7 +266,3 @@ def describe_difference(before: dict[str, Any], now: dict[str, Any]) -> str | No
         if before.get(name) != now.get(name):
             return f"{name}: {before.get(name)} -> {now.get(name)}"
     return None
-
-
-def cursor_to_json(cursor: Cursor) -> dict[str, int]:
-    return asdict(cursor)

@@ -109,7 +109,7 @@ class Engine:
             ConfigError: the model has no such layer.
         """
         wanted = [self._layer(layer) for layer in layers]
-        tokens = [self._tokens(sequence, i) for i, sequence in enumerate(sequences)]
+        tokens = self._tokenise(sequences)
         results: list[Any] = [None] * len(tokens)
         for indices, packed in self._batches(tokens):
             with torch.inference_mode():
@@ -134,7 +134,7 @@ class Engine:
         Raises:
             SequenceError: as in `embed`.
         """
-        tokens = [self._tokens(sequence, i) for i, sequence in enumerate(sequences)]
+        tokens = self._tokenise(sequences)
         if method == "one-pass":
             return self._score_in_one_pass(tokens)
         return np.array([self._score_by_masking(each) for each in tokens], np.float64)
@@ -166,6 +166,13 @@ class Engine:
                 log_p = torch.log_softmax(self.model.predict(masked).float(), -1).cpu()
             total += log_p[at, tokens[positions]].double().sum().item()
         return total / (end - 1)
+
+    def _tokenise(self, sequences: Sequence[str]) -> list[torch.Tensor]:
+        if isinstance(sequences, str):
+            raise SequenceError(
+                "A list of sequences is needed, but one string was given: use [it]."
+            )
+        return [self._tokens(sequence, index) for index, sequence in enumerate(sequences)]
 
     def _tokens(self, sequence: str, index: int) -> torch.Tensor:
         """One sequence with its specials, [L + specials] int64."""

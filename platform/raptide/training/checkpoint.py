@@ -43,8 +43,8 @@ class Storage:
 
     @classmethod
     def of(cls, folder: str | Path) -> Storage:
-        filesystem, path = pyarrow.fs.FileSystem.from_uri(str(Path(folder).resolve()))
-        return cls(filesystem, path)
+        """The storage of a run on this machine's file systems."""
+        return cls(pyarrow.fs.LocalFileSystem(), str(Path(folder).resolve()))
 
     @classmethod
     def of_ray_train(cls) -> Storage:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from raptide.errors import CheckpointError
 from raptide.model.transformer import Esm
 from raptide.training.checkpoint import ZERO, ZERO_TAG, SavedCheckpoint
 from raptide.training.deepspeed_config import deepspeed_config
 from raptide.training.recipe import Recipe, TrainingSettings
-
-SCRATCH = Path(tempfile.gettempdir()) / "raptide-universal"
-"""Node-local home of checkpoints converted to another number of workers."""
 
 
 def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoint | None) -> Any:
@@ -67,27 +66,45 @@ def load_state(engine: Any, saved: SavedCheckpoint, workers: int) -> None:
 
 
 def _convert_once_per_node(folder: Path, saved: SavedCheckpoint) -> Path:
-    """DeepSpeed's universal form of a checkpoint, cached by the checkpoint's hash."""
+    """DeepSpeed's universal form of a checkpoint, kept until the run converts another one."""
     key = hashlib.sha256(json.dumps(saved.manifest["files"], sort_keys=True).encode()).hexdigest()
-    target = SCRATCH / f"{saved.name}-{key[:16]}"
-    SCRATCH.mkdir(parents=True, exist_ok=True)
-    with (SCRATCH / f"{target.name}.lock").open("w") as lock:
+    cache = _private_folder() / saved.manifest["wandb_run_id"]
+    cache.mkdir(exist_ok=True)
+    target = cache / f"{saved.name}-{key[:16]}"
+    with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            partial = target.with_name(target.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            stage = saved.manifest["recipe"]["training"]["zero_stage"]
-            command = [
-                *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
-                *("--input_folder", str(folder / ZERO_TAG)),
-                *("--output_folder", str(partial)),
-                *(["--inject_missing_state"] if stage < 3 else []),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise RuntimeError(f"DeepSpeed could not convert {saved.name}: {done.stderr}")
+            for other in cache.glob("step-*"):
+                shutil.rmtree(other)
+            partial = cache / "step-partial"
+            _convert(folder / ZERO_TAG, partial, saved)
             partial.rename(target)
     return target
+
+
+def _private_folder() -> Path:
+    """Node-local scratch that nobody else can write to: what lies there will be unpickled."""
+    folder = Path(tempfile.gettempdir()) / f"raptide-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise CheckpointError(
+            f"{folder} belongs to, or can be written by, someone else; remove it, since converted "
+            "checkpoints are kept there."
+        )
+    return folder
+
+
+def _convert(source: Path, target: Path, saved: SavedCheckpoint) -> None:
+    stage = saved.manifest["recipe"]["training"]["zero_stage"]
+    command = [
+        *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
+        *("--input_folder", str(source), "--output_folder", str(target)),
+        *(["--inject_missing_state"] if stage < 3 else []),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"DeepSpeed could not convert {saved.name}: {done.stderr}")
 
 
 def full_state(engine: Any, training: TrainingSettings) -> dict[str, torch.Tensor]:

@@ -81,6 +81,11 @@ def prepare_run(recipe: Recipe, folder: Path, *, resume: bool) -> StreamPlan:
             )
         saved.refuse_other_run(plan.fingerprint(), recipe.training.zero_stage)
         _refuse_other_model(saved, recipe)
+        if saved.step >= recipe.training.steps:
+            raise CheckpointError(
+                f"{folder} has reached step {saved.step} of {recipe.training.steps} already; give "
+                "a larger training.steps to go on."
+            )
     elif folder.exists():
         raise ConfigError(
             f"The run folder {folder} exists already; go on with --resume {folder}, start over "
@@ -103,17 +108,17 @@ def load_resumed(folder: Path) -> Path:
     return folder / RECIPE
 
 
-def pretrain(recipe: Recipe, folder: Path, *, resume: bool = False) -> RunResult:
-    """Run a recipe to its last step. Ray must be running.
+def pretrain(recipe: Recipe, plan: StreamPlan, folder: Path) -> RunResult:
+    """Run a recipe to its last step; `plan` comes from `prepare_run`. Ray must be running.
 
     Raises:
-        RaptideError: what `prepare_run` raises, and a data stall.
         ConfigError: the cluster has too few CPUs or GPUs.
+        StreamStalled: no data came.
+        CorpusError: a block could not be read.
     """
-    plan = prepare_run(recipe, folder, resume=resume)
     device = _choose_device(recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    info = _run_info(folder, resume)
+    info = _run_info(folder)
     (folder / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
     baseline = unigram_ece(plan, heldout_rows(plan, recipe.evaluation))
     board = BoardActor.remote()
@@ -210,10 +215,10 @@ def _choose_device(recipe: Recipe) -> str:
     return device
 
 
-def _run_info(folder: Path, resume: bool) -> dict[str, Any]:
+def _run_info(folder: Path) -> dict[str, Any]:
     """What stays the same through all restarts of a run."""
     file = folder / RUN_INFO
-    if resume and file.exists():
+    if file.exists():
         return json.loads(file.read_text())
     info = {"wandb_run_id": uuid.uuid4().hex[:12]}
     file.write_text(json.dumps(info) + "\n")
