@@ -23,8 +23,9 @@ def job_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run_job(main: Callable[[], None]) -> None:
-    """Run a job: a Raptide error is one line on stderr; SIGTERM cleans up as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    """Run a job: a Raptide error is one line on stderr; SIGTERM and hang-up clean up as Ctrl-C."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     try:
         main()
     except RaptideError as error:

@@ -19,10 +19,10 @@ import ray
 from tqdm import tqdm
 
 from commandline import job_parser, run_job
-from raptide.alphabet import decode_residues
+from raptide.alphabet import decode_sequences
 from raptide.cluster import local_cpus, ray_session
 from raptide.data.fasta import read_fasta
-from raptide.errors import ConfigError, find_raptide_error
+from raptide.errors import ConfigError, SequenceError, plain_errors
 from raptide.training.checkpoint import find_bundle
 
 BATCH_SEQUENCES = 256
@@ -36,11 +36,19 @@ class Embedder:
 
         self._engine = Engine.load(bundle)
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    # A generator: only out of those does Ray Data let our own errors through.
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        limit = self._engine.max_residues
+        for name, length in zip(*(table[c].to_pylist() for c in ("id", "length")), strict=True):
+            if length > limit:
+                raise SequenceError(
+                    f"Record {name!r} has {length} residues, but this model takes at most {limit}; "
+                    "cut it into domains, or leave it out."
+                )
         vectors = np.asarray(self._engine.embed(table["sequence"].to_pylist()))
         flat = pa.array(vectors.ravel(), pa.float32())
         embeddings = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-        return table.select(["id", "length"]).append_column("embedding", embeddings)
+        yield table.select(["id", "length"]).append_column("embedding", embeddings)
 
 
 def main() -> None:
@@ -52,6 +60,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.output.exists():
         raise ConfigError(f"{args.output} exists already; remove it or choose another --output.")
+    if args.workers < 1:
+        raise ConfigError(f"--workers needs at least 1, but {args.workers} was given.")
     bundle = find_bundle(args.model)
     with ray_session(num_cpus=args.workers + local_cpus(), verbose=args.verbose):
         count = embed(bundle, args.input, args.output, args.workers)
@@ -83,20 +93,17 @@ def embed(bundle: Path, inputs: list[Path], output: Path, workers: int) -> int:
     )
     partial = output.with_name(output.name + ".partial")
     try:
-        count = _write(dataset.iter_batches(batch_size=None, batch_format="pyarrow"), partial)
-    except Exception as error:
+        with plain_errors():
+            count = _write(dataset.iter_batches(batch_size=None, batch_format="pyarrow"), partial)
+    except BaseException:
         partial.unlink(missing_ok=True)
-        if (cause := find_raptide_error(error)) is not None:
-            raise cause from None
         raise
     partial.rename(output)
     return count
 
 
 def _to_table(names: list[str], residues: bytes, lengths: np.ndarray) -> pa.Table:
-    ids = np.frombuffer(residues, np.uint8)
-    ends = np.cumsum(lengths)
-    sequences = [decode_residues(ids[a:b]) for a, b in zip(ends - lengths, ends, strict=True)]
+    sequences = decode_sequences(np.frombuffer(residues, np.uint8), lengths)
     return pa.table({"id": names, "length": lengths, "sequence": sequences})
 
 

@@ -11,8 +11,6 @@ newest checkpoint that is complete, with the very next batch.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 from commandline import job_parser, run_job
@@ -20,7 +18,7 @@ from raptide.cluster import DATA_CPUS, ray_session
 from raptide.config import load_settings
 from raptide.errors import ConfigError
 from raptide.training.recipe import Recipe
-from raptide.training.trainer import RunResult, load_resumed, prepare_run, pretrain, remove_run
+from raptide.training.trainer import RunResult, load_resumed, prepare_run, pretrain
 
 
 def main() -> None:
@@ -40,13 +38,10 @@ def main() -> None:
     file = load_resumed(args.resume) if args.resume else args.config
     recipe = load_settings(Recipe, file, args.overrides)
     folder = args.resume or args.output or Path("runs") / recipe.name
-    if args.replace:
-        remove_run(folder)
-    plan = prepare_run(recipe, folder, resume=bool(args.resume))
+    plan = prepare_run(recipe, folder, resume=bool(args.resume), replace=args.replace)
     cpus = recipe.cluster.workers * recipe.cluster.cpus_per_worker + DATA_CPUS
     with ray_session(num_cpus=cpus, verbose=args.verbose):
-        result = pretrain(recipe, plan, folder)
-    (folder / "result.json").write_text(json.dumps(asdict(result), default=str, indent=1) + "\n")
+        result = pretrain(recipe, plan, folder, replace=args.replace)
     _print_summary(result)
 
 
@@ -60,7 +55,7 @@ def _print_summary(result: RunResult) -> None:
         f"  metrics   {result.folder / 'metrics.jsonl'}\n"
         f"Serve it:   serve run serve.app:build model={result.bundle}"
     )
-    if result.wandb_mode == "offline":
+    if result.wandb_offline:
         print(f"W&B:        wandb sync {result.folder}/wandb/offline-run-*")
 
 

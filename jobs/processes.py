@@ -30,7 +30,12 @@ def no_orphans() -> Iterator[None]:
     try:
         yield
     finally:
+        # An impatient second Ctrl-C must not stop this.
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
         _end(psutil.Process().children(recursive=True), first_wait_s=5.0)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ import yaml
 from commandline import job_parser, run_job
 from processes import no_orphans, run, running
 from raptide import Corpus, CorpusError, Engine, RaptideError
-from raptide.alphabet import decode_residues
+from raptide.alphabet import decode_sequences
 from raptide.data.corpus import sha256_of_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,11 +77,16 @@ def build_corpus(source: Path) -> Corpus:
         if _is_up_to_date(source):
             print(f"Reusing {CORPUS}: it was built from the same file ({source.name}).")
             return Corpus.open(CORPUS)
+        Corpus.open(CORPUS)  # whatever else lies there is not ours to delete
         print(f"Replacing {CORPUS}: it was built from something else than {source.name}.")
-        shutil.rmtree(CORPUS)
+    fresh = CORPUS.with_name("demo.new")
+    shutil.rmtree(fresh, ignore_errors=True)
     _job(
-        "build_corpus.py", "--input", source, "--output", CORPUS, "--block-residues", BLOCK_RESIDUES
+        *("build_corpus.py", "--input", source, "--output", fresh),
+        *("--block-residues", BLOCK_RESIDUES),
     )
+    shutil.rmtree(CORPUS, ignore_errors=True)
+    fresh.rename(CORPUS)
     return Corpus.open(CORPUS)
 
 
@@ -146,11 +150,10 @@ def _column(answer: httpx.Response, field: str) -> np.ndarray:
 
 
 def _some_sequences(corpus: Corpus) -> list[str]:
-    """A few held-out proteins of moderate length."""
+    """A few held-out proteins, the shortest of the first block, so that masking is quick."""
     block = corpus.read_block(corpus.blocks("heldout")[0])
-    splits = block.residue_splits
-    letters = [decode_residues(block.residues[a:b]) for a, b in pairwise(splits)]
-    return [sequence for sequence in letters if len(sequence) <= 500][:CHECKED_SEQUENCES]
+    letters = decode_sequences(block.residues, np.diff(block.residue_splits))
+    return sorted(letters, key=len)[:CHECKED_SEQUENCES]
 
 
 def _serve_config(bundle: Path, port: int) -> dict[str, Any]:
@@ -227,9 +230,10 @@ def print_summary(summary: dict[str, Any], bundle: Path) -> None:
         "Try next:\n"
         f"  .venv/bin/serve run serve.app:build model={RUN}     # then http://127.0.0.1:8000/docs\n"
         f"  .venv/bin/python jobs/embed_proteins.py --model {RUN} --input my.fasta "
-        "--output embeddings.parquet\n"
-        f"  .venv/bin/wandb sync {RUN}/wandb/offline-run-*       # the run in W&B"
+        "--output embeddings.parquet"
     )
+    if any((RUN / "wandb").glob("offline-run-*")):
+        print(f"  .venv/bin/wandb sync {RUN}/wandb/offline-run-*       # the run in W&B")
     if not learned:
         sys.exit(1)
 

@@ -64,7 +64,7 @@ class TokenBatcher:
         Raises:
             QueueFull: too many tokens wait already.
         """
-        costs = [_tokens(kind, sequence) for sequence in sequences]
+        costs = [tokens_to_compute(kind[1], len(sequence)) for sequence in sequences]
         needed = sum(costs)
         if self._queue and self.queued_tokens + needed > self._max_queued_tokens:
             raise QueueFull("Too many residues are waiting; try again in a second.")
@@ -119,7 +119,6 @@ class TokenBatcher:
         return batch
 
 
-def _tokens(kind: Kind, sequence: str) -> int:
-    """Tokens of one pass, times a pass per residue where each is masked in turn."""
-    passes = len(sequence) if "pseudo-ppl" in kind else 1
-    return passes * (len(sequence) + 2)
+def tokens_to_compute(option: str, residues: int) -> int:
+    """Tokens of one pass, times a pass per residue where each is masked in turn (pseudo-ppl)."""
+    return (residues + 2) * (residues if option == "pseudo-ppl" else 1)

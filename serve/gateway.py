@@ -4,15 +4,18 @@
 last, after all it uses, and annotations are evaluated at once (no `from __future__`).
 """
 
+import asyncio
 from typing import Any
 
-from fastapi import FastAPI, HTTPException
+from fastapi import HTTPException
+from fastapi_offline import FastAPIOffline
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 import raptide
-from raptide.alphabet import encode_residues
+from raptide.alphabet import decode_residues, encode_residues
 from raptide.errors import SequenceError
+from serve.batcher import tokens_to_compute
 from serve.refusals import overloaded, refusal, register
 from serve.schemas import (
     Embedding,
@@ -28,7 +31,10 @@ from serve.schemas import (
 )
 from serve.settings import ServeSettings
 
-api = FastAPI(
+READY_S = 10.0
+"""Seconds a replica may take to show that it is ready."""
+
+api = FastAPIOffline(  # its docs need no script from elsewhere
     title="Raptide",
     summary="Protein embeddings and scores from one trained checkpoint.",
     version=raptide.__version__,
@@ -50,7 +56,7 @@ class Gateway:
     async def embeddings(self, request: EmbeddingsRequest) -> EmbeddingsResponse:
         """One vector a sequence, or one a residue with `pooling: residue`."""
         model = await self._named(request.model)
-        sequences = self._check(request.input, "input", model)
+        sequences = self._check(request.input, "input", request.pooling, model)
         arrays = self._unless_full(await self._replica.embed.remote(sequences, request.pooling))
         data = [Embedding.of(i, a, request.encoding_format) for i, a in enumerate(arrays)]
         return EmbeddingsResponse(model=model.id, data=data, usage=Usage.of(sequences))
@@ -59,7 +65,7 @@ class Gateway:
     async def scores(self, request: ScoresRequest) -> ScoresResponse:
         """How likely the model finds each sequence."""
         model = await self._named(request.model)
-        sequences = self._check(request.sequences, "sequences", model)
+        sequences = self._check(request.sequences, "sequences", request.method, model)
         scores = self._unless_full(await self._replica.score.remote(sequences, request.method))
         data = [Score.of(index, score) for index, score in enumerate(scores)]
         return ScoresResponse(
@@ -78,9 +84,9 @@ class Gateway:
 
     @api.get("/readyz", responses={503: {"model": ErrorResponse}})
     async def readyz(self) -> dict[str, str]:
-        """A replica has just computed an embedding."""
+        """A replica has just computed an embedding, past the queue."""
         try:
-            await self._replica.embed.remote(["M"], "mean")
+            await asyncio.wait_for(self._replica.probe.remote(), READY_S)
         except Exception:
             raise HTTPException(503, "No replica answers; try again shortly.") from None
         return {"status": "ready"}
@@ -99,8 +105,8 @@ class Gateway:
             )
         return model
 
-    def _check(self, given: str | list[str], param: str, model: Model) -> list[str]:
-        """The sequences of a request, or a refusal that names the first bad one."""
+    def _check(self, given: str | list[str], param: str, option: str, model: Model) -> list[str]:
+        """A request's sequences in plain capitals, or a refusal that names the first bad one."""
         sequences = [given] if isinstance(given, str) else given
         limits = self._settings
         if not sequences:
@@ -112,18 +118,26 @@ class Gateway:
                 f"{len(sequences)} were given; send them in several requests.",
             )
         longest = min(limits.max_residues, model.max_residues)
+        plain = []
         for index, sequence in enumerate(sequences):
             try:
-                residues = len(encode_residues(sequence))
+                plain.append(decode_residues(encode_residues(sequence)))
             except SequenceError as error:
                 raise refusal(param, f"Sequence {index}: {error}") from None
-            if residues > longest:
+            if (residues := len(plain[-1])) > longest:
                 raise refusal(
                     param,
                     f"Sequence {index}: at most {longest} residues are taken, but {residues} were "
                     "given; cut it into domains.",
                 )
-        return sequences
+        cost = sum(tokens_to_compute(option, len(sequence)) for sequence in plain)
+        if cost > limits.max_queued_tokens:
+            raise refusal(
+                param,
+                f"`{param}` would take {cost:,} tokens to compute, more than the "
+                f"{limits.max_queued_tokens:,} that may wait; send fewer or shorter sequences.",
+            )
+        return plain
 
     def _unless_full(self, answers: list[Any] | None) -> list[Any]:
         if answers is None:

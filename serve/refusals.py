@@ -41,8 +41,10 @@ def register(api: FastAPI) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        problem = error.errors()[0]
+        problem: Any = error.errors()[0]
         # The last parts of a place may be pydantic's names for the branches of a union.
+        if problem["type"] == "json_invalid":
+            problem = {"loc": ("body",), "msg": f"broken JSON ({problem['ctx']['error']})"}
         field = str([*problem["loc"], "body"][1])
         message = f"`{field}`: {problem['msg'][:1].lower()}{problem['msg'][1:]}."
         return _answer(422, {"type": "invalid_request", "message": message, "param": field})

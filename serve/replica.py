@@ -30,6 +30,10 @@ class Replica:
         """Serve's probe: the model must answer with numbers."""
         assert np.isfinite(self._engine.embed(["M"])).all(), "the model answers with NaN"
 
+    async def probe(self) -> None:
+        """Returns once the model has answered, beside whatever is being computed."""
+        await asyncio.to_thread(self.check_health)
+
     def describe(self) -> dict[str, Any]:
         """What /v1/models says."""
         model = self._engine.model

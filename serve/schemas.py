@@ -62,7 +62,7 @@ class ScoresRequest(Request):
     """Likelihood of whole sequences."""
 
     sequences: Sequence | list[Sequence] = Field(examples=[["MKTAYIAKQR"]])
-    model: str | None = None
+    model: str | None = Field(None, description="Name as in GET /v1/models; default: the only one")
     method: Literal["pseudo-ppl", "one-pass"] = Field(
         "pseudo-ppl", description="one-pass is cheaper and optimistic: no residue is masked"
     )

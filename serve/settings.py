@@ -28,7 +28,8 @@ class ServeSettings(Settings):
     """Tokens in one forward pass."""
 
     max_queued_tokens: int = Field(262_144, ge=1)
-    """Tokens that may wait at a replica; beyond it requests are refused with 429."""
+    """Tokens that may wait at a replica. A request that finds no room is refused with 429, one that
+    alone takes more with 422; masking each residue in turn takes a pass per residue."""
 
     max_sequences: int = Field(256, ge=1)
     """Sequences in one request."""

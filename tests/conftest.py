@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import tempfile
 from collections.abc import Iterator
 from importlib.resources import files
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from processes import no_orphans
 from raptide.data.build import BuildSettings, build_corpus
 from raptide.data.corpus import Corpus
 
@@ -25,8 +27,21 @@ _token.write_text(secrets.token_hex(32))
 os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token)
 
 
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_outlives_the_session() -> Iterator[None]:
+    """However the session ends, whatever it started is gone afterwards."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    with no_orphans():
+        yield
+
+
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
+def cluster(nothing_outlives_the_session: None) -> Iterator[None]:
     """A local Ray with room for four training workers."""
     from raptide.cluster import ray_session
 

@@ -106,17 +106,27 @@ ESM_35 = Alphabet(
 ALPHABETS = {alphabet.name: alphabet for alphabet in (ESM_33, ESM_35)}
 
 
-def encode_residues(letters: str | bytes) -> np.ndarray:
+LETTERS = bytes.maketrans(
+    bytes(range(FIRST_RESIDUE, FIRST_RESIDUE + len(RESIDUES))), RESIDUES.encode()
+)
+"""256 bytes: residue id to ASCII letter, for `bytes.translate`."""
+
+
+def translate_letters(letters: str) -> bytes:
+    """Letters to residue ids by the rule above, unchecked: what is no residue is BAD_RESIDUE."""
+    ids = letters.encode("ascii", "replace").translate(RESIDUE_IDS, WHITE_SPACE)
+    if ids.endswith(b"\xff") and letters.rstrip().endswith("*"):
+        return ids[:-1]
+    return ids
+
+
+def encode_residues(letters: str) -> np.ndarray:
     """Letters to residue ids [L] uint8.
 
     Raises:
         SequenceError: the sequence is empty, or holds something that is no residue letter.
     """
-    if isinstance(letters, str):
-        letters = letters.encode("ascii", "replace")
-    ids = letters.translate(RESIDUE_IDS, WHITE_SPACE)
-    if ids.endswith(b"\xff") and letters.rstrip(WHITE_SPACE).endswith(b"*"):
-        ids = ids[:-1]
+    ids = translate_letters(letters)
     if not ids:
         raise SequenceError("A sequence needs at least one residue, but this one is empty.")
     bad = ids.find(BAD_RESIDUE)
@@ -126,14 +136,20 @@ def encode_residues(letters: str | bytes) -> np.ndarray:
 
 
 def decode_residues(residues: np.ndarray) -> str:
-    """Residue ids [L] back to letters."""
-    return "".join(RESIDUES[index - FIRST_RESIDUE] for index in residues.tolist())
+    """Residue ids [L] uint8 back to letters."""
+    return residues.tobytes().translate(LETTERS).decode()
 
 
-def describe_bad_residue(letters: bytes, index: int) -> str:
+def decode_sequences(residues: np.ndarray, lengths: np.ndarray) -> list[str]:
+    """Sequences that lie end to end in `residues` [sum of lengths] uint8, as letters."""
+    ends = np.cumsum(lengths)
+    return [decode_residues(residues[a:b]) for a, b in zip(ends - lengths, ends, strict=True)]
+
+
+def describe_bad_residue(letters: str, index: int) -> str:
     """One sentence about the `index`-th non-blank character of `letters`."""
-    character = letters.translate(None, WHITE_SPACE)[index]
-    shown = repr(chr(character)) if 32 < character < 127 else f"the byte 0x{character:02x}"
+    character = "".join(c for c in letters if c not in " \t\r\n")[index]
+    shown = repr(character) if character.isprintable() else f"the character {ord(character):#04x}"
     return (
         f"Residues are the letters A to Z, but position {index + 1} holds {shown}; "
         "remove it, or write X for an unknown residue."

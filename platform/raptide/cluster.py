@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +37,8 @@ def ray_session(*, num_cpus: int, verbose: bool = False) -> Iterator[None]:
     ray.data.DataContext.get_current().enable_progress_bars = verbose or sys.stderr.isatty()
     # Ray Train asks the dashboard, which a local Ray does not start, for its state every second.
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
-    if "RAY_ADDRESS" in os.environ:
+    before = signal.getsignal(signal.SIGTERM)
+    if joins_cluster():
         package = str(Path(__file__).parent)
         ray.init(runtime_env={"py_modules": [package]}, log_to_driver=verbose, logging_level=level)
     else:
@@ -46,10 +49,17 @@ def ray_session(*, num_cpus: int, verbose: bool = False) -> Iterator[None]:
             log_to_driver=verbose,
             logging_level=level,
         )
+    if threading.current_thread() is threading.main_thread() and callable(before):
+        signal.signal(signal.SIGTERM, before)  # Ray puts its own in place, which skips clean-up
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def joins_cluster() -> bool:
+    """Whether jobs join a cluster, rather than start a Ray of their own."""
+    return os.environ.get("RAY_ADDRESS", "local") != "local"
 
 
 def local_cpus() -> int:

@@ -16,6 +16,9 @@ They take that sentence as their only argument, so Ray can pickle them between p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RaptideError(Exception):
     """Base of everything Raptide raises on purpose."""
@@ -75,3 +78,14 @@ def find_raptide_error(error: BaseException | None) -> RaptideError | None:
             return type(current)(str(current).split("\n")[0])
         pending += [*inner, current.__cause__]
     return None
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Within the block, a Raptide error that Ray has wrapped is raised as itself."""
+    try:
+        yield
+    except Exception as error:
+        if (cause := find_raptide_error(error)) is not None:
+            raise cause from None
+        raise

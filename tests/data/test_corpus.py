@@ -105,6 +105,18 @@ def test_the_digest_knows_neither_order_nor_files_nor_compression(built, text, t
     assert other.digest != built.digest
 
 
+def test_records_of_one_name_are_clusters_of_their_own_without_a_tag(tmp_path):
+    (tmp_path / "a.fasta").write_text(">x\nMKLVWWFFYY\n>x\nMKLVWWFFYR\n>y\nMKLVWWFFYD\n")
+    settings = BuildSettings(holdout_fraction=0.0)
+    corpus = build_corpus([tmp_path / "a.fasta"], tmp_path / "corpus", settings)
+    rows = shard_rows(corpus, "train")
+    assert sorted((row["cluster"], row["ids"]) for row in rows) == [
+        ("x", ["x"]),
+        ("x#2", ["x#2"]),
+        ("y", ["y"]),
+    ]
+
+
 def test_damage_is_found_and_named(built, tmp_path):
     import shutil
 
@@ -112,11 +124,19 @@ def test_damage_is_found_and_named(built, tmp_path):
     shutil.copytree(built.path, copy)
     Corpus.open(copy).verify()
     shard = copy / built.manifest["shards"][0]["name"]
+    metadata = pq.read_metadata(shard).row_group(0)
+    chunk = next(
+        metadata.column(i)
+        for i in range(metadata.num_columns)
+        if metadata.column(i).path_in_schema.startswith("members")
+    )
     data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
     shard.write_bytes(data)
     with pytest.raises(CorpusError, match=f"{shard.name} is damaged: expected sha256"):
         Corpus.open(copy).verify()
+    with pytest.raises(CorpusError, match=f"{shard.name}, row group 0 cannot be read"):
+        Corpus.open(copy).read_block(built.blocks("train")[0])
     shard.unlink()
     with pytest.raises(CorpusError, match="no such file"):
         Corpus.open(copy).verify()

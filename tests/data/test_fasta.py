@@ -8,7 +8,7 @@ from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raptide.alphabet import RESIDUES, decode_residues
+from raptide.alphabet import RESIDUES, decode_sequences
 from raptide.data.fasta import read_fasta
 from raptide.errors import FastaError
 
@@ -19,11 +19,7 @@ def read(path, **kwargs):
     """Every record as (name, description, letters)."""
     records = []
     for batch in read_fasta(path, **kwargs):
-        ends = np.cumsum(batch.lengths)
-        ids = np.frombuffer(batch.residues, np.uint8)
-        letters = [
-            decode_residues(ids[a:b]) for a, b in zip(ends - batch.lengths, ends, strict=True)
-        ]
+        letters = decode_sequences(np.frombuffer(batch.residues, np.uint8), batch.lengths)
         records += zip(batch.names, batch.descriptions, letters, strict=True)
     return records
 
@@ -52,6 +48,13 @@ def test_lower_case_stops_j_and_line_breaks(write):
     assert read(write(">x\r\nmkt\r\n\r\nJl*\r\n")) == [("x", "", "MKTXL")]
 
 
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, zstd.compress])
+def test_several_compressed_streams_in_one_file_are_all_read(write, compress):
+    parts = PROTEINS.encode().partition(b">b")
+    packed = compress(parts[0]) + compress(parts[1] + parts[2])
+    assert [record[0] for record in read(write(packed))] == ["a", "b"]
+
+
 names = st.text("abcXYZ0129_|.:", min_size=1)
 sequences = st.text(RESIDUES[:25], min_size=1, max_size=200).filter(
     lambda s: sum(c in "ACGTUN" for c in s) < 0.9 * len(s)
@@ -72,14 +75,18 @@ def test_records_come_back_as_written(tmp_path_factory, records, width):
     ("content", "message"),
     [
         (b"", ":1: the file is empty"),
-        (b"\n\nhello\n>a\nMK\n", ":3: text before the first > line"),
+        (b"hello\n>a\nMK\n", ":1: text before the first > line .'hello'."),
+        (b"\n\n>a\nMK\n", ":1: a blank line before the first > line"),
+        (b"\xef\xbb\xbf>a\nMK\n", ":1: the file starts with a byte-order mark"),
+        (b">a\rMK\r>b\rMK\r", ":1: lines end with CR alone"),
+        (">a\nMKéL\n".encode(), ":1: record 'a': .*position 3 holds 'é'"),
         (b">a\nMK\n>b\n>c\nMK\n", ":3: the record 'b' has no residues"),
         (b">a\nMK\n>b\n", ":3: the record"),
         (b">a\nMK\n>b\n*\n", ":3: the record 'b' has no residues"),
         (b">a\nMK\n>\nMK\n", ":3: a record needs a name"),
         (b">a\nMK\n>b\nMKL\nM1K\n", ":3: record 'b': .*position 5 holds '1'"),
         (b">a\nM-K\n", ":1: record 'a': .*position 2 holds '-'"),
-        (b">a\nMK\0L\n", "byte 0x00"),
+        (b">a\nMK\0L\n", "the character 0x00"),
         (b">a\nACGTACGTNNACGTACGTACGTTTTA\n", ":1: these are nucleotides"),
         (b"@read\nACGT\n+\nIIII\n", ":1: this is FASTQ"),
         (bytes(range(256)), ":1: this is a binary file"),

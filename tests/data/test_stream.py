@@ -118,6 +118,12 @@ def test_the_fingerprint_names_what_differs(plan):
     assert describe_difference(plan.fingerprint(), plan.fingerprint()) is None
 
 
+def test_another_corpus_at_the_same_path_is_refused(plan):
+    other = StreamPlan(plan.corpus_path, "0" * 64, SETTINGS, "esm-33")
+    with pytest.raises(CorpusError, match="all nodes must see one corpus"):
+        prepare_rows(other, 0, 0)
+
+
 def test_a_damaged_block_stops_the_stream_with_its_name(corpus, tmp_path):
     import shutil
 
@@ -126,6 +132,8 @@ def test_a_damaged_block_stops_the_stream_with_its_name(corpus, tmp_path):
     shard = copy / corpus.manifest["shards"][0]["name"]
     shard.write_bytes(shard.read_bytes()[:5000])
     plan = StreamPlan(str(copy), corpus.digest, SETTINGS, "esm-33")
-    feeder = FeederActor.remote(plan, Cursor(), 3, 1)
-    with pytest.raises(CorpusError, match=f"{shard.name}, row group"):
-        list(islice(BatchReader(feeder, 60.0).batches(3), 3))
+    feeder = FeederActor.remote(plan, Cursor(), 3, 2)
+    for _ in range(2):  # every reader is told the same
+        with pytest.raises(CorpusError, match=f"{shard.name}, row group") as caught:
+            list(islice(BatchReader(feeder, 60.0).batches(3), 3))
+        assert "\n" not in str(caught.value)

@@ -15,6 +15,9 @@ from conftest import ROOT
 
 from raptide import Corpus, Engine
 from raptide.data.fasta import read_fasta
+from raptide.model.bundle import save_bundle
+from raptide.model.config import ModelSettings
+from raptide.model.transformer import Esm
 
 JOBS = sorted(p for p in (ROOT / "jobs").glob("*.py") if "def main" in p.read_text())
 
@@ -120,13 +123,50 @@ def test_a_second_demo_says_what_it_reuses_and_replaces_and_a_stop_leaves_nothin
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if "loading DeepSpeed" in line:
+        if "starting workers" in line:
             process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130
     output = "".join(lines)
     assert "Reusing corpora/demo" in output
     assert "Replacing the earlier run in runs/demo; nothing of it is resumed" in output
     assert_nothing_runs(folder)
+
+
+def test_a_typing_error_costs_no_earlier_corpus_or_run(demo):
+    folder, _ = demo
+    done = job("run_demo.py", "--input", "typo.fasta", cwd=folder)
+    assert done.returncode == 2
+    assert "typo.fasta is not there" in done.stderr
+    assert Corpus.open(folder / "corpora/demo").manifest["counts"]["train"]["clusters"] == 1878
+
+
+def test_sigterm_ends_a_job_and_its_ray(demo, tmp_path):
+    """Ray installs a handler of its own, which must not win."""
+    script = str(ROOT / "jobs/pretrain_model.py")
+    config = ["--config", str(ROOT / "jobs/recipes/demo.yaml"), "--output", "run"]
+    command = [sys.executable, script, *config, f"corpus={demo[0]}/corpora/demo"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    while "starting workers" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.strip().splitlines()[-1]) == (130, "interrupted")
+    assert_nothing_runs(tmp_path)
+
+
+def test_a_protein_too_long_for_the_model_is_named(tmp_path):
+    model = Esm(ModelSettings(family="esm1b", layers=1, width=8, heads=2, max_positions=32))
+    save_bundle(tmp_path / "m", model.settings, model.initialise(1).state_dict(), {})
+    (tmp_path / "a.fasta").write_text(">ok\nMKLV\n>long one\n" + "M" * 31 + "\n")
+    done = job(
+        *("embed_proteins.py", "--model", "m", "--input", "a.fasta", "--output", "e.parquet"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert "Record 'long' has 31 residues, but this model takes at most 30" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.fasta", "m"]
 
 
 def test_build_and_embed_a_users_own_file(demo, tmp_path, proteome):

@@ -38,6 +38,7 @@ def client(cluster, bundle):
         port = probe.getsockname()[1]
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
     arguments = {"model": str(bundle), "max_sequences": 8, "max_residues": 500}
+    arguments["max_queued_tokens"] = 100_000
     ray_serve.run(build(arguments), name="raptide")
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60.0) as client:
         yield client
@@ -95,6 +96,12 @@ def test_health_readiness_and_docs(client):
         ("embeddings", {"input": ["MK", ""]}, 422, "Sequence 1: .*at least one residue"),
         ("embeddings", {"input": " "}, 422, "at least one residue"),
         ("embeddings", {"input": ["A" * 501]}, 422, "at most 500 residues .*501"),
+        (
+            "scores",
+            {"sequences": ["A" * 400]},
+            422,
+            "160,800 tokens to compute, more than the 100,000",
+        ),
         ("embeddings", {"input": ["MK"] * 9}, 422, "at most 8 sequences, but 9"),
         ("embeddings", {"input": "MK", "pool": "x"}, 422, "`pool`"),
         ("embeddings", {}, 422, "`input`: field required"),
@@ -119,7 +126,27 @@ def test_broken_json_is_refused(client):
         "/v1/embeddings", content=b"{", headers={"Content-Type": "application/json"}
     )
     assert answer.status_code == 422
-    assert answer.json()["error"]["type"] == "invalid_request"
+    assert answer.json()["error"]["message"].startswith("`body`: broken JSON")
+
+
+def test_white_space_and_a_stop_are_not_billed(client, engine):
+    answer = client.post("/v1/embeddings", json={"input": "mk ta\n*"}).json()
+    assert answer["usage"]["prompt_tokens"] == 4
+    np.testing.assert_allclose(answer["data"][0]["embedding"], engine.embed(["MKTA"])[0], atol=1e-5)
+
+
+def test_a_full_queue_answers_429_with_retry_after(client):
+    body = {"sequences": ["A" * 300]}
+
+    async def ask():
+        async with httpx.AsyncClient(base_url=client.base_url, timeout=60.0) as many:
+            return await asyncio.gather(*(many.post("/v1/scores", json=body) for _ in range(12)))
+
+    answers = asyncio.run(ask())
+    assert {answer.status_code for answer in answers} == {200, 429}
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert refused.headers["Retry-After"] == "1"
+    assert refused.json()["error"]["type"] == "overloaded"
 
 
 def test_many_clients_at_once_get_their_own_answers(client, engine):

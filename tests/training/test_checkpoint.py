@@ -2,9 +2,11 @@ import hashlib
 import json
 
 import pytest
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from raptide.errors import BundleError, CheckpointError
 from raptide.training.checkpoint import CHECKPOINTS, Storage, find_bundle, newest_checkpoint
+from raptide.training.scratch import scratch_folder
 
 FINGERPRINT = {"seed": 1, "batch_rows": 8}
 
@@ -66,6 +68,30 @@ def test_a_broken_one_is_skipped_by_name_and_the_one_before_is_used(run, damage,
     assert folder.exists()
     newest(run, remove_broken=True)
     assert not folder.exists()
+
+
+def test_a_checkpoint_on_another_file_system_is_verified_and_fetched(run, tmp_path):
+    """Any pyarrow file system will do; this one only happens to end on the local disk."""
+    remote = SubTreeFileSystem(str(run), LocalFileSystem())
+    saved = newest_checkpoint(Storage(remote, CHECKPOINTS))
+    local = saved.fetch(tmp_path / "scratch")
+    assert (local / "model/config.json").read_text() == "{}"
+    assert (local / "zero.pt").read_bytes() == b"weights"
+
+
+def test_a_model_may_be_verified_alone(run):
+    (run / CHECKPOINTS / "step-00000030/zero.pt").write_bytes(b"weightz")
+    assert newest(run, only="model/").step == 30
+
+
+def test_scratch_is_private(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = scratch_folder("run", "rank-0")
+    (folder / "left").write_text("from a killed worker")
+    assert not list(scratch_folder("run", "rank-0", empty=True).iterdir())
+    folder.parent.parent.chmod(0o777)
+    with pytest.raises(CheckpointError, match="can be written by, someone else"):
+        scratch_folder("run", "rank-0")
 
 
 def test_nothing_to_resume(tmp_path):

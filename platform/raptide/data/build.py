@@ -32,7 +32,7 @@ from raptide.data.corpus import (
 )
 from raptide.data.fasta import read_fasta
 from raptide.data.shards import ShardReport, write_bucket
-from raptide.errors import CorpusError, find_raptide_error
+from raptide.errors import CorpusError, plain_errors
 
 BUCKET_BLOCKS = 192
 """Blocks a bucket is meant to hold: below a shard's 256, since hashes spread unevenly."""
@@ -44,12 +44,12 @@ class BuildSettings(Settings):
     holdout_fraction: float = Field(0.1, ge=0.0, lt=1.0)
     """Share of clusters held out from training, by hash of the name."""
 
-    block_residues: int = Field(1 << 20, ge=1)
+    block_residues: int = Field(1 << 20, ge=1, le=8 << 20)
     """A block closes when it holds at least this many residues."""
 
     cluster_tag: str | None = None
-    """Header field that names a record's cluster, e.g. `cluster50` for `cluster50=P12345`; None
-    makes each record its own cluster. Records of one name always share a cluster."""
+    """Header field that names a record's cluster, e.g. `cluster50` for `cluster50=P12345`; a record
+    without it belongs to the cluster of its own name. None makes every record its own cluster."""
 
 
 def build_corpus(
@@ -70,16 +70,12 @@ def build_corpus(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        records = _parse(inputs, settings).materialize()
-        residues = int(records.sum("length"))
-        buckets = -(-residues // (settings.block_residues * BUCKET_BLOCKS))
-        reports = _write(records, buckets, partial.resolve(), settings)
+        with plain_errors():
+            records = _parse(inputs, settings).materialize()
+            residues = int(records.sum("length"))
+            buckets = -(-residues // (settings.block_residues * BUCKET_BLOCKS))
+            reports = _write(records, buckets, partial.resolve(), settings)
         _write_manifest(partial, reports, inputs, settings)
-    except Exception as error:
-        shutil.rmtree(partial)
-        if (cause := find_raptide_error(error)) is not None:
-            raise cause from None
-        raise
     except BaseException:
         shutil.rmtree(partial)
         raise
@@ -147,7 +143,13 @@ def _write(
         return table.append_column("bucket", pa.array(bucket.astype(np.int64)))
 
     def write(table: pa.Table) -> pa.Table:
-        reports = write_bucket(table, folder, settings.block_residues, settings.holdout_fraction)
+        reports = write_bucket(
+            table,
+            folder,
+            block_residues=settings.block_residues,
+            holdout_fraction=settings.holdout_fraction,
+            one_each=settings.cluster_tag is None,
+        )
         return pa.table({"report": [json.dumps(report) for report in reports]})
 
     grouped = records.map_batches(add_bucket, batch_format="pyarrow", zero_copy_batch=True)

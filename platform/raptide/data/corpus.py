@@ -160,7 +160,7 @@ class Corpus:
         file = self.path / block["shard"]
         columns = ["cluster", "cluster_size", "first_member", "members"]
         try:
-            with pq.ParquetFile(file) as shard:
+            with pq.ParquetFile(file, page_checksum_verification=True) as shard:
                 return ClusterRows.from_table(shard.read_row_group(block["row_group"], columns))
         except (OSError, pa.ArrowInvalid, IndexError) as error:
             raise CorpusError(

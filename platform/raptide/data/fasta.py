@@ -6,7 +6,10 @@ a protein file must hold, and which line breaks the rule.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +18,7 @@ import needletail
 import numpy as np
 from xopen import xopen
 
-from raptide.alphabet import BAD_RESIDUE, RESIDUE_IDS, WHITE_SPACE, describe_bad_residue
+from raptide.alphabet import BAD_RESIDUE, describe_bad_residue, translate_letters
 from raptide.errors import FastaError
 
 NUCLEOTIDES = b"ACGTUNacgtun"
@@ -64,9 +67,10 @@ def _parse(path: Path) -> Iterator[tuple[str, str]]:
     _refuse_other_files(path)
     seen = 0
     try:
-        for record in needletail.parse_fastx_file(str(path)):
-            yield record.id, record.seq
-            seen += 1
+        with _readable_by_needletail(path) as file:
+            for record in needletail.parse_fastx_file(str(file)):
+                yield record.id, record.seq
+                seen += 1
     except needletail.NeedletailError as error:
         if "end of input" in str(error):
             _refuse_empty_record(path, seen, "")
@@ -78,33 +82,57 @@ def _parse(path: Path) -> Iterator[tuple[str, str]]:
         ) from None
 
 
+@contextmanager
+def _readable_by_needletail(path: Path) -> Iterator[Path]:
+    """The file itself, or a plain copy: of bz2 and xz, needletail reads the first stream alone."""
+    with path.open("rb") as file:
+        if not file.read(6).startswith((b"BZh", b"\xfd7zXZ\0")):
+            yield path
+            return
+    with tempfile.NamedTemporaryFile(prefix="raptide-", suffix=".fasta") as plain:
+        try:
+            with xopen(path, "rb", threads=0) as packed:
+                shutil.copyfileobj(packed, plain, 1 << 20)
+        except (OSError, EOFError, ValueError) as error:
+            raise _not_decompressed(path, error) from None
+        plain.flush()
+        yield Path(plain.name)
+
+
 def _refuse_other_files(path: Path) -> None:
-    """Refuse what is no FASTA at all, by the file's first non-blank line."""
+    """Refuse what is no FASTA at all, by the file's first line."""
     try:
         with xopen(path, "rb", threads=0) as file:
-            line_number, line = next(
-                ((n, text) for n, text in enumerate(file, 1) if text.strip()), (1, b"")
-            )
+            line = file.readline()
     except (OSError, EOFError, ValueError) as error:
-        raise FastaError(f"{path}: cannot be decompressed ({error}); fetch it again.") from None
-    if not line:
-        raise FastaError(f"{path}:1: the file is empty; a FASTA file starts with a > line.")
-    if line.startswith(b">"):
-        return
-    if b"\0" in line or sum(byte > 126 for byte in line) > len(line) // 4:
-        raise FastaError(f"{path}:{line_number}: this is a binary file, not FASTA text.")
-    if line.startswith(b"@"):
-        raise FastaError(f"{path}:{line_number}: this is FASTQ (reads of DNA), not protein FASTA.")
+        raise _not_decompressed(path, error) from None
     shown = line[:20].decode("utf-8", "replace").strip()
-    raise FastaError(
-        f"{path}:{line_number}: text before the first > line ({shown!r}); "
-        "every record starts with a line like >name."
-    )
+    if not line:
+        problem = "the file is empty; a FASTA file starts with a > line"
+    elif line.startswith(b">"):
+        if b"\r" not in line.rstrip(b"\r\n"):
+            return
+        problem = "lines end with CR alone, as on old Macs; convert them to LF"
+    elif line.startswith(b"\xef\xbb\xbf"):
+        problem = "the file starts with a byte-order mark; save it as UTF-8 without one"
+    elif b"\0" in line or sum(byte > 126 for byte in line) > len(line) // 4:
+        problem = "this is a binary file, not FASTA text"
+    elif line.startswith(b"@"):
+        problem = "this is FASTQ (reads of DNA), not protein FASTA"
+    elif not shown:
+        problem = "a blank line before the first > line; remove it"
+    else:
+        problem = f"text before the first > line ({shown!r}); records start with a line like >name"
+    raise FastaError(f"{path}:1: {problem}.")
+
+
+def _not_decompressed(path: Path, error: Exception) -> FastaError:
+    return FastaError(f"{path}: cannot be decompressed ({error}); fetch it again.")
 
 
 def _refuse_nucleotides(path: Path, records: list[tuple[str, str]]) -> None:
     letters = "".join(seq for _, seq in records).encode("ascii", "replace")
-    letters = letters.translate(None, WHITE_SPACE)
+    letters = letters.translate(None, b" \t\r\n")
     others = len(letters.translate(None, NUCLEOTIDES))
     if len(letters) >= 20 and others < (1 - NUCLEOTIDE_SHARE) * len(letters):
         raise FastaError(
@@ -126,9 +154,7 @@ def _encode(path: Path, first: int, records: list[tuple[str, str]]) -> FastaBatc
     names, descriptions, chunks = [], [], []
     for offset, (header, letters) in enumerate(records):
         name, description = [*header.split(maxsplit=1), "", ""][:2]
-        ids = letters.encode("ascii", "replace").translate(RESIDUE_IDS, WHITE_SPACE)
-        if ids.endswith(b"\xff") and letters.rstrip().endswith("*"):
-            ids = ids[:-1]
+        ids = translate_letters(letters)
         if not ids:
             _refuse_empty_record(path, first + offset, header)
         if not name:
@@ -140,8 +166,7 @@ def _encode(path: Path, first: int, records: list[tuple[str, str]]) -> FastaBatc
     joined = b"".join(chunks)
     if BAD_RESIDUE in joined:
         index, ids = next((i, ids) for i, ids in enumerate(chunks) if BAD_RESIDUE in ids)
-        text = records[index][1].encode("ascii", "replace")
-        problem = describe_bad_residue(text, ids.find(BAD_RESIDUE))
+        problem = describe_bad_residue(records[index][1], ids.find(BAD_RESIDUE))
         line = _line_of_record(path, first + index)
         raise FastaError(f"{path}:{line}: record {names[index]!r}: {problem}")
     lengths = np.fromiter(map(len, chunks), np.int64, len(chunks))

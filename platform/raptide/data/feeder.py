@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError
 
 from raptide.data.stream import Cursor, GlobalBatch, StreamPlan, global_batches
-from raptide.errors import StreamStalled, find_raptide_error
+from raptide.errors import StreamStalled, plain_errors
 
 IN_FLIGHT = 4
 """Batches a worker asks for ahead of the one it works on."""
@@ -29,6 +29,7 @@ class Feeder:
         self._num_readers = num_readers
         self._produced = 0
         self._kept: dict[int, tuple[Any, int]] = {}
+        self._failure: Exception | None = None
 
     def fetch(self, index: int) -> list[Any]:
         """A list with the reference of batch `index`; each reader asks once, in order."""
@@ -41,10 +42,13 @@ class Feeder:
         return [reference]
 
     def _next(self) -> GlobalBatch:
-        try:
-            return next(self._batches)
-        except Exception as error:  # a bad block, as Ray Data wraps it
-            raise find_raptide_error(error) or error from None
+        if self._failure is None:
+            try:
+                with plain_errors():
+                    return next(self._batches)
+            except Exception as error:
+                self._failure = error
+        raise self._failure  # the same for every reader
 
 
 FeederActor = ray.remote(num_cpus=0)(Feeder)
@@ -77,14 +81,11 @@ class BatchReader:
 
     def _get(self, answer: Any) -> GlobalBatch:
         try:
-            (reference,) = ray.get(answer, timeout=self._timeout_s)
-            return ray.get(reference, timeout=self._timeout_s)
+            with plain_errors():
+                (reference,) = ray.get(answer, timeout=self._timeout_s)
+                return ray.get(reference, timeout=self._timeout_s)
         except GetTimeoutError:
             raise StreamStalled(
                 f"No batch came within {self._timeout_s:.0f} s: a data stall, not a slow model; "
                 "check that the cluster has free logical CPUs for the data tasks."
             ) from None
-        except RayError as error:
-            if (cause := find_raptide_error(error)) is not None:
-                raise cause from None
-            raise

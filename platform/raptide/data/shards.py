@@ -35,7 +35,12 @@ class ShardReport(TypedDict):
 
 
 def write_bucket(
-    records: pa.Table, folder: Path, block_residues: int, holdout_fraction: float
+    records: pa.Table,
+    folder: Path,
+    *,
+    block_residues: int,
+    holdout_fraction: float,
+    one_each: bool,
 ) -> list[ShardReport]:
     """Write the shards of one bucket and report on each.
 
@@ -44,15 +49,18 @@ def write_bucket(
         folder: where the shards go.
         block_residues: a block closes when it holds at least this many residues.
         holdout_fraction: clusters whose split hash lies below this share are held out.
+        one_each: every record is its own cluster, also where names repeat.
     """
     bucket = records["bucket"][0].as_py()
-    records = _in_corpus_order(records)
+    records, renamed = _number_duplicates(_in_corpus_order(records), one_each)
     held = records["split"].to_numpy() < np.uint64(int(holdout_fraction * 2**64))
     reports: list[ShardReport] = []
     for split, chosen in (("train", ~held), ("heldout", held)):
         part = records.filter(pa.array(chosen))
         if part.num_rows:
             reports += _write_split(part, folder, split, bucket, block_residues)
+    if reports:
+        reports[0]["renamed"] = renamed
     return reports
 
 
@@ -81,15 +89,15 @@ def _in_corpus_order(records: pa.Table) -> pa.Table:
 def _write_split(
     records: pa.Table, folder: Path, split: str, bucket: int, block_residues: int
 ) -> Iterator[ShardReport]:
-    rows, renamed = _cluster_rows(records, block_residues)
+    rows = _cluster_rows(records, block_residues)
     cuts = _block_cuts(rows, block_residues)
     for part, first in enumerate(range(0, len(cuts) - 1, MAX_ROW_GROUPS)):
         shard_cuts = cuts[first : first + MAX_ROW_GROUPS + 1]
         name = f"{split}-{bucket:05d}-{part:02d}.parquet"
-        yield _write_shard(rows, shard_cuts, folder / name, split, renamed if part == 0 else 0)
+        yield _write_shard(rows, shard_cuts, folder / name, split)
 
 
-def _cluster_rows(records: pa.Table, max_residues: int) -> tuple[pa.Table, int]:
+def _cluster_rows(records: pa.Table, max_residues: int) -> pa.Table:
     """Sorted records to cluster rows, none above `max_residues` unless a single member is."""
     lengths = records["length"].to_numpy()
     clusters = records["cluster"].to_pylist()
@@ -108,31 +116,39 @@ def _cluster_rows(records: pa.Table, max_residues: int) -> tuple[pa.Table, int]:
                 held = 0
             held += lengths[member]
         index = end
-    ids, renamed = _unique_names(clusters, records["id"].to_pylist())
+    ids = records["id"].combine_chunks()
     offsets = pa.array([*starts, len(clusters)], pa.int32())
-    table = pa.table(
+    return pa.table(
         {
             "cluster": pa.array([clusters[start] for start in starts], pa.string()),
             "cluster_size": pa.array(sizes, pa.int64()),
             "first_member": pa.array(firsts, pa.int64()),
-            "ids": pa.ListArray.from_arrays(offsets, pa.array(ids, pa.string())),
+            "ids": pa.ListArray.from_arrays(offsets, ids),
             "members": pa.ListArray.from_arrays(offsets, records["residues"].combine_chunks()),
             "lengths": pa.ListArray.from_arrays(offsets, pa.array(lengths, pa.int32())),
         },
         schema=CLUSTER_ROW,
     )
-    return table, renamed
 
 
-def _unique_names(clusters: list[str], ids: list[str]) -> tuple[list[str], int]:
-    """Number the second and later records of one name within a cluster: `a`, `a#2`, `a#3`."""
+def _number_duplicates(records: pa.Table, one_each: bool) -> tuple[pa.Table, int]:
+    """Number the second and later records of one name within a cluster: `a`, `a#2`, `a#3`.
+
+    With `one_each` they become clusters of their own under those names. Returns how many there are.
+    """
+    clusters, ids = records["cluster"].to_pylist(), records["id"].to_pylist()
     seen: dict[tuple[str, str], int] = {}
     unique, renamed = [], 0
     for cluster, name in zip(clusters, ids, strict=True):
         count = seen[cluster, name] = seen.get((cluster, name), 0) + 1
         renamed += count > 1
         unique.append(name if count == 1 else f"{name}#{count}")
-    return unique, renamed
+    if not renamed:
+        return records, 0
+    for column in ("id", "cluster") if one_each else ("id",):
+        index = records.schema.get_field_index(column)
+        records = records.set_column(index, column, pa.array(unique, pa.string()))
+    return records, renamed
 
 
 def _block_cuts(rows: pa.Table, block_residues: int) -> list[int]:
@@ -156,11 +172,11 @@ def _residues_per_row(rows: pa.Table) -> np.ndarray:
     return np.diff(totals[offsets])
 
 
-def _write_shard(
-    rows: pa.Table, cuts: list[int], file: Path, split: Any, renamed: int
-) -> ShardReport:
+def _write_shard(rows: pa.Table, cuts: list[int], file: Path, split: Any) -> ShardReport:
     blocks = []
-    with pq.ParquetWriter(file, CLUSTER_ROW, compression="zstd", use_dictionary=False) as writer:
+    with pq.ParquetWriter(
+        file, CLUSTER_ROW, compression="zstd", use_dictionary=False, write_page_checksum=True
+    ) as writer:
         for group, (start, end) in enumerate(pairwise(cuts)):
             block = rows.slice(start, end - start).combine_chunks()
             writer.write_table(block, row_group_size=block.num_rows)
@@ -182,7 +198,7 @@ def _write_shard(
         rows=shard.num_rows,
         bytes=file.stat().st_size,
         sha256=sha256_of_file(file),
-        renamed=renamed,
+        renamed=0,
         blocks=blocks,
         counts=statistics["counts"],
         lengths=statistics["lengths"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +24,7 @@ from pydantic import Field
 from raptide.alphabet import ALPHABETS
 from raptide.data.corpus import Corpus
 from raptide.data.rows import PackedRows, RowSettings, block_order, pack_block
+from raptide.errors import CorpusError
 
 STREAM_VERSION = 1
 """Raised whenever the same fingerprint would give other rows."""
@@ -102,7 +104,22 @@ class StreamPlan:
             **settings,
         }
 
+    def open_corpus(self) -> Corpus:
+        """The corpus, once it is sure to be the one that was planned with.
+
+        Raises:
+            CorpusError: another corpus lies at its path, on this node.
+        """
+        corpus = Corpus.open(self.corpus_path)
+        if corpus.digest != self.corpus_digest:
+            raise CorpusError(
+                f"{self.corpus_path} has digest {corpus.digest[:16]} on {platform.node()}, but the "
+                f"run was planned with {self.corpus_digest[:16]}; all nodes must see one corpus."
+            )
+        return corpus
+
     def training_blocks(self, corpus: Corpus) -> list[dict[str, Any]]:
+        """The blocks in use, in corpus order."""
         blocks = corpus.blocks("train")
         return blocks[: math.ceil(self.settings.fraction * len(blocks) - 1e-9)]
 
@@ -136,7 +153,7 @@ def prepare_rows(plan: StreamPlan, epoch: int, position: int) -> PackedRows:
 
 @lru_cache(maxsize=4)
 def _open(plan: StreamPlan) -> tuple[Corpus, list[dict[str, Any]]]:
-    corpus = Corpus.open(plan.corpus_path)
+    corpus = plan.open_corpus()
     return corpus, plan.training_blocks(corpus)
 
 

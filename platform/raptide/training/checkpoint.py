@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,13 @@ class SavedCheckpoint:
         return target
 
 
-def newest_checkpoint(storage: Storage, *, remove_broken: bool = False) -> SavedCheckpoint | None:
+def newest_checkpoint(
+    storage: Storage, *, only: str = "", remove_broken: bool = False
+) -> SavedCheckpoint | None:
     """The newest checkpoint that counts, or None.
 
     Args:
+        only: verify the files whose names start so; by default all of them.
         remove_broken: delete newer ones that do not count, so that the steps redone can write
             under their names.
 
@@ -116,7 +119,7 @@ def newest_checkpoint(storage: Storage, *, remove_broken: bool = False) -> Saved
         CheckpointError: a checkpoint has another format version.
     """
     for name in sorted(_checkpoint_names(storage), reverse=True):
-        manifest, problem = _verify(storage, name)
+        manifest, problem = _verify(storage, name, only)
         if manifest is not None:
             return SavedCheckpoint(storage, name, manifest)
         print(f"Skipping checkpoint {name}: {problem}", flush=True)
@@ -136,7 +139,7 @@ def find_bundle(folder: Path) -> Path:
         return folder
     if (folder / MODEL / "config.json").is_file():
         return folder / MODEL
-    saved = newest_checkpoint(Storage.of(folder / CHECKPOINTS))
+    saved = newest_checkpoint(Storage.of(folder / CHECKPOINTS), only=f"{MODEL}/")
     if saved is None:
         raise BundleError(
             f"{folder} is no model folder, no checkpoint, and no run with a complete checkpoint; "
@@ -146,32 +149,48 @@ def find_bundle(folder: Path) -> Path:
 
 
 def save_checkpoint(
-    engine: Any, manifest: dict[str, Any], metrics: dict[str, Any], write_bundle: Any
+    engine: Any,
+    manifest: dict[str, Any],
+    write_bundle: Callable[[Path], None],
+    *,
+    scratch: Path,
+    keep: int,
 ) -> None:
     """Save through Ray Train; every rank calls it. The manifest follows once all files are up.
 
     Args:
         manifest: what rank 0 writes, without `files`.
-        metrics: reported to Ray Train with the checkpoint.
         write_bundle: called with the bundle's folder on rank 0.
+        scratch: an empty folder of this rank, empty again afterwards.
+        keep: the newest checkpoints that stay; older ones go once the manifest is written.
     """
     name = f"step-{manifest['step']:08d}"
-    with tempfile.TemporaryDirectory(prefix="raptide-checkpoint-") as folder:
-        local = Path(folder)
-        engine.save_checkpoint(f"{folder}/{ZERO}", tag=ZERO_TAG, save_latest=False)
-        if dist.get_rank() == 0:
-            write_bundle(local / MODEL)
-        files = _gather_hashes(local)
-        ray.train.report(
-            metrics,
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=name,
-        )
+    engine.save_checkpoint(str(scratch / ZERO), tag=ZERO_TAG, save_latest=False)
+    if dist.get_rank() == 0:
+        write_bundle(scratch / MODEL)
+    files = _gather_hashes(scratch)
+    ray.train.report(
+        {key: manifest[key] for key in ("step", "train_loss", "heldout_ece")},
+        checkpoint=ray.train.Checkpoint.from_directory(str(scratch)),
+        checkpoint_dir_name=name,
+    )
+    for part in scratch.iterdir():
+        shutil.rmtree(part)
     dist.barrier()  # every rank's files are in the storage now
     if dist.get_rank() == 0:
         storage = Storage.of_ray_train()
         full = {"format_version": FORMAT_VERSION, **manifest, "files": files}
         _write_atomically(storage, f"{name}/{MANIFEST}", json.dumps(full, indent=1) + "\n")
+        for old in sorted(_checkpoint_names(storage))[:-keep]:
+            storage.filesystem.delete_dir(f"{storage.path}/{old}")
+
+
+def forget_ray_snapshot(folder: Path) -> None:
+    """Remove Ray Train's own list of a run's checkpoints, so that it cannot refuse to resume.
+
+    It names folders that may be gone since, and is not written atomically.
+    """
+    (folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
 
 
 def _gather_hashes(folder: Path) -> dict[str, str]:
@@ -204,7 +223,7 @@ def _checkpoint_names(storage: Storage) -> Iterator[str]:
             yield info.base_name
 
 
-def _verify(storage: Storage, name: str) -> tuple[dict[str, Any] | None, str]:
+def _verify(storage: Storage, name: str, only: str) -> tuple[dict[str, Any] | None, str]:
     """The manifest if the checkpoint counts, else None and what is wrong with it."""
     folder = f"{storage.path}/{name}"
     try:
@@ -220,6 +239,8 @@ def _verify(storage: Storage, name: str) -> tuple[dict[str, Any] | None, str]:
             f"reads {FORMAT_VERSION}; resume with the version of raptide that wrote it."
         )
     for file_name, expected in manifest["files"].items():
+        if not file_name.startswith(only):
+            continue
         try:
             found = _sha256(storage, f"{folder}/{file_name}")
         except OSError:

@@ -19,6 +19,8 @@ def deepspeed_config(
     training, optimizer = recipe.training, recipe.optimizer
     accumulation = recipe.accumulation(workers)
     zero: dict[str, Any] = {"stage": training.zero_stage}
+    if training.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = training.zero3_keep_whole_below
     if training.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
     if training.offload_parameters:

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -17,11 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raptide.errors import CheckpointError
 from raptide.model.transformer import Esm
 from raptide.training.checkpoint import ZERO, ZERO_TAG, SavedCheckpoint
 from raptide.training.deepspeed_config import deepspeed_config
 from raptide.training.recipe import Recipe, TrainingSettings
+from raptide.training.scratch import scratch_folder
 
 
 def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoint | None) -> Any:
@@ -51,48 +50,32 @@ def needs_conversion(saved: SavedCheckpoint, workers: int) -> bool:
     return stage > 0 and saved.manifest["workers"] != workers
 
 
-def load_state(engine: Any, saved: SavedCheckpoint, workers: int) -> None:
+def load_state(engine: Any, saved: SavedCheckpoint, workers: int, scratch: Path) -> None:
     """Load weights and optimizer state, converted first if the number of workers has changed."""
-    with tempfile.TemporaryDirectory(prefix="raptide-resume-") as scratch:
-        folder = saved.fetch(Path(scratch)) / ZERO
-        tag = ZERO_TAG
-        if needs_conversion(saved, workers):
-            folder = _convert_once_per_node(folder, saved)
-            tag = folder.name
-            folder = folder.parent
-        path, _ = engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
-        assert path is not None, f"DeepSpeed found nothing in {folder}"
-        dist.barrier()
+    folder, tag = saved.fetch(scratch) / ZERO, ZERO_TAG
+    if needs_conversion(saved, workers):
+        converted = _convert_once_per_node(folder, saved)
+        folder, tag = converted.parent, converted.name
+    path, _ = engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
+    assert path is not None, f"DeepSpeed found nothing in {folder}"
+    dist.barrier()
 
 
 def _convert_once_per_node(folder: Path, saved: SavedCheckpoint) -> Path:
     """DeepSpeed's universal form of a checkpoint, kept until the run converts another one."""
     key = hashlib.sha256(json.dumps(saved.manifest["files"], sort_keys=True).encode()).hexdigest()
-    cache = _private_folder() / saved.manifest["wandb_run_id"]
-    cache.mkdir(exist_ok=True)
+    cache = scratch_folder(saved.manifest["wandb_run_id"], "universal")
     target = cache / f"{saved.name}-{key[:16]}"
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            for other in cache.glob("step-*"):
+            for other in cache.glob("*-*"):
                 shutil.rmtree(other)
-            partial = cache / "step-partial"
-            _convert(folder / ZERO_TAG, partial, saved)
-            partial.rename(target)
+            # A name of its own: the conversion of a killed worker may still be writing.
+            partial = Path(tempfile.mkdtemp(prefix="partial-", dir=cache))
+            _convert(folder / ZERO_TAG, partial / target.name, saved)
+            (partial / target.name).rename(target)
     return target
-
-
-def _private_folder() -> Path:
-    """Node-local scratch that nobody else can write to: what lies there will be unpickled."""
-    folder = Path(tempfile.gettempdir()) / f"raptide-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise CheckpointError(
-            f"{folder} belongs to, or can be written by, someone else; remove it, since converted "
-            "checkpoints are kept there."
-        )
-    return folder
 
 
 def _convert(source: Path, target: Path, saved: SavedCheckpoint) -> None:
@@ -110,7 +93,8 @@ def _convert(source: Path, target: Path, saved: SavedCheckpoint) -> None:
 def full_state(engine: Any, training: TrainingSettings) -> dict[str, torch.Tensor]:
     """All weights in fp32 on the CPU; every rank calls it, rank 0 gets them, the others nothing.
 
-    Under bf16 and fp16 these are the optimizer's master weights, so a bundle loses nothing.
+    Under bf16 and fp16 these are the optimizer's master weights, so a bundle loses nothing (but for
+    fp16 at stage 0, where DeepSpeed gives the rounded ones).
     """
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param

@@ -24,7 +24,7 @@ from raptide.alphabet import ALPHABETS, FIRST_RESIDUE, RESIDUES
 from raptide.data.corpus import Corpus
 from raptide.data.rows import PackedRows, draw_members, pack_block
 from raptide.data.stream import StreamPlan
-from raptide.errors import CorpusError
+from raptide.errors import CorpusError, plain_errors
 from raptide.training.batches import micro_batches, share_bounds
 from raptide.training.recipe import EvaluationSettings
 
@@ -53,7 +53,7 @@ def heldout_rows(plan: StreamPlan, settings: EvaluationSettings) -> PackedRows:
     Raises:
         CorpusError: the corpus holds nothing out.
     """
-    corpus = Corpus.open(plan.corpus_path)
+    corpus = plan.open_corpus()
     blocks = corpus.blocks("heldout")[: settings.blocks]
     if not blocks:
         raise CorpusError(
@@ -108,15 +108,16 @@ def unigram_ece(plan: StreamPlan, rows: PackedRows) -> Ece:
     The training split is counted under the sampling in use (epoch 0), by Ray Data; one is added to
     each letter's count, so that a letter unseen in training is not impossible.
     """
-    blocks = plan.training_blocks(Corpus.open(plan.corpus_path))
+    blocks = plan.training_blocks(plan.open_corpus())
 
     def count(places: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        corpus = Corpus.open(plan.corpus_path)
+        corpus = plan.open_corpus()
         yield {"counts": np.stack([_count_block(plan, corpus, blocks[i]) for i in places["id"]])}
 
     tasks = min(len(blocks), 256)
     counted = ray.data.range(len(blocks), override_num_blocks=tasks).map_batches(count)
-    seen = np.sum([batch["counts"].sum(0) for batch in counted.iter_batches()], axis=0) + 1
+    with plain_errors():
+        seen = np.sum([batch["counts"].sum(0) for batch in counted.iter_batches()], axis=0) + 1
     nats = -np.log(seen / seen.sum())
     masked = rows.tokens == ALPHABETS[plan.alphabet].mask
     asked = [_letters(rows.targets), _letters(rows.targets[masked])]

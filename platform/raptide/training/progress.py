@@ -12,7 +12,12 @@ from typing import Any
 import ray
 from tqdm import tqdm
 
+from raptide.errors import RaptideError
+
 POLL_S = 0.5
+BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
+"""tqdm's own estimate counts the start-up and the steps before a resume, so it is left out."""
+
 LINE_EVERY_S = 15.0
 """Seconds between two lines where there is no terminal to redraw."""
 
@@ -23,11 +28,19 @@ class Board:
     def __init__(self) -> None:
         self._state: dict[str, Any] = {}
         self._attempts = 0
+        self._mistake: RaptideError | None = None
 
     def begin_attempt(self) -> int:
-        """How often the workers have started; 1 for the first time."""
+        """How often the workers have started; 1 for the first time, 0 if they should give up."""
         self._attempts += 1
-        return self._attempts
+        return 0 if self._mistake else self._attempts
+
+    def give_up(self, mistake: RaptideError) -> None:
+        """Keep an error that no restart can mend."""
+        self._mistake = mistake
+
+    def mistake(self) -> RaptideError | None:
+        return self._mistake
 
     def post(self, state: dict[str, Any]) -> None:
         self._state = {**self._state, **state}
@@ -58,7 +71,9 @@ def _states(board: Any, stop: threading.Event) -> Iterator[dict[str, Any]]:
     while True:
         last = stop.wait(POLL_S)
         try:
-            yield ray.get(board.read.remote(), timeout=10)
+            yield ray.get(board.read.remote(), timeout=POLL_S)
+        except ray.exceptions.GetTimeoutError:
+            pass  # a busy machine; the next look will do
         except ray.exceptions.RayError:
             return
         if last:
@@ -66,11 +81,11 @@ def _states(board: Any, stop: threading.Event) -> Iterator[dict[str, Any]]:
 
 
 def _draw_bar(board: Any, total_steps: int, stop: threading.Event) -> None:
-    with tqdm(total=total_steps, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=total_steps, dynamic_ncols=True, bar_format=BAR) as bar:
         for state in _states(board, stop):
             bar.n = state.get("step", 0)
             bar.set_description_str(state.get("phase", "starting workers"))
-            bar.set_postfix_str(_figures(state))
+            bar.set_postfix_str(_figures(state, total_steps))
 
 
 def _print_lines(board: Any, total_steps: int, stop: threading.Event) -> None:
@@ -79,25 +94,22 @@ def _print_lines(board: Any, total_steps: int, stop: threading.Event) -> None:
     for state in _states(board, stop):
         new = f"  {state.get('phase', 'starting workers')}"
         if "loss" in state:
-            new += f": step {state['step']}/{total_steps}, {_figures(state)}"
-            new += f", {_left(state, total_steps)} left"
+            new += f": step {state['step']}/{total_steps}{_figures(state, total_steps)}"
         due = time.monotonic() - printed >= LINE_EVERY_S or stop.is_set()
         if new != line and due:
             print(new, file=sys.stderr, flush=True)
             line, printed = new, time.monotonic()
 
 
-def _figures(state: dict[str, Any]) -> str:
+def _figures(state: dict[str, Any], total_steps: int) -> str:
+    """Loss, held-out ECE, speed and time left, as far as they are known; each after a comma."""
     figures = []
     if "loss" in state:
         figures.append(f"loss {state['loss']:.3f}")
     if "heldout_ece" in state:
         figures.append(f"held-out ECE {state['heldout_ece']:.2f}")
     if "tokens_per_s" in state:
+        seconds = int((total_steps - state["step"]) * state["step_s"])
         figures.append(f"{state['tokens_per_s']:,.0f} tokens/s")
-    return ", ".join(figures)
-
-
-def _left(state: dict[str, Any], total_steps: int) -> str:
-    seconds = int((total_steps - state["step"]) * state.get("step_s", 0.0))
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        figures.append(f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left")
+    return "".join(f", {figure}" for figure in figures)

@@ -12,7 +12,7 @@ from raptide.model.config import ModelSettings
 
 
 class OptimizerSettings(Settings):
-    """Adam, with warm-up and inverse-square-root decay."""
+    """AdamW (Adam where `weight_decay` is 0), with warm-up and inverse-square-root decay."""
 
     lr: float = Field(1e-4, gt=0.0)
     """Learning rate at the end of the warm-up."""
@@ -43,6 +43,9 @@ class TrainingSettings(Settings):
 
     offload_parameters: bool = False
     """Keep the parameters in host memory too (ZeRO 3)."""
+
+    zero3_keep_whole_below: int = Field(100_000, ge=0)
+    """Parameters with fewer elements stay whole on every worker (ZeRO 3)."""
 
     seed: int = Field(1, ge=0, lt=2**63)
     """Seeds the fresh weights."""
@@ -77,7 +80,7 @@ class ClusterSettings(Settings):
 class CheckpointSettings(Settings):
     every_steps: int = Field(1000, ge=1)
     keep: int = Field(3, ge=1)
-    """Newest checkpoints that stay."""
+    """Newest checkpoints that stay, counted by step."""
 
 
 class EvaluationSettings(Settings):

@@ -9,33 +9,36 @@ import shutil
 import statistics
 import subprocess
 import uuid
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.data
 import ray.train
 import yaml
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raptide.cluster import DATA_CPUS
+from raptide.cluster import DATA_CPUS, joins_cluster
 from raptide.data.corpus import Corpus
 from raptide.data.stream import StreamPlan
-from raptide.errors import CheckpointError, ConfigError, find_raptide_error
+from raptide.errors import CheckpointError, ConfigError, CorpusError, plain_errors
 from raptide.training.checkpoint import (
     CHECKPOINTS,
     MODEL,
     SavedCheckpoint,
     Storage,
+    forget_ray_snapshot,
     newest_checkpoint,
 )
 from raptide.training.heldout import UNIFORM_ECE, Ece, heldout_rows, unigram_ece
 from raptide.training.progress import BoardActor, shown
 from raptide.training.recipe import Recipe
-from raptide.training.tracking import METRICS, resolve_mode
+from raptide.training.tracking import METRICS
 from raptide.training.worker import Run, train_worker
 
-RECIPE, RUN_INFO = "recipe.yaml", "run.json"
+RECIPE, RUN_INFO, RESULT = "recipe.yaml", "run.json", "result.json"
 
 
 @dataclass(frozen=True)
@@ -51,24 +54,27 @@ class RunResult:
     uniform_ece: float
     tokens_per_s: float
     """Median over the logged steps, padding not counted."""
-    wandb_mode: str
+    wandb_offline: bool
+    """Whether W&B files wait in the run folder to be synced."""
 
     @property
     def bundle(self) -> Path:
         return self.checkpoint / MODEL
 
 
-def prepare_run(recipe: Recipe, folder: Path, *, resume: bool) -> StreamPlan:
-    """Check a run against its folder and corpus before any worker starts.
+def prepare_run(
+    recipe: Recipe, folder: Path, *, resume: bool = False, replace: bool = False
+) -> StreamPlan:
+    """Check a run against its folder and corpus; changes nothing.
 
     Raises:
-        ConfigError: a new run's folder exists, or a resumed one's does not.
-        CorpusError: the corpus is missing or holds nothing out.
+        ConfigError: a new run's folder exists, or `replace` would delete something else.
+        CorpusError: the corpus is missing, or has nothing to train or evaluate on.
         CheckpointError: the run cannot go on with these settings, or has no good checkpoint.
     """
     corpus = Corpus.open(recipe.corpus)
     plan = StreamPlan(
-        corpus_path=str(Path(recipe.corpus).resolve()),
+        corpus_path=str(corpus.path.resolve()),
         corpus_digest=corpus.digest,
         settings=recipe.stream,
         alphabet=recipe.model.alphabet.name,
@@ -81,15 +87,21 @@ def prepare_run(recipe: Recipe, folder: Path, *, resume: bool) -> StreamPlan:
             )
         saved.refuse_other_run(plan.fingerprint(), recipe.training.zero_stage)
         _refuse_other_model(saved, recipe)
-        if saved.step >= recipe.training.steps:
-            raise CheckpointError(
-                f"{folder} has reached step {saved.step} of {recipe.training.steps} already; give "
-                "a larger training.steps to go on."
-            )
     elif folder.exists():
-        raise ConfigError(
-            f"The run folder {folder} exists already; go on with --resume {folder}, start over "
-            "with --replace, or choose another --output."
+        if not replace:
+            raise ConfigError(
+                f"The run folder {folder} exists already; go on with --resume {folder}, start over "
+                "with --replace, or choose another --output."
+            )
+        if not (folder / RECIPE).is_file():
+            raise ConfigError(
+                f"{folder} is no run folder (no {RECIPE} in it), so it is not replaced; choose "
+                "another --output."
+            )
+    if not plan.training_blocks(corpus):
+        raise CorpusError(
+            f"{recipe.corpus} has no clusters to train on; build it again with more sequences or a "
+            "smaller --holdout-fraction."
         )
     heldout_rows(plan, recipe.evaluation)
     return plan
@@ -108,19 +120,24 @@ def load_resumed(folder: Path) -> Path:
     return folder / RECIPE
 
 
-def pretrain(recipe: Recipe, plan: StreamPlan, folder: Path) -> RunResult:
+def pretrain(recipe: Recipe, plan: StreamPlan, folder: Path, *, replace: bool = False) -> RunResult:
     """Run a recipe to its last step; `plan` comes from `prepare_run`. Ray must be running.
 
+    Args:
+        replace: delete an earlier run in `folder` once everything else is in order.
+
     Raises:
-        ConfigError: the cluster has too few CPUs or GPUs.
+        ConfigError: this machine has too few CPUs or GPUs.
         StreamStalled: no data came.
         CorpusError: a block could not be read.
     """
+    ray.data.DataContext.get_current().enable_progress_bars = False
     device = _choose_device(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    info = _run_info(folder)
-    (folder / RECIPE).write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
-    baseline = unigram_ece(plan, heldout_rows(plan, recipe.evaluation))
+    if replace:
+        shutil.rmtree(folder, ignore_errors=True)
+    info = _run_info(folder, lambda: unigram_ece(plan, heldout_rows(plan, recipe.evaluation)))
+    kept = recipe.model_dump() | {"corpus": plan.corpus_path}
+    (folder / RECIPE).write_text(yaml.safe_dump(kept, sort_keys=False))
     board = BoardActor.remote()
     run = Run(
         recipe=recipe,
@@ -129,16 +146,18 @@ def pretrain(recipe: Recipe, plan: StreamPlan, folder: Path) -> RunResult:
         run_id=info["wandb_run_id"],
         code_version=code_version(),
         device=device,
-        tracking_mode=resolve_mode(recipe.tracking),
         board=board,
     )
     with shown(board, recipe.training.steps):
         _fit(run)
-    return _result(run, folder, baseline)
+    result = _result(run, folder, Ece(**info["unigram_ece"]))
+    (folder / RESULT).write_text(json.dumps(asdict(result), default=str, indent=1) + "\n")
+    return result
 
 
 def _fit(run: Run) -> None:
     recipe, device = run.recipe, run.device
+    forget_ray_snapshot(Path(run.folder) / CHECKPOINTS)
     resources = {"CPU": recipe.cluster.cpus_per_worker, **({"GPU": 1} if device == "cuda" else {})}
     trainer = TorchTrainer(
         train_worker,
@@ -153,21 +172,20 @@ def _fit(run: Run) -> None:
             name=CHECKPOINTS,
             storage_path=run.folder,
             failure_config=ray.train.FailureConfig(max_failures=recipe.cluster.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.checkpoint.keep),
         ),
     )
-    try:
+    with plain_errors():
         trainer.fit()
-    except Exception as error:
-        if (cause := find_raptide_error(error)) is not None:
-            raise cause from None
-        raise
+    mistake = ray.get(run.board.mistake.remote())
+    if mistake is not None:
+        raise mistake
 
 
 def _result(run: Run, folder: Path, baseline: Ece) -> RunResult:
-    saved = newest_checkpoint(Storage.of(folder / CHECKPOINTS))
+    saved = newest_checkpoint(Storage.of(folder / CHECKPOINTS), only=f"{MODEL}/")
     if saved is None or saved.step < run.recipe.training.steps:
         raise CheckpointError(f"{folder} ended without its last checkpoint; run it with --resume.")
+    metrics = (folder / METRICS).read_text().splitlines()
     return RunResult(
         folder=folder,
         checkpoint=folder / CHECKPOINTS / saved.name,
@@ -176,11 +194,8 @@ def _result(run: Run, folder: Path, baseline: Ece) -> RunResult:
         heldout_ece=Ece(**saved.manifest["heldout_ece"]),
         unigram_ece=baseline,
         uniform_ece=UNIFORM_ECE,
-        tokens_per_s=statistics.median(
-            json.loads(line)["speed/tokens_per_s"]
-            for line in (folder / METRICS).read_text().splitlines()
-        ),
-        wandb_mode=run.tracking_mode,
+        tokens_per_s=statistics.median(json.loads(m)["speed/tokens_per_s"] for m in metrics),
+        wandb_offline=any((folder / "wandb").glob("offline-run-*")),
     )
 
 
@@ -194,49 +209,40 @@ def _refuse_other_model(saved: SavedCheckpoint, recipe: Recipe) -> None:
 
 
 def _choose_device(recipe: Recipe) -> str:
-    """The device, once it is sure that the cluster has room for workers and data tasks."""
+    """The device; on this machine's own Ray, once it is sure that workers and data tasks fit.
+
+    A cluster that was joined may still grow, so there Ray waits for what the workers need.
+    """
     total = ray.cluster_resources()
     workers, cluster = recipe.cluster.workers, recipe.cluster
     gpus, cpus = total.get("GPU", 0), total.get("CPU", 0)
     device = cluster.device
     if device == "auto":
         device = "cuda" if gpus >= workers else "cpu"
+    if joins_cluster():
+        return device
     if device == "cuda" and gpus < workers:
         raise ConfigError(
-            f"cluster.workers is {workers}, one GPU each, but the cluster has {gpus:.0f} GPUs; "
-            "lower cluster.workers or add nodes."
+            f"cluster.workers is {workers}, one GPU each, but this machine has {gpus:.0f} GPUs; "
+            "lower cluster.workers, or submit the job to a cluster."
         )
     needed = workers * cluster.cpus_per_worker + DATA_CPUS
     if cpus < needed:
         raise ConfigError(
-            f"{workers} workers and their data tasks need {needed} logical CPUs, but the cluster "
-            f"has {cpus:.0f}; lower cluster.workers or cluster.cpus_per_worker."
+            f"{workers} workers and their data tasks need {needed} logical CPUs, but Ray has "
+            f"{cpus:.0f} here; lower cluster.workers or cluster.cpus_per_worker."
         )
     return device
 
 
-def _run_info(folder: Path) -> dict[str, Any]:
-    """What stays the same through all restarts of a run."""
+def _run_info(folder: Path, measure_unigram: Callable[[], Ece]) -> dict[str, Any]:
+    """What stays the same through all restarts of a run; makes the folder of a new one."""
     file = folder / RUN_INFO
-    if file.exists():
-        return json.loads(file.read_text())
-    info = {"wandb_run_id": uuid.uuid4().hex[:12]}
-    file.write_text(json.dumps(info) + "\n")
-    return info
-
-
-def remove_run(folder: Path) -> None:
-    """Delete an earlier run's folder.
-
-    Raises:
-        ConfigError: the folder holds something else than a run.
-    """
-    if folder.exists() and not (folder / RECIPE).is_file():
-        raise ConfigError(
-            f"{folder} is no run folder (no {RECIPE} in it), so it is not replaced; choose another "
-            "--output."
-        )
-    shutil.rmtree(folder, ignore_errors=True)
+    if not file.exists():
+        info = {"wandb_run_id": uuid.uuid4().hex[:12], "unigram_ece": asdict(measure_unigram())}
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(info) + "\n")
+    return json.loads(file.read_text())
 
 
 def code_version() -> str:

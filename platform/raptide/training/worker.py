@@ -21,6 +21,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from raptide.alphabet import ALPHABETS
 from raptide.data.feeder import BatchReader, FeederActor
 from raptide.data.stream import Cursor, GlobalBatch, StreamPlan
+from raptide.errors import RaptideError
 from raptide.model.bundle import save_bundle
 from raptide.training.batches import micro_batches, share_bounds
 from raptide.training.checkpoint import (
@@ -32,7 +33,8 @@ from raptide.training.checkpoint import (
 from raptide.training.engine import build_engine, full_state, load_state
 from raptide.training.heldout import Ece, HeldoutEvaluator, heldout_rows
 from raptide.training.recipe import Recipe, learning_rate
-from raptide.training.tracking import Tracker
+from raptide.training.scratch import scratch_folder
+from raptide.training.tracking import Tracker, resolve_mode
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,6 @@ class Run:
     """W&B's id, the same through all restarts."""
     code_version: str
     device: str
-    tracking_mode: str
     board: Any
     """Handle of the driver's progress board."""
 
@@ -55,14 +56,23 @@ def train_worker(config: dict[str, Any]) -> None:
     """The Ray Train loop function; `config["run"]` is a `Run`."""
     run: Run = config["run"]
     os.environ["DS_ACCELERATOR"] = run.device
-    with ExitStack() as stack:
-        Worker(run, stack).train()
+    rank = ray.train.get_context().get_world_rank()
+    attempt = ray.get(run.board.begin_attempt.remote()) if rank == 0 else None
+    attempt = broadcast_from_rank_zero(attempt)
+    if attempt == 0:  # Ray Train restarts after any error; this one no restart can mend
+        return
+    try:
+        with ExitStack() as stack:
+            Worker(run, attempt, stack).train()
+    except RaptideError as error:
+        ray.get(run.board.give_up.remote(error))
+        raise
 
 
 class Worker:
     """One rank of a run."""
 
-    def __init__(self, run: Run, stack: ExitStack) -> None:
+    def __init__(self, run: Run, attempt: int, stack: ExitStack) -> None:
         context = ray.train.get_context()
         self._run = run
         self._recipe = run.recipe
@@ -76,14 +86,17 @@ class Worker:
             self._recipe.training.micro_batch_rows,
             self._accumulation,
         )
-        self._attempt = self._begin_attempt()
+        self._attempt = attempt
+        self._scratch = scratch_folder(run.run_id, f"rank-{self._rank:05d}", empty=True)
         self._post(phase="loading DeepSpeed")
         saved = self._choose_checkpoint()
         self._engine = build_engine(self._recipe, self._workers, run.device, saved)
         self._step, self._tokens, cursor = 0, 0, Cursor()
         self._heldout: Ece | None = None
+        self._heldout_step = 0
         if saved is not None:
-            load_state(self._engine, saved, self._workers)
+            load_state(self._engine, saved, self._workers, self._scratch)
+            self._heldout_step = saved.manifest["heldout_step"]
             self._step, self._tokens = saved.step, saved.manifest["tokens"]
             if saved.manifest["heldout_ece"] is not None:
                 self._heldout = Ece(**saved.manifest["heldout_ece"])
@@ -103,12 +116,13 @@ class Worker:
         """All steps that are left."""
         recipe = self._recipe
         self._post(phase="training", step=self._step)
-        self._resumed_at = time.perf_counter()
+        self._step_began = time.perf_counter()
         for batch in self._reader.batches(recipe.training.steps - self._step):
             metrics = self._timed_step(batch)
             last = self._step == recipe.training.steps
             if last or self._step % recipe.evaluation.every_steps == 0:
                 self._heldout = self._evaluator.measure(self._engine)
+                self._heldout_step = self._step
                 metrics["eval/ece"] = self._heldout.all_chosen
                 metrics["eval/ece_masked"] = self._heldout.masked_only
                 self._post(heldout_ece=self._heldout.all_chosen)
@@ -117,7 +131,7 @@ class Worker:
             wanted = self._step % recipe.tracking.log_every == 0 or "eval/ece" in metrics
             if self._tracker is not None and (last or wanted):
                 self._tracker.log(self._step, metrics)
-            self._resumed_at = time.perf_counter()
+            self._step_began = time.perf_counter()
 
     def _timed_step(self, batch: GlobalBatch) -> dict[str, float]:
         rate = learning_rate(self._recipe.optimizer, self._step + 1)
@@ -126,12 +140,11 @@ class Worker:
         self._write_audit(batch)
         tokens = int(sum(s.sum() for s in batch.rows.segments))
         self._tokens += tokens
-        step_s = time.perf_counter() - self._resumed_at
+        step_s = time.perf_counter() - self._step_began
         metrics = {
             "train/loss": loss,
             "train/ece": math.exp(min(loss, 50.0)),
             "train/lr": rate,
-            "train/grad_norm": float(self._engine.get_global_grad_norm() or math.nan),
             "progress/tokens": self._tokens,
             "progress/epoch": batch.next_cursor.epoch,
             "speed/step_s": step_s,
@@ -142,6 +155,8 @@ class Worker:
             "system/workers": self._workers,
             "system/restarts": self._attempt - 1,
         }
+        if (norm := self._engine.get_global_grad_norm()) is not None:  # not at stage 0 in fp32
+            metrics["train/grad_norm"] = float(norm)
         self._post(
             step=self._step, loss=loss, step_s=step_s, tokens_per_s=metrics["speed/tokens_per_s"]
         )
@@ -162,17 +177,17 @@ class Worker:
             "wandb_run_id": run.run_id,
             "train_loss": loss,
             "heldout_ece": asdict(self._heldout) if self._heldout else None,
+            "heldout_step": self._heldout_step,
         }
         state = full_state(self._engine, recipe.training)
         lineage = {name: value for name, value in manifest.items() if name != "cursor"}
-        metrics = {name: manifest[name] for name in ("step", "train_loss", "heldout_ece")}
         save_checkpoint(
             self._engine,
             manifest,
-            metrics,
             lambda folder: save_bundle(folder, recipe.model, state, lineage),
+            scratch=self._scratch,
+            keep=recipe.checkpoint.keep,
         )
-        self._post(checkpoint=self._step)
         return {"speed/checkpoint_s": time.perf_counter() - started}
 
     def _choose_checkpoint(self) -> SavedCheckpoint | None:
@@ -207,7 +222,7 @@ class Worker:
         tracker = Tracker(
             recipe.tracking,
             Path(run.folder),
-            mode=run.tracking_mode,
+            mode=resolve_mode(recipe.tracking),
             run_id=run.run_id,
             name=recipe.name,
             config=config,
@@ -227,10 +242,6 @@ class Worker:
             line = {"step": self._step, "attempt": self._attempt, "rows": rows.tolist()}
             self._audit.write(json.dumps(line) + "\n")
             self._audit.flush()
-
-    def _begin_attempt(self) -> int:
-        attempt = ray.get(self._run.board.begin_attempt.remote()) if self._rank == 0 else None
-        return broadcast_from_rank_zero(attempt)
 
     def _post(self, **state: Any) -> None:
         if self._rank == 0:

@@ -1,0 +1,34 @@
+"""Node-local scratch of a run; checkpoints pass through it, so nobody else may write there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from raptide.errors import CheckpointError
+
+
+def scratch_folder(run_id: str, name: str, *, empty: bool = False) -> Path:
+    """The folder `name` of a run's scratch on this node.
+
+    Args:
+        empty: remove what an earlier, killed worker left there.
+
+    Raises:
+        CheckpointError: the scratch belongs to, or can be written by, another user.
+    """
+    root = Path(tempfile.gettempdir()) / f"raptide-{os.getuid()}"
+    root.mkdir(mode=0o700, exist_ok=True)
+    status = root.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise CheckpointError(
+            f"{root} belongs to, or can be written by, someone else; remove it, since checkpoints "
+            "pass through it."
+        )
+    folder = root / run_id / name
+    if empty:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
