@@ -52,7 +52,7 @@ class Gateway:
         self._replica = replica
         self._model: Model | None = None
 
-    @api.post("/v1/embeddings")
+    @api.post("/v1/embeddings", summary="Embed sequences", tags=["model"])
     async def embeddings(self, request: EmbeddingsRequest) -> EmbeddingsResponse:
         """One vector a sequence, or one a residue with `pooling: residue`."""
         model = await self._named(request.model)
@@ -61,7 +61,7 @@ class Gateway:
         data = [Embedding.of(i, a, request.encoding_format) for i, a in enumerate(arrays)]
         return EmbeddingsResponse(model=model.id, data=data, usage=Usage.of(sequences))
 
-    @api.post("/v1/scores")
+    @api.post("/v1/scores", summary="Score sequences", tags=["model"])
     async def scores(self, request: ScoresRequest) -> ScoresResponse:
         """How likely the model finds each sequence."""
         model = await self._named(request.model)
@@ -72,17 +72,22 @@ class Gateway:
             model=model.id, method=request.method, data=data, usage=Usage.of(sequences)
         )
 
-    @api.get("/v1/models")
+    @api.get("/v1/models", summary="The model and its lineage", tags=["model"])
     async def models(self) -> ModelsResponse:
         """The model being served, and where its weights come from."""
         return ModelsResponse(data=[await self._described()])
 
-    @api.get("/healthz")
+    @api.get("/healthz", summary="Liveness", tags=["operations"])
     async def healthz(self) -> dict[str, str]:
         """The gateway is alive."""
         return {"status": "ok"}
 
-    @api.get("/readyz", responses={503: {"model": ErrorResponse}})
+    @api.get(
+        "/readyz",
+        summary="Readiness",
+        tags=["operations"],
+        responses={503: {"model": ErrorResponse}},
+    )
     async def readyz(self) -> dict[str, str]:
         """A replica has just computed an embedding, past the queue."""
         try:
