@@ -128,8 +128,8 @@ class Worker:
                 self._post(heldout_ece=self._heldout.all_chosen)
             if last or self._step % recipe.checkpoint.every_steps == 0:
                 metrics |= self._save(batch.next_cursor, metrics["train/loss"])
-            wanted = self._step % recipe.tracking.log_every == 0 or "eval/ece" in metrics
-            if self._tracker is not None and (last or wanted):
+            special = "eval/ece" in metrics or "speed/checkpoint_s" in metrics
+            if self._tracker and (special or self._step % recipe.tracking.log_every == 0):
                 self._tracker.log(self._step, metrics)
             self._step_began = time.perf_counter()
 
@@ -207,7 +207,7 @@ class Worker:
         if self._rank == 0:
             left = self._recipe.training.steps - self._step
             feeder = FeederActor.remote(self._run.plan, cursor, left, self._workers)
-        self._feeder = broadcast_from_rank_zero(feeder)
+        self._feeder = broadcast_from_rank_zero(feeder)  # kept: a feeder nobody holds is ended
         return BatchReader(self._feeder, self._recipe.cluster.data_timeout_s)
 
     def _start_tracking(self, stack: ExitStack) -> Tracker | None:
