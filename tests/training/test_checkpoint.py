@@ -5,7 +5,13 @@ import pytest
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from raptide.errors import BundleError, CheckpointError
-from raptide.training.checkpoint import CHECKPOINTS, Storage, find_bundle, newest_checkpoint
+from raptide.training.checkpoint import (
+    CHECKPOINTS,
+    Storage,
+    discard,
+    find_bundle,
+    newest_checkpoint,
+)
 from raptide.training.scratch import scratch_folder
 
 FINGERPRINT = {"seed": 1, "batch_rows": 8}
@@ -65,9 +71,14 @@ def test_a_broken_one_is_skipped_by_name_and_the_one_before_is_used(run, damage,
     assert f"Skipping checkpoint step-00000030: {problem}" in capsys.readouterr().out.replace(
         "it has no manifest.json, so it ", ""
     ).replace("its manifest.json ", "")
-    assert folder.exists()
-    newest(run, remove_broken=True)
-    assert not folder.exists()
+    assert folder.exists(), "looking must not delete"
+
+
+def test_what_an_interrupted_save_left_is_discarded_before_the_next(run):
+    storage = Storage.of(run / CHECKPOINTS)
+    discard(storage, "step-00000030")
+    discard(storage, "step-00000040")  # not there: nothing to do
+    assert newest(run).step == 20
 
 
 def test_a_checkpoint_on_another_file_system_is_verified_and_fetched(run, tmp_path):
@@ -103,7 +114,7 @@ def test_nothing_to_resume(tmp_path):
 def test_another_format_is_refused_and_kept(run):
     folder = write_checkpoint(run, 40, format_version=9)
     with pytest.raises(CheckpointError, match="step-00000040 has checkpoint format 9"):
-        newest(run, remove_broken=True)
+        newest(run)
     assert folder.exists()
 
 

@@ -105,15 +105,11 @@ class SavedCheckpoint:
         return target
 
 
-def newest_checkpoint(
-    storage: Storage, *, only: str = "", remove_broken: bool = False
-) -> SavedCheckpoint | None:
-    """The newest checkpoint that counts, or None.
+def newest_checkpoint(storage: Storage, *, only: str = "") -> SavedCheckpoint | None:
+    """The newest checkpoint that counts, or None; those that do not are left where they are.
 
     Args:
         only: verify the files whose names start so; by default all of them.
-        remove_broken: delete newer ones that do not count, so that the steps redone can write
-            under their names.
 
     Raises:
         CheckpointError: a checkpoint has another format version.
@@ -123,8 +119,6 @@ def newest_checkpoint(
         if manifest is not None:
             return SavedCheckpoint(storage, name, manifest)
         print(f"Skipping checkpoint {name}: {problem}", flush=True)
-        if remove_broken:
-            storage.filesystem.delete_dir(f"{storage.path}/{name}")
     return None
 
 
@@ -169,6 +163,9 @@ def save_checkpoint(
     if dist.get_rank() == 0:
         write_bundle(scratch / MODEL)
     files = _gather_hashes(scratch)
+    if dist.get_rank() == 0:
+        discard(Storage.of_ray_train(), name)
+    dist.barrier()
     ray.train.report(
         {key: manifest[key] for key in ("step", "train_loss", "heldout_ece")},
         checkpoint=ray.train.Checkpoint.from_directory(str(scratch)),
@@ -181,8 +178,15 @@ def save_checkpoint(
         storage = Storage.of_ray_train()
         full = {"format_version": FORMAT_VERSION, **manifest, "files": files}
         _write_atomically(storage, f"{name}/{MANIFEST}", json.dumps(full, indent=1) + "\n")
-        for old in sorted(_checkpoint_names(storage))[:-keep]:
-            storage.filesystem.delete_dir(f"{storage.path}/{old}")
+        for old in sorted(n for n in _checkpoint_names(storage) if n <= name)[:-keep]:
+            discard(storage, old)
+
+
+def discard(storage: Storage, name: str) -> None:
+    """Delete a checkpoint, if it is there: an old one, or what an interrupted save has left."""
+    folder = f"{storage.path}/{name}"
+    if storage.filesystem.get_file_info(folder).type == pyarrow.fs.FileType.Directory:
+        storage.filesystem.delete_dir(folder)
 
 
 def forget_ray_snapshot(folder: Path) -> None:

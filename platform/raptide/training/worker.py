@@ -194,7 +194,7 @@ class Worker:
         """The newest checkpoint that counts, as rank 0 sees it."""
         saved = None
         if self._rank == 0:
-            saved = newest_checkpoint(Storage.of_ray_train(), remove_broken=True)
+            saved = newest_checkpoint(Storage.of_ray_train())
         saved = broadcast_from_rank_zero(saved)
         if saved is not None:
             zero_stage = self._recipe.training.zero_stage
