@@ -85,7 +85,7 @@ def _draw_bar(board: Any, total_steps: int, stop: threading.Event) -> None:
         for state in _states(board, stop):
             bar.n = state.get("step", 0)
             bar.set_description_str(state.get("phase", "starting workers"))
-            bar.set_postfix_str(_figures(state, total_steps))
+            bar.set_postfix_str(", ".join(describe_state(state, total_steps)))
 
 
 def _print_lines(board: Any, total_steps: int, stop: threading.Event) -> None:
@@ -94,15 +94,16 @@ def _print_lines(board: Any, total_steps: int, stop: threading.Event) -> None:
     for state in _states(board, stop):
         new = f"  {state.get('phase', 'starting workers')}"
         if "loss" in state:
-            new += f": step {state['step']}/{total_steps}{_figures(state, total_steps)}"
+            new += f": step {state['step']}/{total_steps}"
+            new += "".join(f", {figure}" for figure in describe_state(state, total_steps))
         due = time.monotonic() - printed >= LINE_EVERY_S or stop.is_set()
         if new != line and due:
             print(new, file=sys.stderr, flush=True)
             line, printed = new, time.monotonic()
 
 
-def _figures(state: dict[str, Any], total_steps: int) -> str:
-    """Loss, held-out ECE, speed and time left, as far as they are known; each after a comma."""
+def describe_state(state: dict[str, Any], total_steps: int) -> list[str]:
+    """Loss, held-out ECE, speed and time left, as far as they are known."""
     figures = []
     if "loss" in state:
         figures.append(f"loss {state['loss']:.3f}")
@@ -112,4 +113,4 @@ def _figures(state: dict[str, Any], total_steps: int) -> str:
         seconds = int((total_steps - state["step"]) * state["step_s"])
         figures.append(f"{state['tokens_per_s']:,.0f} tokens/s")
         figures.append(f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left")
-    return "".join(f", {figure}" for figure in figures)
+    return figures
