@@ -24,7 +24,8 @@ def job_parser(description: str | None) -> argparse.ArgumentParser:
 
 def run_job(main: Callable[[], None]) -> None:
     """Run a job: a Raptide error is one line on stderr; SIGTERM and hang-up clean up as Ctrl-C."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # SIGINT too: where a script starts a job with `&`, it would be ignored, also by the children.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
         main()

@@ -34,7 +34,7 @@ def _interrupt(number: int, frame: object) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def nothing_outlives_the_session() -> Iterator[None]:
     """However the session ends, whatever it started is gone afterwards."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     with no_orphans():
         yield
