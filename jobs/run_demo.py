@@ -60,7 +60,7 @@ def main() -> None:
             difference = serve_and_check(Path(result["checkpoint"]) / "model", corpus)
     summary = summarise(corpus, result, difference, seconds)
     (RUN / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print_summary(summary, Path(result["checkpoint"]) / "model")
+    print_summary(summary)
 
 
 @contextmanager
@@ -79,14 +79,20 @@ def build_corpus(source: Path) -> Corpus:
             return Corpus.open(CORPUS)
         Corpus.open(CORPUS)  # whatever else lies there is not ours to delete
         print(f"Replacing {CORPUS}: it was built from something else than {source.name}.")
-    fresh = CORPUS.with_name("demo.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    _job(
-        *("build_corpus.py", "--input", source, "--output", fresh),
-        *("--block-residues", BLOCK_RESIDUES),
-    )
-    shutil.rmtree(CORPUS, ignore_errors=True)
-    fresh.rename(CORPUS)
+    old = CORPUS.with_name("demo.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if CORPUS.exists():
+        CORPUS.rename(old)
+    try:
+        _job(
+            *("build_corpus.py", "--input", source, "--output", CORPUS),
+            *("--block-residues", BLOCK_RESIDUES),
+        )
+    except BaseException:
+        if old.exists():
+            old.rename(CORPUS)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
     return Corpus.open(CORPUS)
 
 
@@ -215,7 +221,7 @@ def summarise(
     }
 
 
-def print_summary(summary: dict[str, Any], bundle: Path) -> None:
+def print_summary(summary: dict[str, Any]) -> None:
     masked, unigram = (summary[f"{name}_ece_masked_only"] for name in ("heldout", "unigram"))
     learned = summary["heldout_ece"] < summary["unigram_ece"] and masked < unigram
     print(
