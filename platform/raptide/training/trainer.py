@@ -9,10 +9,8 @@ import shutil
 import statistics
 import subprocess
 import uuid
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.data
@@ -133,9 +131,12 @@ def pretrain(recipe: Recipe, plan: StreamPlan, folder: Path, *, replace: bool = 
     """
     ray.data.DataContext.get_current().enable_progress_bars = False
     device = _choose_device(recipe)
-    if replace:
-        shutil.rmtree(folder, ignore_errors=True)
-    info = _run_info(folder, lambda: unigram_ece(plan, heldout_rows(plan, recipe.evaluation)))
+    if replace or not (folder / RUN_INFO).exists():
+        baseline = unigram_ece(plan, heldout_rows(plan, recipe.evaluation))
+        if replace:
+            shutil.rmtree(folder, ignore_errors=True)
+        _write_run_info(folder, baseline)
+    info = json.loads((folder / RUN_INFO).read_text())
     kept = recipe.model_dump() | {"corpus": plan.corpus_path}
     (folder / RECIPE).write_text(yaml.safe_dump(kept, sort_keys=False))
     board = BoardActor.remote()
@@ -235,14 +236,11 @@ def _choose_device(recipe: Recipe) -> str:
     return device
 
 
-def _run_info(folder: Path, measure_unigram: Callable[[], Ece]) -> dict[str, Any]:
-    """What stays the same through all restarts of a run; makes the folder of a new one."""
-    file = folder / RUN_INFO
-    if not file.exists():
-        info = {"wandb_run_id": uuid.uuid4().hex[:12], "unigram_ece": asdict(measure_unigram())}
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(info) + "\n")
-    return json.loads(file.read_text())
+def _write_run_info(folder: Path, baseline: Ece) -> None:
+    """Keep what stays the same through all restarts of a run; makes the folder of a new one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    info = {"wandb_run_id": uuid.uuid4().hex[:12], "unigram_ece": asdict(baseline)}
+    (folder / RUN_INFO).write_text(json.dumps(info) + "\n")
 
 
 def code_version() -> str:

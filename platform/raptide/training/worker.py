@@ -78,13 +78,12 @@ class Worker:
         self._recipe = run.recipe
         self._rank, self._workers = context.get_world_rank(), context.get_world_size()
         self._alphabet = ALPHABETS[run.plan.alphabet]
-        self._accumulation = self._recipe.accumulation(self._workers)
         self._bounds = share_bounds(
             self._recipe.stream.batch_rows,
             self._rank,
             self._workers,
             self._recipe.training.micro_batch_rows,
-            self._accumulation,
+            self._recipe.accumulation(self._workers),
         )
         self._attempt = attempt
         self._scratch = scratch_folder(run.run_id, f"rank-{self._rank:05d}", empty=True)
