@@ -28,6 +28,9 @@ RESIDUES = "LAGVSERTIDPKQNFYMHWCXBUZO.-"
 
 NUM_STANDARD = 20
 
+STANDARD = "ACDEFGHIKLMNPQRSTVWY"
+"""The 20 standard residues in alphabetical order: the columns of a scan."""
+
 BAD_RESIDUE = 0xFF
 """What `RESIDUE_IDS` holds for a byte that is no residue letter."""
 

@@ -15,9 +15,10 @@ from conftest import ROOT
 
 from raptide import Corpus, Engine
 from raptide.data.fasta import read_fasta
-from raptide.model.bundle import save_bundle
+from raptide.model.bundle import write_bundle
 from raptide.model.config import ModelSettings
 from raptide.model.transformer import Esm
+from raptide.model.weights import Weights
 
 JOBS = sorted(p for p in (ROOT / "jobs").glob("*.py") if "def main" in p.read_text())
 
@@ -158,7 +159,7 @@ def test_sigterm_ends_a_job_and_its_ray(demo, tmp_path):
 
 def test_a_protein_too_long_for_the_model_is_named(tmp_path):
     model = Esm(ModelSettings(family="esm1b", layers=1, width=8, heads=2, max_positions=32))
-    save_bundle(tmp_path / "m", model.settings, model.initialise(1).state_dict(), {})
+    write_bundle(tmp_path / "m", Weights.of(model.initialise(1)))
     (tmp_path / "a.fasta").write_text(">ok\nMKLV\n>long one\n" + "M" * 31 + "\n")
     done = job(
         *("embed_proteins.py", "--model", "m", "--input", "a.fasta", "--output", "e.parquet"),

@@ -1,15 +1,15 @@
 """The packed transformer against independent implementations, with the same random weights."""
 
-import esm
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import EsmConfig, EsmForMaskedLM
+from transformers import EsmConfig, EsmForMaskedLM, EsmModel
 
-from raptide.model.bundle import load_bundle
+from raptide.model.bundle import read_weights, write_bundle
 from raptide.model.config import ModelSettings
+from raptide.model.contacts import corrected_maps
 from raptide.model.packed import Packed
 from raptide.model.transformer import Esm
 
@@ -36,7 +36,7 @@ def pack(pieces):
     return Packed(torch.cat(pieces), tuple(map(len, pieces)))
 
 
-def transformers_model(rotary):
+def transformers_model(rotary, **options):
     config = EsmConfig(
         vocab_size=33,
         mask_token_id=32,
@@ -51,6 +51,7 @@ def transformers_model(rotary):
         emb_layer_norm_before=not rotary,
         layer_norm_eps=1e-5,
         initializer_range=0.1,
+        **options,
     )
     model = EsmForMaskedLM(config).eval()
     for name, parameter in model.named_parameters():
@@ -60,12 +61,15 @@ def transformers_model(rotary):
     return model
 
 
-@pytest.mark.parametrize("rotary", [True, False], ids=["esm2", "esm1b"])
+BOTH = pytest.mark.parametrize("rotary", [True, False], ids=["esm2", "esm1b"])
+
+
+@BOTH
 @torch.inference_mode()
 def test_logits_and_layers_equal_transformers(rotary, tmp_path):
     theirs = transformers_model(rotary)
     theirs.save_pretrained(tmp_path)
-    ours, _ = load_bundle(tmp_path)
+    ours = read_weights(tmp_path).build()
     pieces = random_tokens(ours.settings.alphabet)
     padded = pad(pieces)
     answer = theirs(padded, attention_mask=(padded != 1).long(), output_hidden_states=True)
@@ -80,49 +84,46 @@ def test_logits_and_layers_equal_transformers(rotary, tmp_path):
             torch.testing.assert_close(piece, reference[i, : len(piece)], atol=1e-4, rtol=1e-4)
 
 
-ESM1_NAMES = {
-    "embed_tokens.weight": "embed.weight",
-    "embed_out": "head_weight",
-    "embed_out_bias": "head_bias",
-    "self_attn_layer_norm": "attention_norm",
-    "final_layer_norm": "ffn_norm",
-    "self_attn": "attention",
-}
-
-
+@BOTH
 @torch.inference_mode()
-def test_esm1_equals_fair_esm():
-    args = esm.pretrained.Namespace(
-        arch="protein_bert_base",
-        layers=3,
-        embed_dim=48,
-        logit_bias=True,
-        ffn_embed_dim=96,
-        attention_heads=4,
-        max_positions=256,
-        emb_layer_norm_before=False,
-        final_bias=True,
-        token_dropout=False,
-    )
-    theirs = esm.ProteinBertModel(args, esm.Alphabet.from_architecture("ESM-1")).eval()
-    for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    state = {}
-    for name, tensor in theirs.state_dict().items():
-        if "contact_head" in name or "embed_positions" in name:
-            continue
-        for old, new in ESM1_NAMES.items():
-            if name == old or f".{old}." in name:
-                name = name.replace(old, new)
-        state[name] = tensor.flatten() if name.endswith(("bias_k", "bias_v")) else tensor
-    settings = ModelSettings(family="esm1", layers=3, width=48, heads=4, ffn=96)
-    ours = Esm(settings).eval()
-    ours.load_state_dict(state)
-    pieces = random_tokens(settings.alphabet)
-    reference = theirs(pad(pieces))["logits"]
-    packed = pack(pieces)
-    for i, piece in enumerate(ours(packed).split(packed.lengths)):
-        assert (piece - reference[i, : len(piece)]).abs().max() < 1e-4 * reference.abs().max()
+def test_the_bare_encoder_and_its_contacts_equal_transformers(rotary, tmp_path):
+    theirs = transformers_model(rotary, attn_implementation="eager")
+    theirs.esm.contact_head.regression.weight.normal_(std=20)
+    theirs.save_pretrained(tmp_path)
+    ours = read_weights(tmp_path).build()
+    bare = EsmModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    assert ours.contact_head is not None
+    for piece in random_tokens(ours.settings.alphabet):
+        packed = pack([piece])
+        (last,) = ours.represent(packed, [3])
+        hidden = bare(piece[None]).last_hidden_state[0]
+        torch.testing.assert_close(last, hidden, atol=1e-4, rtol=1e-4)
+        mask = torch.ones_like(piece)[None]
+        expected = theirs.predict_contacts(piece[None], mask)[0]
+        mine = ours.contact_head.probabilities(corrected_maps(ours.attention_maps(packed), True))
+        assert (mine - expected).abs().max() < 1e-4
+        assert len(mine) < 10 or expected.std() > 0.05, "too flat to show a difference"
+
+
+@BOTH
+@pytest.mark.parametrize("shard", [None, "40KB"], ids=["one-file", "shards"])
+def test_a_folder_that_transformers_wrote_comes_back_bit_for_bit(rotary, shard, tmp_path):
+    """Read, written by us, and opened by transformers again: the same bits, frequencies too."""
+    theirs = transformers_model(rotary)
+    if rotary:  # the published ones carry the rounding of fp16
+        frequencies = theirs.esm.rotary_embeddings.inv_freq
+        frequencies.copy_(frequencies.half().float())
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard or "1GB")
+    assert (len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1) == (shard is not None)
+    weights = read_weights(tmp_path / "theirs")
+    write_bundle(tmp_path / "ours", weights)
+    again = EsmForMaskedLM.from_pretrained(tmp_path / "ours").state_dict()
+    expected = theirs.state_dict()
+    assert again.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(again[name], tensor), name
+    if rotary:
+        assert torch.equal(weights.build().inv_freq, frequencies)
 
 
 SMALL = {

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import re
 import socket
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -15,9 +16,10 @@ from ray.serve.schema import ServeDeploySchema
 
 from raptide.errors import BundleError, ConfigError
 from raptide.inference.engine import Engine
-from raptide.model.bundle import save_bundle
+from raptide.model.bundle import write_bundle
 from raptide.model.config import ModelSettings
 from raptide.model.transformer import Esm
+from raptide.model.weights import Weights
 from serve.app import build
 
 SEQUENCES = ["MKTAYIAKQR", "GSHMLEDPVAFYW", "M", "LAGVSERTIDPKQNFYMHWC" * 10]
@@ -27,7 +29,8 @@ SEQUENCES = ["MKTAYIAKQR", "GSHMLEDPVAFYW", "M", "LAGVSERTIDPKQNFYMHWC" * 10]
 def bundle(tmp_path_factory):
     model = Esm(ModelSettings(layers=2, width=32, heads=4)).initialise(1)
     folder = tmp_path_factory.mktemp("bundle")
-    save_bundle(folder, model.settings, model.state_dict(), {"step": 5, "corpus_digest": "abc"})
+    lineage = {"step": 5, "corpus_digest": "abc"}
+    write_bundle(folder, replace(Weights.of(model), lineage=lineage))
     return folder
 
 

@@ -17,6 +17,8 @@ from transformers import EsmForMaskedLM
 from raptide.config import parse_settings
 from raptide.errors import CheckpointError, ConfigError, CorpusError, StreamStalled
 from raptide.inference.engine import Engine
+from raptide.model.bundle import read_weights
+from raptide.training.export import read_model, read_zero_weights
 from raptide.training.recipe import Recipe
 from raptide.training.trainer import load_resumed, prepare_run, pretrain
 
@@ -213,6 +215,22 @@ def test_one_worker_gives_the_losses_of_two(whole, corpus, tmp_path):
     assert alone.heldout_ece.all_chosen == pytest.approx(whole.heldout_ece.all_chosen, abs=1e-3)
 
 
+def assert_shards_hold_the_bundle(checkpoint):
+    """A checkpoint without a bundle exports too: the weights come out of DeepSpeed's shards."""
+    bundle = read_weights(checkpoint / "model").state
+    (checkpoint / "model").rename(checkpoint / "elsewhere")
+    shards = read_model(checkpoint)
+    assert shards.lineage["step"] == json.loads((checkpoint / "manifest.json").read_text())["step"]
+    assert shards.state.keys() == bundle.keys()
+    for name, tensor in bundle.items():
+        assert torch.equal(shards.state[name], tensor), name
+    (checkpoint / "elsewhere").rename(checkpoint / "model")
+    victim = min((checkpoint / "zero/state").iterdir())
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=f"{victim.name} is damaged"):
+        read_zero_weights(checkpoint)
+
+
 @pytest.mark.parametrize(
     ("stage", "precision", "before", "after", "tolerance"),
     [
@@ -236,7 +254,8 @@ def test_every_zero_stage_trains_saves_and_resumes_at_any_size(
     curve = losses(whole.folder)
     for step, loss in losses(tmp_path / "run").items():
         assert loss == pytest.approx(curve[step], abs=tolerance), f"step {step}"
-    engine = Engine.load(resumed.bundle)
+    engine = Engine.load(resumed.bundle, dtype="fp32")
     assert engine.lineage["workers"] == after
+    assert_shards_hold_the_bundle(resumed.checkpoint)
     weight = engine.model.layers[0].fc1.weight
     assert not torch.equal(weight, weight.bfloat16().float()), "the bundle lost the fp32 weights"

@@ -1,35 +1,51 @@
-"""The engine: one loaded model, lists of protein sequences in, numpy arrays out.
+"""The engine: one loaded model, protein sequences in, numpy arrays out.
 
-    engine = Engine.load("runs/demo/checkpoints/step-00000400/model")
-    engine.embed(["MKTAYIAKQR", "GSHM"])               # [2, D]
-    engine.embed(["MKTAYIAKQR"], pooling="residue")    # [[10, D]]
-    engine.score_sequences(["MKTAYIAKQR", "GSHM"])     # [2], higher is likelier
+    engine = Engine.load("runs/demo/checkpoints/step-00000300/model")
+    engine.embed(["MKTAYIAKQR", "GSHM"])                      # [2, D]
+    engine.embed(["MKTAYIAKQR"], pooling="residue")           # [[10, D]]
+    engine.score_sequences(["MKTAYIAKQR", "GSHM"])            # [2], higher is likelier
+    engine.score_variants("MKTAYIAKQR", ["K2A", "K2A:Q9E"])   # [2], above 0 is likelier than before
+    engine.scan("MKTAYIAKQR")                                 # [10, 20]
 
-Sequences are packed to a token budget and the order is restored; a sequence's numbers do not
-depend on what else is in the call.
+Where a method takes several sequences, a list gives all results at once, in order, and an iterator
+(a generator, say) gives an iterator that reads ahead a bounded number of residues: for inputs that
+do not fit in memory. A sequence's numbers do not depend on what else is in the call.
+
+Sequences longer than `max_residues` are refused (`long="error"`) or computed in overlapping
+windows (`long="window"`); `inference/windows.py` tells how.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args, overload
 
 import numpy as np
 import torch
 
-from raptide.alphabet import encode_residues
-from raptide.errors import ConfigError, SequenceError
-from raptide.inference.batching import plan_batches
-from raptide.model.bundle import load_bundle
-from raptide.model.packed import Packed
+from raptide.alphabet import FIRST_RESIDUE, RESIDUES, STANDARD
+from raptide.errors import BundleError, ConfigError, SequenceError
+from raptide.inference.forward import Forward, Pooling
+from raptide.inference.inputs import read_ahead, read_sequences
+from raptide.inference.variants import apply_variant, parse_variant
+from raptide.model.bundle import read_weights
 from raptide.model.transformer import Esm
 
-Pooling = Literal["mean", "bos", "residue"]
+Long = Literal["error", "window"]
 ScoreMethod = Literal["pseudo-ppl", "one-pass"]
+VariantMethod = Literal["wt-marginals", "masked-marginals", "pseudo-ppl"]
+ScanMethod = Literal["wt-marginals", "masked-marginals"]
 
-LONGEST_RESIDUES = 16384
-"""Longest sequence taken by models whose positions set no limit of their own."""
+CONTACT_RESIDUES = 2048
+"""Longest sequence whose contacts are computed: memory grows with the square, and is then about
+16 * heads * 2048^2 bytes (1.3 GB at 20 heads)."""
+
+READ_AHEAD_BATCHES = 16
+"""Full batches of residues that are read from an iterator before the next are computed."""
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -38,42 +54,42 @@ class Engine:
     def __init__(
         self, model: Esm, lineage: dict[str, Any], device: torch.device, max_batch_tokens: int
     ) -> None:
-        self.model = model
         self.lineage = lineage
         """Where the weights come from, as the bundle's raptide.json says; {} for strangers'."""
         self.max_batch_tokens = max_batch_tokens
-        self._device = device
-        self._alphabet = model.settings.alphabet
+        self.model = model
+        self._forward = Forward(model, device, max_batch_tokens)
 
     @classmethod
     def load(
         cls,
-        folder: str | Path,
+        path: str | Path,
         *,
         device: str = "auto",
         dtype: Literal["auto", "fp32", "bf16"] = "auto",
         max_batch_tokens: int = 4096,
     ) -> Engine:
-        """Load a bundle.
+        """Load a model.
 
         Args:
-            folder: a model folder: raptide's, or one that transformers wrote for ESM-1b or ESM-2.
+            path: a model folder, raptide's or transformers', or a .pt file of fair-esm.
             device: "auto" takes the first GPU where there is one.
-            dtype: "auto" takes bf16 on GPUs and on CPUs with AMX tiles, fp32 elsewhere.
+            dtype: "auto" takes bf16 where the device multiplies it faster (GPUs from Ampere on,
+                CPUs with AMX or AVX512-BF16), fp32 elsewhere. bf16 embeddings have a cosine above
+                0.9995 with those of fp32.
             max_batch_tokens: tokens in one forward pass; a longer sequence goes alone.
 
         Raises:
-            BundleError: the folder is no such model.
+            BundleError: there is no such model.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         target = torch.device(device)
         if dtype == "auto":
-            fast_bf16 = target.type == "cuda" or torch.cpu._is_amx_tile_supported()
-            dtype = "bf16" if fast_bf16 else "fp32"
-        model, lineage = load_bundle(folder)
-        model = model.to(target, torch.bfloat16 if dtype == "bf16" else torch.float32)
-        return cls(model, lineage, target, max_batch_tokens)
+            dtype = "bf16" if _multiplies_bf16_faster(target) else "fp32"
+        weights = read_weights(path)
+        model = weights.build().to(target, torch.bfloat16 if dtype == "bf16" else torch.float32)
+        return cls(model, dict(weights.lineage), target, max_batch_tokens)
 
     @property
     def width(self) -> int:
@@ -81,50 +97,135 @@ class Engine:
         return self.model.settings.width
 
     @property
+    def tokens(self) -> tuple[str, ...]:
+        """The model's tokens by id: the columns of `logits`."""
+        return self.model.settings.alphabet.tokens
+
+    @property
     def max_residues(self) -> int:
-        """Residues of the longest sequence that is taken."""
-        limit = self.model.settings.max_tokens
-        return limit - self._alphabet.num_specials if limit else LONGEST_RESIDUES
+        """Residues of the longest sequence that is computed whole."""
+        return self._forward.max_residues
 
     @property
     def dtype(self) -> str:
         return "bf16" if self.model.embed.weight.dtype == torch.bfloat16 else "fp32"
 
+    @overload
     def embed(
-        self, sequences: Sequence[str], layers: Sequence[int] = (-1,), pooling: Pooling = "mean"
-    ) -> np.ndarray | list[np.ndarray]:
+        self,
+        sequences: Sequence[str],
+        layers: Sequence[int] = ...,
+        pooling: Pooling = ...,
+        long: Long = ...,
+    ) -> np.ndarray | list[np.ndarray]: ...
+    @overload
+    def embed(
+        self,
+        sequences: Iterator[str],
+        layers: Sequence[int] = ...,
+        pooling: Pooling = ...,
+        long: Long = ...,
+    ) -> Iterator[np.ndarray]: ...
+    def embed(
+        self,
+        sequences: Sequence[str] | Iterator[str],
+        layers: Sequence[int] = (-1,),
+        pooling: Pooling = "mean",
+        long: Long = "error",
+    ) -> np.ndarray | list[np.ndarray] | Iterator[np.ndarray]:
         """Representations of each sequence, fp32.
 
         Args:
             layers: 0 is the embedding, i the output of layer i; negative counts from the last.
-            pooling: "mean" over the residues (specials left out), "bos" the first token, "residue"
-                one vector a residue.
+            pooling: "mean" over the residues (specials left out), "bos" the first token (the mean
+                over the windows of a long sequence), "residue" one vector a residue.
 
         Returns:
             [n, D] for one layer, [n, layers, D] for several; with pooling "residue" a list of
-            [L, D] or [layers, L, D], one per sequence.
+            [L, D] or [layers, L, D], one per sequence. For an iterator, an iterator of the same.
 
         Raises:
             SequenceError: a sequence is empty, too long or holds something that is no residue.
             ConfigError: the model has no such layer.
         """
+        _check("pooling", pooling, Pooling)
+        if not layers:
+            raise ConfigError("At least one layer must be asked for; the last one is -1.")
         wanted = [self._layer(layer) for layer in layers]
-        tokens = self._tokenise(sequences)
-        results: list[Any] = [None] * len(tokens)
-        for indices, packed in self._batches(tokens):
-            with torch.inference_mode():
-                stacked = torch.stack(self.model.represent(packed, wanted), 1)
-            for index, piece_LND in zip(indices, stacked.split(packed.lengths), strict=True):
-                pooled = _pool(piece_LND, pooling, self._alphabet.append_eos)
-                results[index] = pooled[0] if len(wanted) == 1 else pooled
-        if pooling == "residue":
+
+        def compute(residues: list[np.ndarray]) -> list[np.ndarray]:
+            found = self._forward.represent(residues, wanted, pooling)
+            return found if len(wanted) > 1 else [each[0] for each in found]
+
+        results = self._map(sequences, compute, long)
+        if pooling == "residue" or isinstance(results, Iterator):
             return results
         shape = (0, self.width) if len(wanted) == 1 else (0, len(wanted), self.width)
         return np.stack(results) if results else np.empty(shape, np.float32)
 
+    @overload
+    def logits(self, sequences: Sequence[str], long: Long = ...) -> list[np.ndarray]: ...
+    @overload
+    def logits(self, sequences: Iterator[str], long: Long = ...) -> Iterator[np.ndarray]: ...
+    def logits(
+        self, sequences: Sequence[str] | Iterator[str], long: Long = "error"
+    ) -> list[np.ndarray] | Iterator[np.ndarray]:
+        """Logits of each residue over `tokens`, nothing masked, [L, V] fp32 for each sequence.
+
+        Raises:
+            SequenceError: as in `embed`.
+        """
+        return self._map(sequences, self._forward.logits, long)
+
+    @overload
+    def contacts(self, sequences: Sequence[str]) -> list[np.ndarray]: ...
+    @overload
+    def contacts(self, sequences: Iterator[str]) -> Iterator[np.ndarray]: ...
+    def contacts(
+        self, sequences: Sequence[str] | Iterator[str]
+    ) -> list[np.ndarray] | Iterator[np.ndarray]:
+        """Probability that two residues touch (Cβ within 8 Å), [L, L] fp32 for each sequence.
+
+        Raises:
+            BundleError: the model has no contact head.
+            SequenceError: as in `embed`, or a sequence has more than CONTACT_RESIDUES residues.
+        """
+        head = self.model.contact_head
+        if head is None:
+            raise BundleError(
+                "This model has no contact head; fit one with jobs/export_model.py "
+                "--fit-contacts, or load a bundle that has one."
+            )
+
+        def compute(residues: list[np.ndarray]) -> list[np.ndarray]:
+            maps = map(self._forward.corrected_maps, residues)
+            return [head.probabilities(each).cpu().numpy() for each in maps]
+
+        return self._map(sequences, compute, "error", min(self.max_residues, CONTACT_RESIDUES))
+
+    def corrected_maps(self, sequence: str) -> Iterator[np.ndarray]:
+        """What contacts are computed from: corrected attention, [H, L, L] fp32 layer by layer.
+
+        Raises:
+            SequenceError: as in `contacts`.
+        """
+        (residues,) = read_sequences([sequence], min(self.max_residues, CONTACT_RESIDUES))
+        return (maps.cpu().numpy() for maps in self._forward.corrected_maps(residues))
+
+    @overload
     def score_sequences(
-        self, sequences: Sequence[str], method: ScoreMethod = "pseudo-ppl"
-    ) -> np.ndarray:
+        self, sequences: Sequence[str], method: ScoreMethod = ..., long: Long = ...
+    ) -> np.ndarray: ...
+    @overload
+    def score_sequences(
+        self, sequences: Iterator[str], method: ScoreMethod = ..., long: Long = ...
+    ) -> Iterator[float]: ...
+    def score_sequences(
+        self,
+        sequences: Sequence[str] | Iterator[str],
+        method: ScoreMethod = "pseudo-ppl",
+        long: Long = "error",
+    ) -> np.ndarray | Iterator[float]:
         """Mean log likelihood of each sequence's residues in nats, [n] float64; higher is likelier.
 
         "pseudo-ppl" masks one residue at a time (Salazar et al., 2020): exp(-score) is the pseudo
@@ -134,58 +235,105 @@ class Engine:
         Raises:
             SequenceError: as in `embed`.
         """
-        tokens = self._tokenise(sequences)
-        if method == "one-pass":
-            return self._score_in_one_pass(tokens)
-        return np.array([self._score_by_masking(each) for each in tokens], np.float64)
 
-    def _score_in_one_pass(self, tokens: list[torch.Tensor]) -> np.ndarray:
-        scores = np.zeros(len(tokens))
-        for indices, packed in self._batches(tokens):
-            with torch.inference_mode():
-                log_p = torch.log_softmax(self.model(packed).float(), -1)
-            true = log_p.gather(1, packed.tokens_T[:, None])[:, 0]
-            for index, piece in zip(indices, true.split(packed.lengths), strict=True):
-                inner = piece[1:-1] if self._alphabet.append_eos else piece[1:]
-                scores[index] = inner.double().mean().item()
-        return scores
+        _check("method", method, ScoreMethod)
 
-    def _score_by_masking(self, tokens: torch.Tensor) -> float:
-        """Each residue masked in a copy of its own; copies share batches."""
-        end = len(tokens) - (1 if self._alphabet.append_eos else 0)
-        copies = max(1, self.max_batch_tokens // len(tokens))
-        total = 0.0
-        for positions in torch.arange(1, end).split(copies):
-            rows = tokens.repeat(len(positions), 1)
-            at = torch.arange(len(positions))
-            rows[at, positions] = self._alphabet.mask
-            packed = self._pack(list(rows))
-            with torch.inference_mode():
-                (final_TD,) = self.model.represent(packed, [self.model.settings.layers])
-                masked = final_TD[(at * len(tokens) + positions).to(self._device)]
-                log_p = torch.log_softmax(self.model.predict(masked).float(), -1).cpu()
-            total += log_p[at, tokens[positions]].double().sum().item()
-        return total / (end - 1)
+        def compute(residues: list[np.ndarray]) -> list[float]:
+            if method == "pseudo-ppl":
+                return [self._pseudo_log_likelihood(each) / len(each) for each in residues]
+            tables = map(_log_softmax, self._forward.logits(residues))
+            return [
+                _pick(table, each) / len(each) for table, each in zip(tables, residues, strict=True)
+            ]
 
-    def _tokenise(self, sequences: Sequence[str]) -> list[torch.Tensor]:
-        if isinstance(sequences, str):
-            raise SequenceError(
-                "A list of sequences is needed, but one string was given: use [it]."
-            )
-        return [self._tokens(sequence, index) for index, sequence in enumerate(sequences)]
+        results = self._map(sequences, compute, long)
+        return results if isinstance(results, Iterator) else np.array(results, np.float64)
 
-    def _tokens(self, sequence: str, index: int) -> torch.Tensor:
-        """One sequence with its specials, [L + specials] int64."""
-        try:
-            residues = encode_residues(sequence)
-        except SequenceError as error:
-            raise SequenceError(f"Sequence {index}: {error}") from None
-        if len(residues) > self.max_residues:
-            raise SequenceError(
-                f"Sequence {index}: this model takes at most {self.max_residues} residues, but "
-                f"{len(residues)} were given; cut it into domains."
-            )
-        return torch.from_numpy(self._alphabet.add_specials(residues).astype(np.int64))
+    def score_variants(
+        self,
+        sequence: str,
+        variants: Sequence[str],
+        method: VariantMethod = "wt-marginals",
+        long: Long = "error",
+    ) -> np.ndarray:
+        """How much likelier each variant is than the sequence, in nats, [n] float64.
+
+        Args:
+            variants: substitutions counted from 1, `A42G`, several joined as `A42G:K50R`.
+            method: "wt-marginals" reads log p(mutant) - log p(wild type) off one unmasked pass;
+                "masked-marginals" off passes with each changed position masked in turn; both add up
+                over a variant's positions. "pseudo-ppl" is the difference of the pseudo log
+                likelihoods of whole sequences, a pass per residue and variant (fair-esm gives that
+                of the mutant alone, which differs by a constant). Meier et al., NeurIPS 2021.
+
+        Raises:
+            SequenceError: as in `embed`; or a variant does not fit the sequence.
+        """
+        _check("method", method, VariantMethod)
+        if isinstance(variants, str):
+            raise SequenceError("A list of variants is needed, but one string was given: use [it].")
+        (residues,) = read_sequences([sequence], self._limit(long))
+        changes = [parse_variant(variant, residues) for variant in variants]
+        if method == "pseudo-ppl":
+            before = self._pseudo_log_likelihood(residues)
+            mutants = (apply_variant(residues, each) for each in changes)
+            return np.array([self._pseudo_log_likelihood(m) - before for m in mutants], np.float64)
+        positions = np.unique([each.position for change in changes for each in change]).astype(int)
+        rows = dict(zip(positions, self._marginals(residues, positions, method), strict=True))
+        scores = [
+            sum(float(rows[s.position][s.mutant] - rows[s.position][s.wild_type]) for s in change)
+            for change in changes
+        ]
+        return np.array(scores, np.float64)
+
+    def scan(
+        self, sequence: str, method: ScanMethod = "wt-marginals", long: Long = "error"
+    ) -> np.ndarray:
+        """All single substitutions: [L, 20] fp32, as `score_variants` scores them.
+
+        Columns are the standard residues in alphabetical order (`raptide.alphabet.STANDARD`); the
+        sequence's own residue has 0.
+
+        Raises:
+            SequenceError: as in `embed`.
+        """
+        _check("method", method, ScanMethod)
+        (residues,) = read_sequences([sequence], self._limit(long))
+        table = self._marginals(residues, np.arange(len(residues)), method)
+        columns = [FIRST_RESIDUE + RESIDUES.index(letter) for letter in STANDARD]
+        return table[:, columns] - np.take_along_axis(table, residues[:, None].astype(int), 1)
+
+    def _marginals(
+        self, residues: np.ndarray, positions: np.ndarray, method: ScanMethod
+    ) -> np.ndarray:
+        if not len(positions):
+            return np.empty((0, len(self.tokens)), np.float32)
+        if method == "masked-marginals":
+            return self._forward.masked_log_p(residues, positions)
+        return _log_softmax(self._forward.logits([residues])[0][positions])
+
+    def _pseudo_log_likelihood(self, residues: np.ndarray) -> float:
+        table = self._forward.masked_log_p(residues, np.arange(len(residues)))
+        return _pick(table, residues)
+
+    def _map(
+        self,
+        sequences: Sequence[str] | Iterator[str],
+        compute: Callable[[list[np.ndarray]], list[T]],
+        long: Long,
+        limit: float | None = None,
+    ) -> list[T] | Iterator[T]:
+        """A list for a list, an iterator for an iterator."""
+        if limit is None:
+            limit = self._limit(long)
+        if isinstance(sequences, Iterator):
+            budget = READ_AHEAD_BATCHES * self.max_batch_tokens
+            return chain.from_iterable(map(compute, read_ahead(sequences, limit, budget)))
+        return compute(read_sequences(sequences, limit))
+
+    def _limit(self, long: Long) -> float:
+        _check("long", long, Long)
+        return float("inf") if long == "window" else self.max_residues
 
     def _layer(self, layer: int) -> int:
         last = self.model.settings.layers
@@ -197,20 +345,23 @@ class Engine:
             )
         return index
 
-    def _batches(self, tokens: list[torch.Tensor]) -> Iterator[tuple[list[int], Packed]]:
-        for indices in plan_batches([len(each) for each in tokens], self.max_batch_tokens):
-            yield indices, self._pack([tokens[index] for index in indices])
 
-    def _pack(self, pieces: list[torch.Tensor]) -> Packed:
-        lengths = tuple(len(piece) for piece in pieces)
-        return Packed(torch.cat(pieces).to(self._device, non_blocking=True), lengths)
+def _check(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        known = ", ".join(map(repr, get_args(choices)))
+        raise ConfigError(f"{name} must be one of {known}, but {value!r} was given.")
 
 
-def _pool(piece_LND: torch.Tensor, pooling: Pooling, append_eos: bool) -> np.ndarray:
-    """[tokens, layers, D] with specials to [layers, D], or [layers, residues, D] unpooled."""
-    if pooling == "bos":
-        pooled = piece_LND[0]
-    else:
-        inner = piece_LND[1:-1] if append_eos else piece_LND[1:]
-        pooled = inner.float().mean(0) if pooling == "mean" else inner.transpose(0, 1)
-    return pooled.float().cpu().numpy()
+def _multiplies_bf16_faster(device: torch.device) -> bool:
+    if device.type == "cuda":  # not exercised without a GPU
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    return torch.log_softmax(torch.from_numpy(logits), -1).numpy()
+
+
+def _pick(table_LV: np.ndarray, residues: np.ndarray) -> float:
+    """Sum of each residue's own entry."""
+    return float(table_LV[np.arange(len(residues)), residues].sum(dtype=np.float64))

@@ -44,6 +44,20 @@ def attend_with_bias(
     )
 
 
+def attention_maps(
+    q_THK: torch.Tensor, k_THK: torch.Tensor, bias_k_HK: torch.Tensor | None
+) -> torch.Tensor:
+    """The softmax itself, for one sequence, [H, T, T] fp32; slow, and square in memory.
+
+    ESM-1's learned key takes its part of the softmax and is left out of the result.
+    """
+    q_HTK, k_HTK = q_THK.transpose(0, 1).float(), k_THK.transpose(0, 1).float()
+    if bias_k_HK is not None:
+        k_HTK = torch.cat([k_HTK, bias_k_HK[:, None].float()], dim=1)
+    scores = q_HTK @ k_HTK.mT * q_HTK.shape[-1] ** -0.5
+    return torch.softmax(scores, dim=-1)[:, :, : len(q_THK)]
+
+
 def _attend_one_by_one(
     q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, packed: Packed
 ) -> torch.Tensor:

@@ -6,99 +6,94 @@
     raptide.json        lineage: corpus, run, step, code version
 
 `transformers.EsmForMaskedLM.from_pretrained` opens a bundle of ESM-1b or ESM-2 shape, and raptide
-opens folders that transformers wrote. ESM-1, which transformers does not know, keeps raptide's own
-tensor names.
+opens folders that transformers wrote: safetensors or .bin, whole or in shards, layer norms spelled
+either way. ESM-1, which transformers does not know, keeps raptide's own tensor names.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from raptide.errors import BundleError
 from raptide.model.config import ModelSettings
-from raptide.model.names import INV_FREQ, native_to_hugging_face, normalise_hugging_face
-from raptide.model.transformer import Esm
+from raptide.model.fair_esm import read_fair_esm
+from raptide.model.tensor_files import SAFETENSORS, read_folder
+from raptide.model.weights import Weights, name_tensors, sort_tensors
 
-CONFIG, WEIGHTS, VOCABULARY, LINEAGE = (
-    "config.json",
-    "model.safetensors",
-    "vocab.txt",
-    "raptide.json",
-)
+CONFIG, VOCABULARY, LINEAGE = "config.json", "vocab.txt", "raptide.json"
+
+POSITION_IDS = "esm.embeddings.position_ids"
+POSITION_TABLE = "esm.embeddings.position_embeddings.weight"
 
 
-def save_bundle(
-    folder: str | Path,
-    settings: ModelSettings,
-    state: Mapping[str, torch.Tensor],
-    lineage: Mapping[str, Any],
-) -> None:
-    """Write a bundle into an existing or new folder.
+def read_weights(path: str | Path) -> Weights:
+    """Read a model folder, raptide's or transformers', or a .pt file of fair-esm.
 
-    Args:
-        state: the tensors of `Esm.state_dict()`, on any device.
-        lineage: where the weights come from; plain JSON values.
+    Raises:
+        BundleError: it is none, or a tensor is missing, unused or of another shape.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = native_to_hugging_face(settings)
-    tensors = {names[name]: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    dtype = next(iter(tensors.values())).dtype
-    config = _to_config(settings, str(dtype).removeprefix("torch."))
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    (folder / VOCABULARY).write_text("\n".join(settings.alphabet.tokens))
-    (folder / LINEAGE).write_text(json.dumps(dict(lineage), indent=1) + "\n")
+    path = Path(path)
+    return read_fair_esm(path) if path.suffix == ".pt" else read_bundle(path)
 
 
-def load_bundle(folder: str | Path) -> tuple[Esm, dict[str, Any]]:
-    """Read a bundle; returns the model on the CPU in the stored precision, and its lineage.
+def read_bundle(folder: Path) -> Weights:
+    """Read a model folder; the tensors keep the stored precision and are mapped, not copied.
 
     Raises:
         BundleError: a file or tensor is missing, unused or of another shape; the message names it.
     """
-    folder = Path(folder)
-    settings = _from_config(_read_json(folder / CONFIG), folder)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except FileNotFoundError:
-        raise BundleError(f"{folder} holds no {WEIGHTS}; name a folder that has one.") from None
-    except SafetensorError as error:
-        raise BundleError(f"{folder / WEIGHTS} is damaged ({error}); copy it again.") from None
-    model = Esm(settings)
-    inv_freq = _fill(model, normalise_hugging_face(tensors), folder / WEIGHTS)
-    if inv_freq is not None:
-        model.inv_freq = inv_freq.float()
+    settings = _from_config(_read_json(folder / CONFIG), folder / CONFIG)
+    _check_vocabulary(folder / VOCABULARY, settings)
+    tensors, source = read_folder(folder)
+    if settings.family != "esm1":
+        tensors = _normalise(tensors, settings, source)
+    weights = sort_tensors(settings, tensors, _column(settings), source)
     lineage = _read_json(folder / LINEAGE) if (folder / LINEAGE).exists() else {}
-    return model.eval(), lineage
+    return Weights(settings, weights.state, weights.inv_freq, weights.contact_head, lineage)
 
 
-def _fill(model: Esm, tensors: dict[str, torch.Tensor], source: Path) -> torch.Tensor | None:
-    """Move the tensors into the model, each exactly once; returns the rotary frequencies."""
-    inv_freq = tensors.pop(INV_FREQ, None)
-    state = {}
-    for name, parameter in model.state_dict().items():
-        stored = native_to_hugging_face(model.settings)[name]
-        if stored not in tensors:
-            raise BundleError(f"{source} lacks the tensor {stored}, which config.json calls for.")
-        tensor = tensors.pop(stored)
-        if tensor.shape != parameter.shape:
-            raise BundleError(
-                f"{source}: {stored} has shape {tuple(tensor.shape)}, but config.json calls for "
-                f"{tuple(parameter.shape)}."
-            )
-        state[name] = tensor
-    if tensors:
-        raise BundleError(f"{source} holds {sorted(tensors)[0]}, which config.json has no use for.")
-    model.load_state_dict(state, assign=True)
-    return inv_freq
+def write_bundle(folder: str | Path, weights: Weights) -> None:
+    """Write a bundle into an existing or new folder, in the precision of the tensors."""
+    folder, settings = Path(folder), weights.settings
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = name_tensors(weights, _column(settings))
+    save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})
+    dtype = weights.state["embed.weight"].dtype
+    _write_json(folder / CONFIG, _to_config(settings, str(dtype).removeprefix("torch.")))
+    (folder / VOCABULARY).write_text("\n".join(settings.alphabet.tokens))
+    _write_json(folder / LINEAGE, weights.lineage)
+
+
+def _column(settings: ModelSettings) -> str:
+    return "native" if settings.family == "esm1" else "hugging_face"
+
+
+def _normalise(
+    tensors: dict[str, torch.Tensor], settings: ModelSettings, source: Path
+) -> dict[str, torch.Tensor]:
+    """One spelling for all writers, and without what no model of the shape uses.
+
+    transformers writes layer norms as gamma/beta or as weight/bias. The position indices are not
+    learned, and the published ESM-2 folders carry a position table from before the rotary ones.
+    """
+    clean: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        spelled = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+        if spelled in clean:
+            raise BundleError(f"{source} holds {spelled} twice, also as gamma or beta.")
+        if name == POSITION_IDS or (
+            name == POSITION_TABLE and settings.traits.positions == "rotary"
+        ):
+            continue
+        clean[spelled] = tensor
+    return clean
 
 
 def _to_config(settings: ModelSettings, dtype: str) -> dict[str, Any]:
@@ -128,21 +123,34 @@ def _to_config(settings: ModelSettings, dtype: str) -> dict[str, Any]:
     }
 
 
-def _from_config(config: dict[str, Any], folder: Path) -> ModelSettings:
-    if config.get("model_type") == "raptide-esm1":
-        fields = {name: config[name] for name in ModelSettings.model_fields if name in config}
-        return ModelSettings.model_validate(fields)
+def _from_config(config: dict[str, Any], source: Path) -> ModelSettings:
+    try:
+        if config.get("model_type") == "raptide-esm1":
+            fields = {name: config[name] for name in ModelSettings.model_fields if name in config}
+            return ModelSettings.model_validate(fields)
+        return _from_hugging_face(config, source)
+    except KeyError as error:
+        raise BundleError(f"{source} lacks the field {error}; copy it again.") from None
+    except ValueError as error:  # pydantic's own, many lines long
+        reason = " ".join(str(error).split())
+        raise BundleError(f"{source} describes no model ({reason}).") from None
+
+
+def _from_hugging_face(config: dict[str, Any], source: Path) -> ModelSettings:
     kind = (config.get("model_type"), config.get("vocab_size"), config.get("token_dropout"))
     if kind != ("esm", 33, True):
         raise BundleError(
-            f"{folder / CONFIG} is no ESM masked language model with 33 tokens and token dropout "
+            f"{source} is no ESM masked language model with 33 tokens and token dropout "
             f"(model_type, vocab_size, token_dropout: {kind})."
         )
+    if config.get("rope_theta", 10000.0) != 10000.0:
+        raise BundleError(f"{source}: rope_theta is {config['rope_theta']}, but ESM-2's is 10000.")
     rotary = config.get("position_embedding_type") == "rotary"
-    if bool(config.get("emb_layer_norm_before")) == rotary:
+    norm_before = bool(config.get("emb_layer_norm_before"))
+    if rotary and norm_before:
         raise BundleError(
-            f"{folder / CONFIG}: emb_layer_norm_before belongs to ESM-1b (absolute positions) and "
-            "not to ESM-2 (rotary positions); this mixture is not supported."
+            f"{source}: emb_layer_norm_before belongs to ESM-1b (absolute positions) and not to "
+            "ESM-2 (rotary positions); this mixture is not supported."
         )
     return ModelSettings(
         family="esm2" if rotary else "esm1b",
@@ -152,16 +160,32 @@ def _from_config(config: dict[str, Any], folder: Path) -> ModelSettings:
         ffn=config["intermediate_size"],
         norm_eps=config["layer_norm_eps"],
         max_positions=config["max_position_embeddings"] - 2,
+        norm_before=None if rotary or norm_before else False,
     )
+
+
+def _check_vocabulary(file: Path, settings: ModelSettings) -> None:
+    if file.is_file() and tuple(file.read_text().split()) != settings.alphabet.tokens:
+        raise BundleError(
+            f"{file} is not the {len(settings.alphabet)}-token alphabet of the ESM models; a model "
+            "with other tokens cannot be read."
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        tree = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         raise BundleError(
             f"{path.parent} holds no {path.name}; name a model folder, such as the model/ folder "
-            "of a checkpoint."
+            "of a checkpoint, or a .pt file of fair-esm."
         ) from None
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read ({error}).") from None
+    if not isinstance(tree, dict):
+        raise BundleError(f"{path} must hold a JSON object; copy it again.")
+    return tree
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(dict(tree), indent=1) + "\n")

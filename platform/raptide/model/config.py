@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -39,8 +39,27 @@ TRAITS: dict[str, FamilyTraits] = {
 }
 
 
+def _preset(family: Family, layers: int, width: int, heads: int) -> dict[str, Any]:
+    return {"family": family, "layers": layers, "width": width, "heads": heads}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "esm1_t6_43M": _preset("esm1", 6, 768, 12),
+    "esm1_t12_85M": _preset("esm1", 12, 768, 12),
+    "esm1_t34_670M": _preset("esm1", 34, 1280, 20),
+    "esm1b_t33_650M": _preset("esm1b", 33, 1280, 20),
+    "esm2_t6_8M": _preset("esm2", 6, 320, 20),
+    "esm2_t12_35M": _preset("esm2", 12, 480, 20),
+    "esm2_t30_150M": _preset("esm2", 30, 640, 20),
+    "esm2_t33_650M": _preset("esm2", 33, 1280, 20),
+    "esm2_t36_3B": _preset("esm2", 36, 2560, 40),
+    "esm2_t48_15B": _preset("esm2", 48, 5120, 40),
+}
+"""The published models by the names fair-esm gives them, without the training set."""
+
+
 class ModelSettings(Settings):
-    """The shape of one model."""
+    """The shape of one model: every number, or `preset: NAME` and what differs from it."""
 
     family: Family = "esm2"
     layers: int = Field(ge=1)
@@ -56,6 +75,20 @@ class ModelSettings(Settings):
     max_positions: int = Field(1024, ge=4)
     """Rows of the learned position table (ESM-1b), specials included; other families have none."""
 
+    norm_before: bool | None = None
+    """Layer norm on the embeddings (ESM-1b only; ESM-1v has none); None means the family's own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or "preset" not in fields:
+            return fields
+        own = dict(fields)
+        name = own.pop("preset")
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, but is {name!r}")
+        return PRESETS[name] | own
+
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelSettings:
         if self.width % self.heads or (self.traits.positions == "rotary" and self.head_width % 2):
@@ -64,9 +97,18 @@ class ModelSettings(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _norm_before_is_a_choice_of_esm1b(self) -> ModelSettings:
+        if self.norm_before is not None and self.family != "esm1b":
+            raise ValueError(f"norm_before can be chosen for esm1b only, not for {self.family}")
+        return self
+
     @property
     def traits(self) -> FamilyTraits:
-        return TRAITS[self.family]
+        traits = TRAITS[self.family]
+        if self.norm_before is None:
+            return traits
+        return replace(traits, norm_before=self.norm_before)
 
     @property
     def alphabet(self) -> Alphabet:

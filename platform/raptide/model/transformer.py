@@ -6,14 +6,15 @@ One class serves ESM-1, ESM-1b and ESM-2; `ModelSettings.traits` holds what diff
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 from torch.nn.functional import gelu, linear
 
-from raptide.model.attention import attend, attend_with_bias
+from raptide.model.attention import attend, attend_with_bias, attention_maps
 from raptide.model.config import ModelSettings
+from raptide.model.contacts import ContactHead
 from raptide.model.packed import Packed
 
 FIRST_POSITION = 2
@@ -23,6 +24,13 @@ TRAINING_MASK_SHARE = 0.15 * 0.8
 """Share of tokens that are `<mask>` in pretraining; token dropout scales by it."""
 
 ROTARY_BASE = 10000.0
+
+FFN_TOKENS = 1024
+"""Tokens that go through the feed-forward layer at once where nothing is kept for a gradient: the
+wide activations stay small, and on CPUs in the cache (10% faster at 4,096 tokens)."""
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""Cosine and sine of each token's rotary angles, [T, 1, K / 2] each."""
 
 
 class Attention(nn.Module):
@@ -42,20 +50,33 @@ class Attention(nn.Module):
         self.has_bias_kv = settings.traits.attention_bias_kv
 
     def forward(
-        self, x_TD: torch.Tensor, packed: Packed, rotation: tuple[torch.Tensor, torch.Tensor] | None
+        self, x_TD: torch.Tensor, packed: Packed, rotation: Rotation | None
     ) -> torch.Tensor:
-        q, k, v = (
-            projection(x_TD).unflatten(-1, (self.heads, -1))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k = self._queries_and_keys(x_TD, rotation)
+        v = self._split(self.v_proj(x_TD))
         if self.has_bias_kv:
             bias_k, bias_v = (b.view(self.heads, -1) for b in (self.bias_k, self.bias_v))
             mixed = attend_with_bias(q, k, v, packed, bias_k, bias_v)
         else:
             mixed = attend(q, k, v, packed)
         return self.out_proj(mixed.flatten(1))
+
+    def maps(self, x_TD: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
+        """Attention of every token (rows) to every token of one sequence, [H, T, T] fp32."""
+        q, k = self._queries_and_keys(x_TD, rotation)
+        bias_k = self.bias_k.view(self.heads, -1) if self.has_bias_kv else None
+        return attention_maps(q, k, bias_k)
+
+    def _queries_and_keys(
+        self, x_TD: torch.Tensor, rotation: Rotation | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = self._split(self.q_proj(x_TD)), self._split(self.k_proj(x_TD))
+        if rotation is None:
+            return q, k
+        return rotate(q, *rotation), rotate(k, *rotation)
+
+    def _split(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return x_TD.unflatten(-1, (self.heads, -1))
 
 
 class Layer(nn.Module):
@@ -71,9 +92,14 @@ class Layer(nn.Module):
         self.fc2 = nn.Linear(settings.ffn_width, settings.width)
 
     def forward(
-        self, x_TD: torch.Tensor, packed: Packed, rotation: tuple[torch.Tensor, torch.Tensor] | None
+        self, x_TD: torch.Tensor, packed: Packed, rotation: Rotation | None
     ) -> torch.Tensor:
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), packed, rotation)
+        if torch.is_grad_enabled() or len(x_TD) <= FFN_TOKENS:
+            return self._feed_forward(x_TD)
+        return torch.cat([self._feed_forward(piece) for piece in x_TD.split(FFN_TOKENS)])
+
+    def _feed_forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         return x_TD + self.fc2(gelu(self.fc1(self.ffn_norm(x_TD))))
 
 
@@ -90,6 +116,8 @@ class Esm(nn.Module):
         if traits.positions == "rotary":
             # Not a buffer: casting the model to bf16 must leave the angles in fp32.
             self.inv_freq = default_inv_freq(settings.head_width)
+        # Not a module: it is fitted after training and takes no part in it.
+        self.contact_head: ContactHead | None = None
         self.norm_before = nn.LayerNorm(width, settings.eps) if traits.norm_before else None
         self.layers = nn.ModuleList(Layer(settings) for _ in range(settings.layers))
         self.norm_after = nn.LayerNorm(width, settings.eps) if traits.norm_after else None
@@ -136,7 +164,7 @@ class Esm(nn.Module):
         x_TD = self._embed(packed)
         rotation = self._rotation(packed, x_TD.dtype)
         last = self.settings.layers
-        for index in range(last + 1):
+        for index in range(max(wanted) + 1):
             if index > 0:
                 x_TD = self.layers[index - 1](x_TD, packed, rotation)
             if index == last and self.norm_after is not None:
@@ -144,6 +172,19 @@ class Esm(nn.Module):
             if index in wanted:
                 kept[index] = x_TD
         return [kept[index] for index in wanted]
+
+    def attention_maps(self, packed: Packed) -> Iterator[torch.Tensor]:
+        """Attention between all tokens of one sequence, layer by layer, [H, T, T] fp32 each.
+
+        Rows are what attends; they sum to one, less what goes to ESM-1's learned extra key.
+        """
+        assert len(packed.lengths) == 1, "maps are computed for one sequence at a time"
+        x_TD = self._embed(packed)
+        rotation = self._rotation(packed, x_TD.dtype)
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            yield layer.attention.maps(layer.attention_norm(x_TD), rotation)
+            x_TD = layer(x_TD, packed, rotation)
 
     def predict(self, x_ND: torch.Tensor) -> torch.Tensor:
         """Final representations to logits over the vocabulary, [N, V]."""
@@ -173,15 +214,18 @@ class Esm(nn.Module):
         scale_B = (1 - TRAINING_MASK_SHARE) / (1 - masked_B / packed.lengths_B).clamp(min=1e-6)
         return torch.where(masked_T, 0.0, scale_B[packed.sequence_T])
 
-    def _rotation(
-        self, packed: Packed, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Cosine and sine of each token's rotary angles, [T, 1, K] each."""
+    def _rotation(self, packed: Packed, dtype: torch.dtype) -> Rotation | None:
         if self.settings.traits.positions != "rotary":
             return None
-        inv_freq = self.inv_freq.to(packed.tokens_T.device).repeat(2)
-        angle_TK = packed.position_T[:, None].float() * inv_freq
-        return angle_TK.cos()[:, None].to(dtype), angle_TK.sin()[:, None].to(dtype)
+        inv_freq = self.inv_freq.to(packed.tokens_T.device)
+        angle = packed.position_T[:, None, None].float() * inv_freq
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def count_parameters(settings: ModelSettings) -> int:
+    """Learned numbers of a model of this shape, without a contact head; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Esm(settings).parameters())
 
 
 def default_inv_freq(head_width: int) -> torch.Tensor:
@@ -189,10 +233,10 @@ def default_inv_freq(head_width: int) -> torch.Tensor:
     return 1.0 / (ROTARY_BASE ** (torch.arange(0, head_width, 2).float() / head_width))
 
 
-def rotate(x_THK: torch.Tensor, cos_T1K: torch.Tensor, sin_T1K: torch.Tensor) -> torch.Tensor:
-    """Rotary positions, halves paired (Su et al., 2021)."""
+def rotate(x_THK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions, halves paired (Su et al., 2021); cosine and sine are a `Rotation`."""
     first, second = x_THK.chunk(2, dim=-1)
-    return x_THK * cos_T1K + torch.cat([-second, first], dim=-1) * sin_T1K
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def sinusoids(position_T: torch.Tensor, width: int) -> torch.Tensor:

@@ -122,6 +122,19 @@ def newest_checkpoint(storage: Storage, *, only: str = "") -> SavedCheckpoint | 
     return None
 
 
+def verify_folder(folder: Path, *, only: str = "") -> dict[str, Any]:
+    """The manifest of a checkpoint folder on this machine's file systems.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or has another format version.
+    """
+    folder = folder.resolve()
+    manifest, problem = _verify(Storage.of(folder.parent), folder.name, only)
+    if manifest is None:
+        raise CheckpointError(f"{folder} is no complete checkpoint: {problem}; take another one.")
+    return manifest
+
+
 def find_bundle(folder: Path) -> Path:
     """The bundle that a path stands for: itself, a checkpoint's, or a run's newest.
 

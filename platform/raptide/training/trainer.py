@@ -22,6 +22,7 @@ from raptide.cluster import DATA_CPUS, joins_cluster
 from raptide.data.corpus import Corpus
 from raptide.data.stream import StreamPlan
 from raptide.errors import CheckpointError, ConfigError, CorpusError, plain_errors
+from raptide.model.config import ModelSettings
 from raptide.training.checkpoint import (
     CHECKPOINTS,
     MODEL,
@@ -201,7 +202,8 @@ def _result(run: Run, folder: Path, baseline: Ece) -> RunResult:
 
 
 def _refuse_other_model(saved: SavedCheckpoint, recipe: Recipe) -> None:
-    before, now = saved.manifest["recipe"]["model"], recipe.model.model_dump()
+    before = ModelSettings.model_validate(saved.manifest["recipe"]["model"])
+    now = recipe.model
     if before != now:
         raise CheckpointError(
             f"{saved.name} holds another model ({before}) than the recipe asks for ({now}); resume "

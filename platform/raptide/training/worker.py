@@ -22,7 +22,8 @@ from raptide.alphabet import ALPHABETS
 from raptide.data.feeder import BatchReader, FeederActor
 from raptide.data.stream import Cursor, GlobalBatch, StreamPlan
 from raptide.errors import RaptideError
-from raptide.model.bundle import save_bundle
+from raptide.model.bundle import write_bundle
+from raptide.model.weights import Weights
 from raptide.training.batches import micro_batches, share_bounds
 from raptide.training.checkpoint import (
     SavedCheckpoint,
@@ -180,10 +181,11 @@ class Worker:
         }
         state = full_state(self._engine, recipe.training)
         lineage = {name: value for name, value in manifest.items() if name != "cursor"}
+        weights = Weights(recipe.model, state, lineage=lineage)
         save_checkpoint(
             self._engine,
             manifest,
-            lambda folder: save_bundle(folder, recipe.model, state, lineage),
+            lambda folder: write_bundle(folder, weights),
             scratch=self._scratch,
             keep=recipe.checkpoint.keep,
         )

@@ -1,0 +1,168 @@
+"""Forward passes over many sequences: batches by token budget, windows, pooling, masking.
+
+Residues come as ids ([L] uint8 arrays), numbers go out as numpy arrays. Shape letters: see
+model/packed.py; here L residues, W what there is of each residue (layers, or one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from raptide.inference.batching import plan_batches
+from raptide.inference.windows import Window, cut_windows, window_around
+from raptide.model.contacts import corrected_maps
+from raptide.model.packed import Packed
+from raptide.model.transformer import Esm
+
+Pooling = Literal["mean", "bos", "residue"]
+
+LONGEST_RESIDUES = 16384
+"""Longest sequence taken whole by models whose positions set no limit of their own."""
+
+WINDOW_RESIDUES = 1022
+"""Residues of a window of a longer sequence: what the published models were trained on."""
+
+
+class Forward:
+    """One model on one device; stateless between calls, so threads may share it."""
+
+    def __init__(self, model: Esm, device: torch.device, max_batch_tokens: int) -> None:
+        self.model = model
+        self._device = device
+        self._max_batch_tokens = max_batch_tokens
+        self._alphabet = model.settings.alphabet
+
+    @property
+    def max_residues(self) -> int:
+        """Residues of the longest sequence that is computed whole."""
+        limit = self.model.settings.max_tokens
+        return limit - self._alphabet.num_specials if limit else LONGEST_RESIDUES
+
+    @property
+    def _window_residues(self) -> int:
+        return min(self.max_residues, WINDOW_RESIDUES)
+
+    def represent(
+        self, sequences: Sequence[np.ndarray], layers: list[int], pooling: Pooling
+    ) -> list[np.ndarray]:
+        """Representations after `layers` of each sequence, fp32: [W, D], or [W, L, D] unpooled."""
+
+        def compute(packed: Packed) -> torch.Tensor:
+            return torch.stack(self.model.represent(packed, layers), 1)
+
+        return self._pooled(sequences, compute, pooling)
+
+    def logits(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Logits of each sequence's residues, unmasked, [L, V] fp32."""
+
+        def compute(packed: Packed) -> torch.Tensor:
+            return self.model(packed)[:, None]
+
+        return [table[0] for table in self._pooled(sequences, compute, "residue")]
+
+    def masked_log_p(self, residues: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Log probabilities at each of `positions` while it alone is masked, [n, V] fp32.
+
+        Passes share batches. In a sequence longer than the model takes, a position is seen in the
+        middle of a window of its own.
+        """
+        length = len(residues)
+        size = length if length <= self.max_residues else self._window_residues
+        copies = max(1, self._max_batch_tokens // (size + self._alphabet.num_specials))
+        tables = []
+        for some in np.split(positions, range(copies, len(positions), copies)):
+            starts = [window_around(int(position), length, size) for position in some]
+            rows = [self._alphabet.add_specials(residues[s : s + size]) for s in starts]
+            at = some - starts + 1
+            for row, place in zip(rows, at, strict=True):
+                row[place] = self._alphabet.mask
+            flat = torch.from_numpy(np.arange(len(rows)) * len(rows[0]) + at)
+            with torch.inference_mode():
+                packed = self._pack(rows)
+                (final_TD,) = self.model.represent(packed, [self.model.settings.layers])
+                logits = self.model.predict(final_TD[flat.to(self._device)]).float()
+                tables.append(torch.log_softmax(logits, -1).cpu().numpy())
+        return np.concatenate(tables)
+
+    def corrected_maps(self, residues: np.ndarray) -> Iterator[torch.Tensor]:
+        """Symmetric, corrected attention maps of one sequence, layer by layer, [H, L, L] fp32."""
+        with torch.inference_mode():
+            maps = self.model.attention_maps(self._pack([self._alphabet.add_specials(residues)]))
+            yield from corrected_maps(maps, self._alphabet.append_eos)
+
+    def _pooled(
+        self,
+        sequences: Sequence[np.ndarray],
+        compute: Callable[[Packed], torch.Tensor],
+        pooling: Pooling,
+    ) -> list[np.ndarray]:
+        """Compute [T, W, D] for all windows of all sequences and pool them; order is kept."""
+        windows = [
+            window
+            for index, residues in enumerate(sequences)
+            for window in cut_windows(
+                index, len(residues), self.max_residues, self._window_residues
+            )
+        ]
+        specials = self._alphabet.num_specials
+        lengths = [window.stop - window.start + specials for window in windows]
+        results: list[Any] = [None] * len(sequences)
+        for indices in plan_batches(lengths, self._max_batch_tokens):
+            batch = [windows[index] for index in indices]
+            rows = [
+                self._alphabet.add_specials(sequences[w.sequence][w.start : w.stop]) for w in batch
+            ]
+            with torch.inference_mode():
+                parts = self._parts(compute(self._pack(rows)), batch, sequences, pooling)
+            for window, part in zip(batch, parts, strict=True):
+                whole = len(sequences[window.sequence]) if pooling == "residue" else None
+                _add(results, window, part, whole)
+        return results
+
+    def _parts(
+        self,
+        output_TWD: torch.Tensor,
+        batch: list[Window],
+        sequences: Sequence[np.ndarray],
+        pooling: Pooling,
+    ) -> list[np.ndarray]:
+        """What each window gives to its sequence's result; one copy from the device a batch."""
+        parts = []
+        specials = self._alphabet.num_specials
+        pieces = output_TWD.split([w.stop - w.start + specials for w in batch])
+        for window, piece in zip(batch, pieces, strict=True):
+            if pooling == "bos":
+                parts.append(piece[0].float() * window.share)
+                continue
+            inner = piece[1 : 1 + window.stop - window.start].float()
+            if window.weights is not None:
+                inner = inner * torch.from_numpy(window.weights).to(inner.device)[:, None, None]
+            if pooling == "mean":
+                parts.append(inner.sum(0) / len(sequences[window.sequence]))
+            else:
+                parts.append(inner.transpose(0, 1))
+        if pooling == "residue":
+            return [part.contiguous().cpu().numpy() for part in parts]
+        return list(torch.stack(parts).cpu().numpy())
+
+    def _pack(self, rows: list[np.ndarray]) -> Packed:
+        tokens = torch.from_numpy(np.concatenate(rows)).to(self._device, non_blocking=True)
+        return Packed(tokens.long(), tuple(len(row) for row in rows))
+
+
+def _add(results: list[Any], window: Window, part: np.ndarray, whole: int | None) -> None:
+    """Add a window's part; with `whole` residues it is per residue, [W, window, D]."""
+    if window.share == 1.0:
+        results[window.sequence] = part
+        return
+    if results[window.sequence] is None:
+        shape = part.shape if whole is None else (part.shape[0], whole, part.shape[2])
+        results[window.sequence] = np.zeros(shape, np.float32)
+    where = results[window.sequence]
+    if whole is not None:
+        where = where[:, window.start : window.stop]
+    where += part

@@ -1,0 +1,48 @@
+"""Strings to residue ids, checked, with the sequence's place in the call in every error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from raptide.alphabet import encode_residues
+from raptide.errors import SequenceError
+
+
+def read_sequences(sequences: Sequence[str], limit: float) -> list[np.ndarray]:
+    """Residue ids of each sequence, [L] uint8.
+
+    Raises:
+        SequenceError: one is empty, longer than `limit` residues, or holds what is no residue.
+    """
+    if isinstance(sequences, str):
+        raise SequenceError("A list of sequences is needed, but one string was given: use [it].")
+    return [_read(sequence, index, limit) for index, sequence in enumerate(sequences)]
+
+
+def read_ahead(sequences: Iterator[str], limit: float, budget: int) -> Iterator[list[np.ndarray]]:
+    """The same for an iterator, in lists of about `budget` residues."""
+    held: list[np.ndarray] = []
+    room = budget
+    for index, sequence in enumerate(sequences):
+        held.append(_read(sequence, index, limit))
+        room -= len(held[-1])
+        if room <= 0:
+            yield held
+            held, room = [], budget
+    yield held
+
+
+def _read(sequence: str, index: int, limit: float) -> np.ndarray:
+    try:
+        residues = encode_residues(sequence)
+    except SequenceError as error:
+        raise SequenceError(f"Sequence {index}: {error}") from None
+    if len(residues) > limit:
+        raise SequenceError(
+            f"Sequence {index}: at most {limit} residues are taken whole, but {len(residues)} were "
+            "given; cut it into domains, or take overlapping windows where they are offered "
+            '(long="window").'
+        )
+    return residues

@@ -1,0 +1,72 @@
+"""Variants in the notation of mutation tables: `A42G`, several substitutions as `A42G:K50R`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from raptide.alphabet import decode_residues, encode_residues
+from raptide.errors import SequenceError
+
+SUBSTITUTION = re.compile(r"([A-Za-z])([0-9]+)([A-Za-z])")
+
+
+@dataclass(frozen=True)
+class Substitution:
+    """One residue in place of another; ids as in `alphabet.py`."""
+
+    position: int
+    """Counted from 0."""
+
+    wild_type: int
+    mutant: int
+
+
+def parse_variant(variant: str, residues: np.ndarray) -> list[Substitution]:
+    """The substitutions of a variant of the sequence `residues` ([L] uint8).
+
+    Raises:
+        SequenceError: it is no such notation, or does not fit the sequence; the message names the
+            variant, the position, and the letters expected and found.
+    """
+    found = [_parse(variant, part.strip(), residues) for part in variant.split(":")]
+    positions = [each.position for each in found]
+    if len(set(positions)) < len(positions):
+        twice = next(p for p in positions if positions.count(p) > 1)
+        raise SequenceError(
+            f"Variant {variant!r} changes position {twice + 1} twice; name each position once."
+        )
+    return found
+
+
+def apply_variant(residues: np.ndarray, substitutions: list[Substitution]) -> np.ndarray:
+    """The mutant sequence, [L] uint8."""
+    mutant = residues.copy()
+    for each in substitutions:
+        mutant[each.position] = each.mutant
+    return mutant
+
+
+def _parse(variant: str, part: str, residues: np.ndarray) -> Substitution:
+    match = SUBSTITUTION.fullmatch(part)
+    if match is None:
+        raise SequenceError(
+            f"A substitution is written like A42G (several joined by ':'), but {part!r} was given "
+            f"in variant {variant!r}."
+        )
+    old, position, new = match[1], int(match[2]), match[3]
+    if not 1 <= position <= len(residues):
+        raise SequenceError(
+            f"Variant {variant!r}: position {position} is outside the sequence, whose residues are "
+            f"numbered 1 to {len(residues)}."
+        )
+    wild_type, mutant = (int(encode_residues(letter)[0]) for letter in (old, new))
+    if residues[position - 1] != wild_type:
+        present = decode_residues(residues[position - 1 : position])
+        raise SequenceError(
+            f"Variant {variant!r} expects {old.upper()} at position {position}, but the sequence "
+            f"has {present} there; positions are counted from 1."
+        )
+    return Substitution(position - 1, wild_type, mutant)

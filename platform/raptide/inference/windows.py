@@ -1,0 +1,75 @@
+"""Sequences longer than a model takes, as overlapping windows.
+
+Each window is computed as a sequence of its own, with its own specials, so no residue sees further
+than its window. Neighbours overlap by half. Where windows overlap, their numbers are averaged with
+weights that fall linearly from a window's middle to its inner ends, where context is cut off:
+
+    |=======----|                 weights of the first window: 1, then falling
+          |----===----|           of one in the middle: rising, then falling
+                |----=======|     of the last
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Window:
+    """Residues `start` to `stop` (exclusive) of one sequence."""
+
+    sequence: int
+    """Index of the sequence in the call."""
+
+    start: int
+    stop: int
+
+    weights: np.ndarray | None
+    """[stop - start] fp32; over all windows of a sequence each residue's sum to 1. None means 1."""
+
+    share: float
+    """Part of this window in what there is one of per sequence: 1 / number of windows."""
+
+
+def cut_windows(sequence: int, length: int, limit: int, size: int) -> Iterator[Window]:
+    """The windows of a sequence of `length` residues: one if it is within `limit`.
+
+    Args:
+        limit: the longest sequence the model takes whole.
+        size: residues of a window, at most `limit`; the last ones overlap more, so that all are
+            full.
+    """
+    if length <= limit:
+        yield Window(sequence, 0, length, None, 1.0)
+        return
+    starts = window_starts(length, size)
+    raw = [_taper(start, size, length) for start in starts]
+    total = np.zeros(length, np.float32)
+    for start, weights in zip(starts, raw, strict=True):
+        total[start : start + size] += weights
+    for start, weights in zip(starts, raw, strict=True):
+        stop = start + size
+        yield Window(sequence, start, stop, weights / total[start:stop], 1 / len(starts))
+
+
+def window_starts(length: int, size: int) -> list[int]:
+    """Where full windows of `size` begin so that neighbours overlap by at least half."""
+    step = max(1, size // 2)
+    count = -(-(length - size) // step) + 1
+    return [round(i * (length - size) / (count - 1)) for i in range(count)]
+
+
+def window_around(position: int, length: int, size: int) -> int:
+    """Start of the window of `size` that has `position` in its middle, as far as the ends allow."""
+    return min(max(0, position - size // 2), max(0, length - size))
+
+
+def _taper(start: int, size: int, length: int) -> np.ndarray:
+    """Weights before normalisation: 1 in the middle, falling towards cut ends, never 0."""
+    ramp = np.arange(1, size + 1, dtype=np.float32) * 2 / (size + 1)
+    left = np.ones(size, np.float32) if start == 0 else ramp
+    right = np.ones(size, np.float32) if start + size == length else ramp[::-1]
+    return np.minimum(np.minimum(left, right), 1)

@@ -1,0 +1,94 @@
+"""Files of named tensors: safetensors or PyTorch's own, whole or in shards with an index."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from raptide.errors import BundleError
+
+SAFETENSORS = "model.safetensors"
+
+
+def read_folder(folder: Path) -> tuple[dict[str, torch.Tensor], Path]:
+    """All tensors of a model folder, and the file (or index) they come from.
+
+    Tensors of safetensors files are mapped from disk, not copied. PyTorch's files are opened
+    without unpickling anything but tensors, and only where there are no safetensors.
+
+    Raises:
+        BundleError: there are none, a file is damaged, or the index contradicts its shards.
+    """
+    for name, read in ((SAFETENSORS, _read_safetensors), ("pytorch_model.bin", _read_bin)):
+        if (folder / name).is_file():
+            return read(folder / name), folder / name
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _read_shards(index, read), index
+    raise BundleError(
+        f"{folder} holds no {SAFETENSORS} (nor its index, nor pytorch_model.bin); name a folder "
+        "that has one."
+    )
+
+
+def read_pickle(file: Path) -> Any:
+    """What a PyTorch file holds: tensors, plain containers and argparse namespaces, no more.
+
+    Raises:
+        BundleError: it is damaged, or would have to run code to be read.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+            mapped = zipfile.is_zipfile(file)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except FileNotFoundError:
+        raise BundleError(f"{file} does not exist; name a model file or folder.") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise BundleError(
+            f"{file} is damaged, or holds more than tensors and plain values ({reason}); fetch it "
+            "again from a source you trust."
+        ) from None
+
+
+def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise BundleError(f"{file} is damaged ({error}); copy it again.") from None
+
+
+def _read_bin(file: Path) -> dict[str, torch.Tensor]:
+    tensors = read_pickle(file)
+    if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
+        raise BundleError(f"{file} is no table of tensors; name a model folder.")
+    return dict(tensors)
+
+
+def _read_shards(index: Path, read: Callable[[Path], dict[str, torch.Tensor]]) -> Any:
+    try:
+        places = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError):
+        raise BundleError(f"{index} is no index of shards; copy it again.") from None
+    tensors: dict[str, torch.Tensor] = {}
+    for name in sorted(set(places.values())):
+        shard = index.parent / name
+        if Path(name).name != name or not shard.is_file():
+            raise BundleError(f"{index} names the shard {name}, which is not beside it.")
+        held = read(shard)
+        listed = {tensor for tensor, place in places.items() if place == name}
+        if listed != set(held):
+            odd = min(listed ^ set(held))
+            raise BundleError(f"{index} and {name} disagree about the tensor {odd}; copy both.")
+        tensors |= held
+    return tensors

@@ -1,0 +1,131 @@
+"""jobs/export_model.py as a user runs it."""
+
+import itertools
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from transformers import EsmConfig, EsmForMaskedLM
+
+from raptide.inference.engine import Engine
+from raptide.model.bundle import read_weights
+
+
+def export(*arguments):
+    command = [sys.executable, ROOT / "jobs/export_model.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A folder that transformers wrote."""
+    folder = tmp_path_factory.mktemp("transformers") / "esm1b"
+    config = EsmConfig(
+        vocab_size=33,
+        mask_token_id=32,
+        pad_token_id=1,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=130,
+        token_dropout=True,
+        emb_layer_norm_before=True,
+    )
+    EsmForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_of_transformers_to_a_bundle_to_fair_esm_and_back_bit_for_bit(theirs, tmp_path):
+    steps = [theirs, tmp_path / "bundle", tmp_path / "esm1b_copy.pt", tmp_path / "deep/back"]
+    for source, target in itertools.pairwise(steps):
+        done = export(source, target)
+        assert done.returncode == 0, done.stderr
+        assert f"{source} -> {target}" in done.stdout
+        assert "with contact head" in done.stdout
+    assert (tmp_path / "esm1b_copy-contact-regression.pt").exists()
+    bundle, back = (steps[i] / "model.safetensors" for i in (1, 3))
+    one, other = load_file(bundle), load_file(back)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        if name == "esm.embeddings.word_embeddings.weight":
+            tensor[32] = 0  # fair-esm clears the row of <mask>, which no model reads
+        assert torch.equal(other[name], tensor), name
+    again = EsmForMaskedLM.from_pretrained(steps[1]).state_dict()
+    expected = EsmForMaskedLM.from_pretrained(theirs).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "bundle",
+        "deep",
+        "esm1b_copy-contact-regression.pt",
+        "esm1b_copy.pt",
+    ]
+
+
+def test_the_precision_can_be_chosen(theirs, tmp_path):
+    assert export(theirs, tmp_path / "half", "--dtype", "bf16").returncode == 0
+    half, full = read_weights(tmp_path / "half"), read_weights(theirs)
+    for name, tensor in full.state.items():
+        assert torch.equal(half.state[name], tensor.bfloat16()), name
+    assert half.contact_head.weight.dtype == torch.float32
+    assert half.lineage == {"converted_from": "esm1b"}
+    EsmForMaskedLM.from_pretrained(tmp_path / "half")
+
+
+def structures(file, count, **columns):
+    rng = np.random.default_rng(3)
+    rows = []
+    for _ in range(count):
+        length = int(rng.integers(40, 70))
+        walk = rng.normal(size=(length, 3)).cumsum(0) * 2.5
+        sequence = "".join(rng.choice(list("LAGVSERTID"), length))
+        rows.append({"sequence": sequence, "cb_angstrom": walk.ravel().tolist()} | columns)
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    return file
+
+
+def test_a_contact_head_is_fitted_and_saved(theirs, tmp_path):
+    file = structures(tmp_path / "s.parquet", 6)
+    arguments = ("--fit-contacts", file, "--fit-proteins", 4)
+    done = export(theirs, tmp_path / "fitted", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "heads take part" in done.stdout
+    assert "on the next 2 proteins" in done.stdout
+    before, after = read_weights(theirs), read_weights(tmp_path / "fitted")
+    assert not torch.equal(before.contact_head.weight, after.contact_head.weight)
+    assert Engine.load(tmp_path / "fitted").contacts(["MKTAYIAKQR"])[0].shape == (10, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gone", "new"), "is no model folder, no checkpoint, and no run"),
+        (("gone.pt", "new"), "does not exist"),
+        (("{theirs}", "{theirs}"), "exists already; remove it or choose another TARGET"),
+        (("{theirs}", "esm2.pt"), "names that start with esm2"),
+        (("{theirs}", "new", "--fit-contacts", "gone.parquet"), "no Parquet file with the columns"),
+        (
+            ("{theirs}", "new", "--fit-contacts", "{short}"),
+            "row 0: .* coordinates, but there are 3",
+        ),
+        (("{theirs}", "new", "--fit-contacts", "{short}", "--fit-proteins", "0"), "at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line_with_exit_code_2_and_leaves_nothing(
+    theirs, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    short = structures(tmp_path / "short.parquet", 1, cb_angstrom=[1.0, 2.0, 3.0])
+    done = export(*(a.format(theirs=theirs, short=short) for a in arguments))
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert re.search(message, last), last
+    assert [p.name for p in tmp_path.iterdir()] == ["short.parquet"]
