@@ -4,6 +4,9 @@
 
 Columns: `id` (the record's name, as it stands), `length` (residues) and `embedding` (fp32, mean
 over the residues), in the order of the input. The numbers are those of the engine and the endpoint.
+
+A protein longer than the model takes whole ends the job with its name; with --long window it is
+embedded in overlapping windows of 1,022 residues, weights tapering towards their ends.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from raptide.alphabet import decode_sequences
 from raptide.cluster import local_cpus, ray_session
 from raptide.data.fasta import read_fasta
 from raptide.errors import ConfigError, SequenceError, plain_errors
+from raptide.inference.engine import Long
 from raptide.training.checkpoint import find_bundle
 
 BATCH_SEQUENCES = 256
@@ -31,21 +35,22 @@ BATCH_SEQUENCES = 256
 class Embedder:
     """One engine in a Ray Data worker."""
 
-    def __init__(self, bundle: str) -> None:
+    def __init__(self, bundle: str, long: Long) -> None:
         from raptide import Engine
 
         self._engine = Engine.load(bundle)
+        self._long = long
 
     # A generator: only out of those does Ray Data let our own errors through.
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         limit = self._engine.max_residues
         for name, length in zip(*(table[c].to_pylist() for c in ("id", "length")), strict=True):
-            if length > limit:
+            if length > limit and self._long == "error":
                 raise SequenceError(
                     f"Record {name!r} has {length} residues, but this model takes at most {limit}; "
-                    "cut it into domains, or leave it out."
+                    "leave it out, or ask for overlapping windows with --long window."
                 )
-        vectors = np.asarray(self._engine.embed(table["sequence"].to_pylist()))
+        vectors = np.asarray(self._engine.embed(table["sequence"].to_pylist(), long=self._long))
         flat = pa.array(vectors.ravel(), pa.float32())
         embeddings = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
         yield table.select(["id", "length"]).append_column("embedding", embeddings)
@@ -57,6 +62,7 @@ def main() -> None:
     parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="FASTA")
     parser.add_argument("--output", type=Path, required=True, metavar="PARQUET")
     parser.add_argument("--workers", type=int, default=1, help="engines (default: %(default)s)")
+    parser.add_argument("--long", choices=("error", "window"), default="error")
     args = parser.parse_args()
     if args.output.exists():
         raise ConfigError(f"{args.output} exists already; remove it or choose another --output.")
@@ -64,11 +70,11 @@ def main() -> None:
         raise ConfigError(f"--workers needs at least 1, but {args.workers} was given.")
     bundle = find_bundle(args.model)
     with ray_session(num_cpus=args.workers + local_cpus(), verbose=args.verbose):
-        count = embed(bundle, args.input, args.output, args.workers)
+        count = embed(bundle, args.input, args.output, args.workers, args.long)
     print(f"Embedded {count:,} proteins with {bundle}\n  {args.output}")
 
 
-def embed(bundle: Path, inputs: list[Path], output: Path, workers: int) -> int:
+def embed(bundle: Path, inputs: list[Path], output: Path, workers: int, long: Long) -> int:
     """Write one row a protein; the file appears under its name only when it is complete."""
 
     def parse(files: dict[str, np.ndarray]) -> Iterator[pa.Table]:
@@ -84,7 +90,7 @@ def embed(bundle: Path, inputs: list[Path], output: Path, workers: int) -> int:
         .map_batches(parse, batch_size=1)
         .map_batches(
             Embedder,
-            fn_constructor_args=(str(bundle),),
+            fn_constructor_args=(str(bundle), long),
             batch_format="pyarrow",
             batch_size=BATCH_SEQUENCES,
             compute=ray.data.ActorPoolStrategy(size=workers),

@@ -72,8 +72,6 @@ def write_fair_esm(file: Path, weights: Weights) -> None:
             f"fair-esm tells ESM-2 from the others by file names that start with esm2, but "
             f"{file.name} would hold {settings.family}; choose another name."
         )
-    if weights.inv_freq is None and settings.traits.positions == "rotary":
-        weights = Weights.of(weights.build())
     tensors = name_tensors(weights, "fair_esm")
     regression = {
         n: tensors.pop(n) for n in list(tensors) if n.startswith(CONTACT_HEAD["fair_esm"])

@@ -44,10 +44,15 @@ class Weights:
             model = Esm(self.settings)
         model.load_state_dict(self.state, assign=True)
         if self.settings.traits.positions == "rotary":
-            computed = default_inv_freq(self.settings.head_width)
-            model.inv_freq = computed if self.inv_freq is None else self.inv_freq
+            model.inv_freq = self.frequencies()
         model.contact_head = self.contact_head
         return model.eval()
+
+    def frequencies(self) -> torch.Tensor:
+        """The rotary frequencies in use, [K / 2] fp32."""
+        if self.inv_freq is not None:
+            return self.inv_freq
+        return default_inv_freq(self.settings.head_width)
 
 
 def sort_tensors(
@@ -127,12 +132,16 @@ def _take_contact_head(
 
 
 def name_tensors(weights: Weights, column: str) -> dict[str, torch.Tensor]:
-    """The tensors under a format's names, for writing; the inverse of `sort_tensors`."""
-    names = tensor_names(weights.settings, column)
+    """The tensors under a format's names, for writing; the inverse of `sort_tensors`.
+
+    Computed rotary frequencies are written out too: other readers expect them in the file.
+    """
+    settings = weights.settings
+    names = tensor_names(settings, column)
     tensors = {names[name]: tensor for name, tensor in weights.state.items()}
-    if weights.inv_freq is not None and column in INV_FREQ:
-        for layer in range(weights.settings.layers):
-            tensors[INV_FREQ[column].format(layer=layer)] = weights.inv_freq.clone()
+    if settings.traits.positions == "rotary" and column in INV_FREQ:
+        for layer in range(settings.layers):
+            tensors[INV_FREQ[column].format(layer=layer)] = weights.frequencies().clone()
     if weights.contact_head is not None:
         tensors[CONTACT_HEAD[column] + ".weight"] = weights.contact_head.weight
         tensors[CONTACT_HEAD[column] + ".bias"] = weights.contact_head.bias
