@@ -103,16 +103,21 @@ def esm_cpp(folder: str, dtype: str) -> Pass:
     return run
 
 
-def matrix_products(folder: str, dtype: str) -> Pass:
-    """The bound: the products of all linear layers and nothing else, in the engine's batches."""
+def matrix_products(folder: str, dtype: str, attention: bool) -> Pass:
+    """The bound: the products of all linear layers and nothing else, in the engine's batches.
+
+    With `attention` torch's own kernel is called for every sequence and layer, too.
+    """
     import torch
-    from torch.nn.functional import linear
+    from torch.nn.functional import linear, scaled_dot_product_attention
 
     from raptide.inference.batching import plan_batches
     from raptide.model.bundle import read_weights
 
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     weights = read_weights(folder)
+    settings = weights.settings
+    layers, width, heads = settings.layers, settings.width, settings.heads
     matrices = [
         tensor.to(kind)
         for name, tensor in weights.state.items()
@@ -127,6 +132,13 @@ def matrix_products(folder: str, dtype: str) -> Pass:
             inputs = {m.shape[1]: torch.ones(total, m.shape[1], dtype=kind) for m in matrices}
             for matrix in matrices:
                 linear(inputs[matrix.shape[1]], matrix)
+            if not attention:
+                continue
+            q = torch.randn(1, heads, max(lengths), width // heads, dtype=kind)
+            for _ in range(layers):
+                for i in batch:
+                    one = q[:, :, : lengths[i]]
+                    scaled_dot_product_attention(one, one, one)
 
     return multiply
 
@@ -134,8 +146,9 @@ def matrix_products(folder: str, dtype: str) -> Pass:
 PEERS: dict[str, Callable[[str], Pass]] = {
     "raptide": lambda folder: raptide(folder, "auto"),
     "raptide fp32": lambda folder: raptide(folder, "fp32"),
-    "matrix products bf16": lambda folder: matrix_products(folder, "bf16"),
-    "matrix products fp32": lambda folder: matrix_products(folder, "fp32"),
+    "matrix products bf16": lambda folder: matrix_products(folder, "bf16", False),
+    "matrix products fp32": lambda folder: matrix_products(folder, "fp32", False),
+    "products and attention bf16": lambda folder: matrix_products(folder, "bf16", True),
     "transformers bf16 sorted": lambda folder: transformers(folder, "bf16", "sorted"),
     "transformers fp32 sorted": lambda folder: transformers(folder, "fp32", "sorted"),
     "fair-esm sorted": lambda folder: fair_esm(folder, "sorted"),
@@ -159,13 +172,17 @@ def memory_mb(field: str) -> float:
 
 
 def measure_memory(folder: str, sequences: list[str]) -> dict[str, float]:
-    """Megabytes that the engine adds to a process: load a bf16 bundle, embed every residue."""
+    """Megabytes that a model adds to the engine: load a bf16 bundle, embed every residue."""
     import torch
 
     from raptide import Engine
     from raptide.model.bundle import read_weights
+    from raptide.model.config import ModelSettings
+    from raptide.model.transformer import Esm
 
-    torch.nn.functional.linear(*(torch.ones(64, 64, dtype=torch.bfloat16) for _ in range(2)))
+    # The libraries' own code and buffers are in memory before the count begins.
+    tiny = Esm(ModelSettings(layers=1, width=32, heads=4)).initialise(1).bfloat16().eval()
+    Engine(tiny, {}, torch.device("cpu"), 4096).embed(["MKTAYIAKQR"])
     before = memory_mb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     engine = Engine.load(folder, device="cpu", dtype="bf16")

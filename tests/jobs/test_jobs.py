@@ -168,6 +168,13 @@ def test_a_protein_too_long_for_the_model_is_named(tmp_path):
     assert done.returncode == 2
     assert "Record 'long' has 31 residues, but this model takes at most 30" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.fasta", "m"]
+    done = job(
+        *("embed_proteins.py", "--model", "m", "--input", "a.fasta", "--output", "e.parquet"),
+        *("--long", "window"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert pq.read_table(tmp_path / "e.parquet")["length"].to_pylist() == [4, 31]
 
 
 def test_build_and_embed_a_users_own_file(demo, tmp_path, proteome):

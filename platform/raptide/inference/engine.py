@@ -31,6 +31,7 @@ from raptide.inference.forward import Forward, Pooling
 from raptide.inference.inputs import read_ahead, read_sequences
 from raptide.inference.variants import apply_variant, parse_variant
 from raptide.model.bundle import read_weights
+from raptide.model.device import compilation_pays, multiplies_bf16_faster
 from raptide.model.transformer import Esm
 
 Long = Literal["error", "window"]
@@ -86,9 +87,11 @@ class Engine:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         target = torch.device(device)
         if dtype == "auto":
-            dtype = "bf16" if _multiplies_bf16_faster(target) else "fp32"
+            dtype = "bf16" if multiplies_bf16_faster(target) else "fp32"
         weights = read_weights(path)
         model = weights.build().to(target, torch.bfloat16 if dtype == "bf16" else torch.float32)
+        if compilation_pays(target):
+            model.compile_tokenwise()
         return cls(model, dict(weights.lineage), target, max_batch_tokens)
 
     @property
@@ -350,12 +353,6 @@ def _check(name: str, value: str, choices: Any) -> None:
     if value not in get_args(choices):
         known = ", ".join(map(repr, get_args(choices)))
         raise ConfigError(f"{name} must be one of {known}, but {value!r} was given.")
-
-
-def _multiplies_bf16_faster(device: torch.device) -> bool:
-    if device.type == "cuda":  # not exercised without a GPU
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

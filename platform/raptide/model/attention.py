@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from raptide.model.device import has_varlen_attention
 from raptide.model.packed import Packed
 
 
@@ -13,10 +14,10 @@ def attend(
 ) -> torch.Tensor:
     """Softmax attention of every token over the tokens of its own sequence; returns [T, H, K].
 
-    On CUDA in half precision this is one kernel over the whole batch; elsewhere it is a call per
+    On GPUs in half precision this is one kernel over the whole batch; elsewhere it is a call per
     sequence, so a sequence's numbers never depend on what else is in the batch.
     """
-    if q_THK.is_cuda and q_THK.dtype != torch.float32:  # not exercised without a GPU
+    if has_varlen_attention(q_THK):  # not exercised without a GPU
         from torch.nn.attention.varlen import varlen_attn
 
         cu, longest = packed.cu_seqlens, packed.longest

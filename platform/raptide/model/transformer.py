@@ -6,15 +6,16 @@ One class serves ESM-1, ESM-1b and ESM-2; `ModelSettings.traits` holds what diff
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import gelu, linear, pad
 
 from raptide.model.attention import attend, attend_with_bias, attention_maps
 from raptide.model.config import ModelSettings
 from raptide.model.contacts import ContactHead
+from raptide.model.device import token_chunks
 from raptide.model.packed import Packed
 
 FIRST_POSITION = 2
@@ -25,12 +26,8 @@ TRAINING_MASK_SHARE = 0.15 * 0.8
 
 ROTARY_BASE = 10000.0
 
-FFN_TOKENS = 1024
-"""Tokens that go through the feed-forward layer at once where nothing is kept for a gradient: the
-wide activations stay small, and on CPUs in the cache (10% faster at 4,096 tokens)."""
-
-Rotation = tuple[torch.Tensor, torch.Tensor]
-"""Cosine and sine of each token's rotary angles, [T, 1, K / 2] each."""
+Rotation = tuple[torch.Tensor, ...]
+"""Cosine and sine of each token's rotary angles, [T, 1, K / 2] each; () for other positions."""
 
 
 class Attention(nn.Module):
@@ -49,34 +46,24 @@ class Attention(nn.Module):
             self.bias_v = nn.Parameter(torch.empty(width))
         self.has_bias_kv = settings.traits.attention_bias_kv
 
+    def project(
+        self, x_TD: torch.Tensor, rotation: Rotation
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, [T, H, K] each."""
+        q, k, v = (
+            projection(x_TD).unflatten(-1, (self.heads, -1))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return (rotate(q, *rotation), rotate(k, *rotation), v) if rotation else (q, k, v)
+
     def forward(
-        self, x_TD: torch.Tensor, packed: Packed, rotation: Rotation | None
+        self, q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, packed: Packed
     ) -> torch.Tensor:
-        q, k = self._queries_and_keys(x_TD, rotation)
-        v = self._split(self.v_proj(x_TD))
+        """Mix the values within each sequence, [T, D]; `out_proj` is still to come."""
         if self.has_bias_kv:
             bias_k, bias_v = (b.view(self.heads, -1) for b in (self.bias_k, self.bias_v))
-            mixed = attend_with_bias(q, k, v, packed, bias_k, bias_v)
-        else:
-            mixed = attend(q, k, v, packed)
-        return self.out_proj(mixed.flatten(1))
-
-    def maps(self, x_TD: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
-        """Attention of every token (rows) to every token of one sequence, [H, T, T] fp32."""
-        q, k = self._queries_and_keys(x_TD, rotation)
-        bias_k = self.bias_k.view(self.heads, -1) if self.has_bias_kv else None
-        return attention_maps(q, k, bias_k)
-
-    def _queries_and_keys(
-        self, x_TD: torch.Tensor, rotation: Rotation | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k = self._split(self.q_proj(x_TD)), self._split(self.k_proj(x_TD))
-        if rotation is None:
-            return q, k
-        return rotate(q, *rotation), rotate(k, *rotation)
-
-    def _split(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return x_TD.unflatten(-1, (self.heads, -1))
+            return attend_with_bias(q_THK, k_THK, v_THK, packed, bias_k, bias_v).flatten(1)
+        return attend(q_THK, k_THK, v_THK, packed).flatten(1)
 
 
 class Layer(nn.Module):
@@ -91,16 +78,33 @@ class Layer(nn.Module):
         self.fc1 = nn.Linear(settings.width, settings.ffn_width)
         self.fc2 = nn.Linear(settings.ffn_width, settings.width)
 
-    def forward(
-        self, x_TD: torch.Tensor, packed: Packed, rotation: Rotation | None
-    ) -> torch.Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), packed, rotation)
-        if torch.is_grad_enabled() or len(x_TD) <= FFN_TOKENS:
-            return self._feed_forward(x_TD)
-        return torch.cat([self._feed_forward(piece) for piece in x_TD.split(FFN_TOKENS)])
+    def forward(self, x_TD: torch.Tensor, packed: Packed, rotation: Rotation) -> torch.Tensor:
+        mixed_TD = self.attention(*tokenwise(self.before_mixing, x_TD, *rotation), packed)
+        (x_TD,) = tokenwise(self.after_mixing, x_TD, mixed_TD)
+        return x_TD
 
-    def _feed_forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return x_TD + self.fc2(gelu(self.fc1(self.ffn_norm(x_TD))))
+    def before_mixing(
+        self, x_TD: torch.Tensor, *rotation: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """What tokens show each other: queries, keys and values, [T, H, K] each."""
+        return self.attention.project(self.attention_norm(x_TD), rotation)
+
+    def after_mixing(self, x_TD: torch.Tensor, mixed_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What each token makes of the others' values, [T, D]."""
+        x_TD = x_TD + self.attention.out_proj(mixed_TD)
+        return (x_TD + self.fc2(gelu(self.fc1(self.ffn_norm(x_TD)))),)
+
+    def maps(self, x_TD: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        """Attention of every token (rows) to every token of one sequence, [H, T, T] fp32."""
+        q, k, _ = self.before_mixing(x_TD, *rotation)
+        attention = self.attention
+        bias_k = attention.bias_k.view(attention.heads, -1) if attention.has_bias_kv else None
+        return attention_maps(q, k, bias_k)
+
+    def compile_tokenwise(self) -> None:
+        """Fuse what surrounds the matrix products; the first batches then take a minute."""
+        self.before_mixing = torch.compile(self.before_mixing, dynamic=True)  # type: ignore
+        self.after_mixing = torch.compile(self.after_mixing, dynamic=True)  # type: ignore
 
 
 class Esm(nn.Module):
@@ -183,15 +187,25 @@ class Esm(nn.Module):
         rotation = self._rotation(packed, x_TD.dtype)
         for layer in self.layers:
             assert isinstance(layer, Layer)
-            yield layer.attention.maps(layer.attention_norm(x_TD), rotation)
+            yield layer.maps(x_TD, rotation)
             x_TD = layer(x_TD, packed, rotation)
+
+    def compile_tokenwise(self) -> None:
+        """Fuse what surrounds the matrix products (torch.compile); see device.py for where."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.compile_tokenwise()
 
     def predict(self, x_ND: torch.Tensor) -> torch.Tensor:
         """Final representations to logits over the vocabulary, [N, V]."""
+        (logits,) = tokenwise(self._predict, x_ND)
+        return logits
+
+    def _predict(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if not self.settings.traits.tied_head:
-            return linear(x_ND, self.head_weight, self.head_bias)
+            return (linear(x_ND, self.head_weight, self.head_bias),)
         hidden = self.head_norm(gelu(self.head_dense(x_ND)))
-        return linear(hidden, self.embed.weight, self.head_bias)
+        return (linear(hidden, self.embed.weight, self.head_bias),)
 
     def _embed(self, packed: Packed) -> torch.Tensor:
         traits = self.settings.traits
@@ -214,12 +228,34 @@ class Esm(nn.Module):
         scale_B = (1 - TRAINING_MASK_SHARE) / (1 - masked_B / packed.lengths_B).clamp(min=1e-6)
         return torch.where(masked_T, 0.0, scale_B[packed.sequence_T])
 
-    def _rotation(self, packed: Packed, dtype: torch.dtype) -> Rotation | None:
+    def _rotation(self, packed: Packed, dtype: torch.dtype) -> Rotation:
         if self.settings.traits.positions != "rotary":
-            return None
+            return ()
         inv_freq = self.inv_freq.to(packed.tokens_T.device)
         angle = packed.position_T[:, None, None].float() * inv_freq
         return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def tokenwise(
+    function: Callable[..., tuple[torch.Tensor, ...]], *inputs: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Call a function that treats every token by itself, [T, ...] to [T, ...], in pieces."""
+    total = len(inputs[0])
+    outputs: tuple[torch.Tensor, ...] = ()
+    for start, stop, size in token_chunks(inputs[0]):
+        parts = function(*(_padded(each[start:stop], size) for each in inputs))
+        if stop - start == total:
+            return tuple(part[:total] for part in parts)
+        outputs = outputs or tuple(p.new_empty(total, *p.shape[1:]) for p in parts)
+        for output, part in zip(outputs, parts, strict=True):
+            output[start:stop] = part[: stop - start]
+    return outputs
+
+
+def _padded(x: torch.Tensor, size: int) -> torch.Tensor:
+    if len(x) == size:
+        return x
+    return pad(x, (0, 0) * (x.ndim - 1) + (0, size - len(x)))
 
 
 def count_parameters(settings: ModelSettings) -> int:

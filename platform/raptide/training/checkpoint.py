@@ -136,13 +136,13 @@ def verify_folder(folder: Path, *, only: str = "") -> dict[str, Any]:
 
 
 def find_bundle(folder: Path) -> Path:
-    """The bundle that a path stands for: itself, a checkpoint's, or a run's newest.
+    """The model that a path stands for: itself, a checkpoint's bundle, or a run's newest.
 
     Raises:
         BundleError: there is none.
     """
     folder = folder.resolve()
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or folder.suffix == ".pt":
         return folder
     if (folder / MODEL / "config.json").is_file():
         return folder / MODEL

@@ -23,8 +23,6 @@ def read_model(path: Path) -> Weights:
         BundleError: there are none.
         CheckpointError: a checkpoint without a bundle is damaged.
     """
-    if path.suffix == ".pt":
-        return read_weights(path)
     if (path / MANIFEST).is_file() and not (path / MODEL).exists():
         return read_zero_weights(path)
     return read_weights(find_bundle(path))

@@ -1,0 +1,58 @@
+"""Everything that is chosen by device, in one place.
+
+Of what is chosen for CUDA nothing is exercised by the tests, which need no GPU; compilation itself
+is, on CPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+
+def multiplies_bf16_faster(device: torch.device) -> bool:
+    """Whether bf16 matrix products are faster than fp32 ones (about twice, where they are)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def has_varlen_attention(q_THK: torch.Tensor) -> bool:
+    """Whether one kernel attends within all sequences of a batch at once."""
+    return q_THK.is_cuda and q_THK.dtype != torch.float32
+
+
+def compilation_pays(device: torch.device) -> bool:
+    """Whether fusing what surrounds the matrix products saves time: on CPUs it cost some."""
+    return device.type == "cuda"
+
+
+CPU_SIZES = (512, 256, 128, 64, 16)
+"""Tokens that go through a layer at once on CPUs."""
+
+ROUND_UP_BELOW = 128
+
+
+def token_chunks(x_TD: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+    """Cut T tokens for functions that treat each by itself: start, stop, and size to pad to.
+
+    Where gradients are kept, and on GPUs, which want large products, all go at once. For inference
+    on CPUs they go in pieces of CPU_SIZES: 512 tokens stay in the cache and need little memory;
+    and oneDNN keeps 0.7 MB of generated code for each matrix product in bf16 whose number of rows
+    it has not seen (up to 1,024 of them), so there must be few. Less than 64 rows are computed for
+    nothing.
+    """
+    total = len(x_TD)
+    if x_TD.is_cuda or not torch.is_inference_mode_enabled():
+        yield 0, total, total
+        return
+    start = 0
+    while start < total:
+        left = total - start
+        if left < ROUND_UP_BELOW:
+            size = min(size for size in CPU_SIZES if size >= left)
+        else:
+            size = max(size for size in CPU_SIZES if size <= left)
+        yield start, min(start + size, total), size
+        start += size
