@@ -6,7 +6,8 @@
 Every peer gets the same random weights and the same real proteins of natural lengths (20 to 1,022),
 and a process of its own. The processes take turns, one at work at a time, so that whatever else the
 machine does hits all of them alike; ratios are medians over the rounds. The bound is the time of
-the model's linear layers as bare matrix products, without attention, norms or anything else.
+the model's linear layers as bare matrix products, without attention, norms or anything else; a
+second one adds torch's own attention kernel.
 
 esm-cpp is installed into a virtual environment of its own (--esm-cpp names another Python that has
 it; --esm-cpp "" leaves it out).
@@ -192,6 +193,8 @@ def measure_memory(folder: Path, threads: int) -> dict[str, float]:
     state = {name: tensor.bfloat16() for name, tensor in half.state.items()}
     (folder / "half").mkdir()
     write_bundle(folder / "half/model", Weights(half.settings, state))
+    tiny = Esm(ModelSettings(layers=1, width=32, heads=4)).initialise(1)
+    write_bundle(folder / "half/model-tiny", Weights.of(tiny))
     shutil.copy(folder / "sequences.json", folder / "half")
     peer = Peer("memory", sys.executable, folder / "half", threads)
     peer.stop()
@@ -207,6 +210,7 @@ def ratios(seconds: dict[str, list[float]], memory: dict[str, float]) -> dict[st
 
     found = {
         "gemm_bound_fraction": against("matrix products bf16"),
+        "gemm_and_attention_bound_fraction": against("products and attention bf16"),
         "gemm_bound_fraction_fp32": against("matrix products fp32", "raptide fp32"),
         "vs_transformers_bf16_sorted": against("transformers bf16 sorted"),
         "vs_transformers_fp32_sorted": against("transformers fp32 sorted"),
