@@ -1,5 +1,9 @@
 """The packed transformer against independent implementations, with the same random weights."""
 
+import subprocess
+import sys
+import textwrap
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,7 @@ from transformers import EsmConfig, EsmForMaskedLM, EsmModel
 from raptide.model.bundle import read_weights, write_bundle
 from raptide.model.config import ModelSettings
 from raptide.model.contacts import corrected_maps
+from raptide.model.device import CPU_SIZES, token_chunks
 from raptide.model.packed import Packed
 from raptide.model.transformer import Esm
 
@@ -146,6 +151,63 @@ def test_a_sequence_does_not_depend_on_its_batch_mates(family, lengths, seed):
     assert torch.isfinite(torch.cat(together)).all()
     for piece, logits in zip(pieces, together, strict=True):
         torch.testing.assert_close(model(pack([piece])), logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", sorted(SMALL))
+@pytest.mark.parametrize("total", [6, 17, 64, 129, 640, 1300])
+def test_inference_in_pieces_equals_all_tokens_at_once(family, total):
+    model = SMALL[family]
+    packed = pack(random_tokens(model.settings.alphabet, (total // 2, total - total // 2)))
+    with torch.no_grad():
+        whole = model(packed)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(packed), whole, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+@given(st.integers(0, 5000))
+def test_pieces_cover_all_tokens_in_few_sizes_with_little_padding(total):
+    pieces = list(token_chunks(torch.empty(total, 1)))
+    assert [start for start, _, _ in pieces[1:]] == [stop for _, stop, _ in pieces[:-1]]
+    assert pieces[0][0] == 0
+    assert pieces[-1][1] == total
+    assert {size for _, _, size in pieces} <= {*CPU_SIZES, 0}
+    padding = sum(size - (stop - start) for start, stop, size in pieces)
+    assert 0 <= padding < 64
+
+
+@torch.inference_mode()
+def test_compiled_layers_give_the_same_numbers():
+    """What is done on GPUs, where it pays."""
+    model = Esm(ModelSettings(layers=1, width=32, heads=4)).initialise(1).eval()
+    packed = [pack(random_tokens(model.settings.alphabet, n)) for n in ((9, 30), (600, 7))]
+    expected = [model(each) for each in packed]
+    model.compile_tokenwise()
+    for each, logits in zip(packed, expected, strict=True):
+        torch.testing.assert_close(model(each), logits, atol=1e-5, rtol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_number_of_batch_sizes_seen():
+    """Each new number of rows in a bf16 product would cost 0.7 MB for good."""
+    script = """
+        import resource, torch
+        from raptide.model.config import ModelSettings
+        from raptide.model.packed import Packed
+        from raptide.model.transformer import Esm
+
+        settings = ModelSettings(layers=1, width=480, heads=20)
+        model = Esm(settings).initialise(1).bfloat16().eval()
+        with torch.inference_mode():
+            for length in (16, 64, 128, 256, 512, 1023):
+                model(Packed(torch.full((length,), 5), (length,)))
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            for length in range(20, 1000, 5):
+                model(Packed(torch.full((length,), 5), (length,)))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    grown_kb = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert grown_kb < 60_000
 
 
 def test_the_loss_at_targets_is_the_cross_entropy_of_the_logits():

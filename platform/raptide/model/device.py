@@ -44,7 +44,7 @@ def token_chunks(x_TD: torch.Tensor) -> Iterator[tuple[int, int, int]]:
     nothing.
     """
     total = len(x_TD)
-    if x_TD.is_cuda or not torch.is_inference_mode_enabled():
+    if total == 0 or x_TD.is_cuda or not torch.is_inference_mode_enabled():
         yield 0, total, total
         return
     start = 0
