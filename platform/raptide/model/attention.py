@@ -52,11 +52,11 @@ def attention_maps(
 
     ESM-1's learned key takes its part of the softmax and is left out of the result.
     """
-    q_HTK, k_HTK = q_THK.transpose(0, 1).float(), k_THK.transpose(0, 1).float()
+    q_HTK = q_THK.transpose(0, 1).float() * q_THK.shape[-1] ** -0.5
+    k_HTK = k_THK.transpose(0, 1).float()
     if bias_k_HK is not None:
         k_HTK = torch.cat([k_HTK, bias_k_HK[:, None].float()], dim=1)
-    scores = q_HTK @ k_HTK.mT * q_HTK.shape[-1] ** -0.5
-    return torch.softmax(scores, dim=-1)[:, :, : len(q_THK)]
+    return torch.softmax(q_HTK @ k_HTK.mT, dim=-1)[:, :, : len(q_THK)]
 
 
 def _attend_one_by_one(

@@ -58,4 +58,5 @@ def average_product_correct(maps_HLL: torch.Tensor) -> torch.Tensor:
     """Subtract from each entry what its row's and column's sums alone would give."""
     row = maps_HLL.sum(-1, keepdim=True)
     column = maps_HLL.sum(-2, keepdim=True)
-    return maps_HLL - row * (column / maps_HLL.sum((-1, -2), keepdim=True))
+    total = maps_HLL.sum((-1, -2), keepdim=True)
+    return torch.addcmul(maps_HLL, row, column / total, value=-1)
