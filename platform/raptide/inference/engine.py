@@ -80,6 +80,8 @@ class Engine:
                 0.9995 with those of fp32.
             max_batch_tokens: tokens in one forward pass; a longer sequence goes alone.
 
+        On GPUs the layers are compiled, which the first batches wait for (model/device.py).
+
         Raises:
             BundleError: there is no such model.
         """
