@@ -280,6 +280,8 @@ def test_bad_input_is_one_sentence(engine):
         (lambda: engine.embed(["MK", "MK?"]), r"Sequence 1: .*position 3 holds '\?'"),
         (lambda: engine.embed(["A" * 20000]), r'at most 16384 residues .*20000.*long="window"'),
         (lambda: engine.embed("MKT"), "one string was given"),
+        (lambda: engine.embed(["MK", None]), "Sequence 1: a string .* but a NoneType was given"),
+        (lambda: list(engine.embed(iter([b"MK"]))), "Sequence 0: .* but a bytes was given"),
         (lambda: engine.score_variants("MKT", "M1A"), "one string was given"),
         (lambda: engine.contacts(["A" * 2049]), f"at most {CONTACT_RESIDUES} residues"),
     ]:

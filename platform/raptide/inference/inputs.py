@@ -35,6 +35,11 @@ def read_ahead(sequences: Iterator[str], limit: float, budget: int) -> Iterator[
 
 
 def _read(sequence: str, index: int, limit: float) -> np.ndarray:
+    if not isinstance(sequence, str):
+        raise SequenceError(
+            f"Sequence {index}: a string of residue letters is needed, but a "
+            f"{type(sequence).__name__} was given."
+        )
     try:
         residues = encode_residues(sequence)
     except SequenceError as error:
