@@ -1,6 +1,7 @@
-"""Build a corpus from FASTA files.
+"""Build a corpus from FASTA files, or look at one.
 
     python jobs/build_corpus.py --input proteins.fasta more.fasta.gz --output corpora/mine
+    python jobs/build_corpus.py inspect corpora/mine --verify
 
 Reads plain, gz, bz2, xz and zst files of protein sequences, orders clusters by a hash, holds a
 share of them out, and writes Parquet shards with a manifest. The result does not depend on the
@@ -8,20 +9,80 @@ order of the files or on the number of cores.
 
 Letters A to Z are residues (J reads as X); lower case counts as upper case; a trailing * is
 dropped; anything else stops the build with its file and line.
+
+Whole clusters are held out, chosen by a hash of the name or listed in a file. A training sequence
+that equals a held-out one letter for letter is dropped; what else is dropped is up to you. The
+manifest counts every reason.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from commandline import job_parser, run_job
 from raptide.cluster import local_cpus, ray_session
 from raptide.config import parse_settings
 from raptide.data.build import BuildSettings, build_corpus
+from raptide.data.cleaning import CleaningSettings
 from raptide.data.corpus import Corpus
+from raptide.data.picture import draw_corpus
+from raptide.errors import ConfigError
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["inspect"]:
+        inspect(sys.argv[2:])
+    else:
+        build()
+
+
+def inspect(arguments: list[str]) -> None:
+    parser = job_parser("Print what a corpus holds, and draw it.")
+    parser.prog += " inspect"
+    parser.add_argument("corpus", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare every file's hash with the manifest's"
+    )
+    args = parser.parse_args(arguments)
+    corpus = Corpus.open(args.corpus)
+    _print_counts(corpus)
+    _print_shares("lengths", _merge(corpus, "length_histogram", width=250))
+    _print_shares("residues", _merge(corpus, "residue_counts"))
+    if args.verify:
+        corpus.verify()
+        shards = len(corpus.manifest["shards"])
+        print(f"Verified: {shards} shards and the block table have the hashes of the manifest.")
+    print(f"Picture: {draw_corpus(corpus)}")
+
+
+def _merge(corpus: Corpus, field: str, width: int | None = None) -> dict[str, int]:
+    """Sum of a counter over both splits; lengths in coarser bins."""
+    total: dict[str, int] = {}
+    for counter in corpus.manifest[field].values():
+        for key, count in counter.items():
+            name = f"{int(key) // width * width:,}" if width else key
+            total[name] = total.get(name, 0) + count
+    if width:
+        return dict(sorted(total.items(), key=lambda item: int(item[0].replace(",", ""))))
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+def _print_shares(title: str, counter: dict[str, int]) -> None:
+    """A bar a line; what is below 0.05% is summed up."""
+    total = sum(counter.values())
+    print(f"  {title}")
+    rest = 0
+    for name, count in counter.items():
+        if count < 0.0005 * total:
+            rest += count
+            continue
+        print(f"    {name:>7} {100 * count / total:5.1f}% {'#' * round(120 * count / total)}")
+    if rest:
+        print(f"    {'others':>7} {100 * rest / total:5.2f}%")
+
+
+def build() -> None:
     defaults = BuildSettings()
     parser = job_parser(__doc__)
     parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="FASTA")
@@ -44,18 +105,58 @@ def main() -> None:
         help="header field that names a record's cluster, e.g. cluster50 for cluster50=P12345 "
         "(default: each record is its own cluster)",
     )
-    args = parser.parse_args()
-    settings = parse_settings(
-        BuildSettings,
-        {name: getattr(args, name) for name in BuildSettings.model_fields},
-        source="command line",
+    parser.add_argument(
+        "--holdout-clusters",
+        type=Path,
+        metavar="FILE",
+        help="names of clusters to hold out, one a line, beside those that the hash chooses",
     )
+    cleaning = parser.add_argument_group("cleaning")
+    cleaning.add_argument("--min-residues", type=int, metavar="N", help="drop shorter sequences")
+    cleaning.add_argument("--max-residues", type=int, metavar="N", help="drop longer sequences")
+    cleaning.add_argument(
+        "--max-unknown-fraction", type=float, metavar="F", help="drop those with more X than this"
+    )
+    cleaning.add_argument(
+        "--drop-duplicates",
+        action="store_true",
+        default=None,
+        help="keep one of sequences that are equal letter for letter",
+    )
+    args = parser.parse_args()
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    rules = {name: given[name] for name in CleaningSettings.model_fields if name in given}
+    shape = {name: given[name] for name in BuildSettings.model_fields if name in given}
+    tree = shape | {"cleaning": rules}
+    settings = parse_settings(BuildSettings, tree, source="command line")
+    listed = _read_names(args.holdout_clusters) if args.holdout_clusters else []
     with ray_session(num_cpus=local_cpus(), verbose=args.verbose):
-        corpus = build_corpus(args.input, args.output, settings)
+        corpus = build_corpus(args.input, args.output, settings, listed)
     _print_summary(corpus)
 
 
+def _read_names(file: Path) -> list[str]:
+    try:
+        names = file.read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error}); give a file of names, one a line."
+        ) from None
+    if not names:
+        raise ConfigError(f"{file} holds no names; write one cluster a line, or leave it out.")
+    return names
+
+
 def _print_summary(corpus: Corpus) -> None:
+    _print_counts(corpus)
+    print(
+        f"Picture: {draw_corpus(corpus)}\n"
+        f"Train on it: python jobs/pretrain_model.py --config jobs/recipes/demo.yaml "
+        f"--output runs/mine corpus={corpus.path}"
+    )
+
+
+def _print_counts(corpus: Corpus) -> None:
     print(f"Corpus {corpus.path}, digest {corpus.digest[:16]}")
     for split in ("train", "heldout"):
         counts = corpus.manifest["counts"][split]
@@ -63,12 +164,10 @@ def _print_summary(corpus: Corpus) -> None:
             f"  {split:8} {counts.get('clusters', 0):>12,} clusters "
             f"{counts.get('sequences', 0):>12,} sequences {counts.get('residues', 0):>15,} residues"
         )
+    for reason, count in corpus.manifest["dropped"].items():
+        print(f"  {count:,} of {corpus.manifest['read']:,} records dropped: {reason}")
     if renamed := corpus.manifest["renamed_duplicates"]:
         print(f"  {renamed:,} records shared a name with another and were numbered (name#2)")
-    print(
-        f"Train on it: python jobs/pretrain_model.py --config jobs/recipes/demo.yaml "
-        f"--output runs/mine corpus={corpus.path}"
-    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Build a corpus with Ray Data: parse the files, bring each cluster's members together, write.
+"""Build a corpus with Ray Data: parse the files, drop what must go, bring each cluster's members
+together, write.
 
-    FASTA files ─ parse ─> records ─ shuffle by bucket ─> one shard task a bucket ─> manifest
+    FASTA files ─ parse ─> records ─ shuffle by content ─> equal sequences side by side, cleaned
+                                   ─ shuffle by cluster ─> one shard task a bucket ─> manifest
 
-A bucket is a range of the cluster hash, small enough for one task. The number of buckets follows
-from the residues alone, so the digest does not depend on cores, block sizes or input order.
+A bucket is a range of a hash, small enough for one task. The number of buckets follows from the
+residues alone, so the digest does not depend on cores, block sizes or input order.
 """
 
 from __future__ import annotations
@@ -11,17 +13,26 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 from pydantic import Field
 
 from raptide.config import Settings
+from raptide.data.cleaning import (
+    KEPT,
+    CleaningSettings,
+    count_reasons,
+    drop,
+    drop_equal,
+    reasons_by_content,
+)
 from raptide.data.corpus import (
     BLOCK_ROW,
     BLOCK_TABLE,
@@ -30,7 +41,7 @@ from raptide.data.corpus import (
     Corpus,
     sha256_of_file,
 )
-from raptide.data.fasta import read_fasta
+from raptide.data.fasta import FastaBatch, read_fasta
 from raptide.data.shards import ShardReport, write_bucket
 from raptide.errors import CorpusError, plain_errors
 
@@ -47,17 +58,25 @@ class BuildSettings(Settings):
     block_residues: int = Field(1 << 20, ge=1, le=8 << 20)
     """A block closes when it holds at least this many residues."""
 
+    cleaning: CleaningSettings = CleaningSettings()
+
     cluster_tag: str | None = None
     """Header field that names a record's cluster, e.g. `cluster50` for `cluster50=P12345`; a record
     without it belongs to the cluster of its own name. None makes every record its own cluster."""
 
 
 def build_corpus(
-    inputs: Sequence[str | Path], output: str | Path, settings: BuildSettings
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    settings: BuildSettings,
+    heldout_clusters: Sequence[str] = (),
 ) -> Corpus:
     """Build a corpus folder from FASTA files. Ray must be running.
 
     The folder appears under its name only when it is finished; the manifest is written last.
+
+    Args:
+        heldout_clusters: names of clusters to hold out beside those that the hash chooses.
 
     Raises:
         FastaError: an input file is no protein FASTA.
@@ -71,11 +90,18 @@ def build_corpus(
     partial.mkdir(parents=True)
     try:
         with plain_errors():
-            records = _parse(inputs, settings).materialize()
+            records = _parse(inputs, settings, heldout_clusters).materialize()
             residues = int(records.sum("length"))
             buckets = -(-residues // (settings.block_residues * BUCKET_BLOCKS))
+            records = _clean(records, buckets, settings.cleaning).materialize()
+            reasons = _count_reasons(records)
+            if not reasons.get(KEPT):
+                raise CorpusError(
+                    f"All {sum(reasons.values())} records were dropped ({_described(reasons)}); "
+                    "loosen the cleaning settings."
+                )
             reports = _write(records, buckets, partial.resolve(), settings)
-        _write_manifest(partial, reports, inputs, settings)
+        _write_manifest(partial, reports, reasons, inputs, settings, len(set(heldout_clusters)))
     except BaseException:
         shutil.rmtree(partial)
         raise
@@ -83,38 +109,48 @@ def build_corpus(
     return Corpus.open(output)
 
 
-def _parse(inputs: Sequence[str | Path], settings: BuildSettings) -> ray.data.Dataset:
-    """One row a record: cluster, its order and split hashes, id, residues, length."""
+def _parse(
+    inputs: Sequence[str | Path], settings: BuildSettings, heldout_clusters: Sequence[str]
+) -> ray.data.Dataset:
+    """One row a record: cluster, its place and split, id, residues, what is dropped and why."""
+    # The names' hashes only: a published list has millions of names, and every task gets it.
+    listed = ray.put(np.unique(_hash_names(heldout_clusters)[:, 1]))
 
     def parse(files: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        chosen = ray.get(listed)
         for path in files["path"]:
             for batch in read_fasta(str(path)):
-                yield _records_table(*batch, tag=settings.cluster_tag)
+                yield _records_table(batch, settings, chosen)
 
     files = [{"path": str(Path(path).resolve())} for path in inputs]
     dataset = ray.data.from_items(files, override_num_blocks=len(files))
     return dataset.map_batches(parse, batch_size=1)
 
 
-def _records_table(
-    names: list[str], descriptions: list[str], residues: bytes, lengths: np.ndarray, tag: str | None
-) -> pa.Table:
+def _records_table(batch: FastaBatch, settings: BuildSettings, listed: np.ndarray) -> pa.Table:
+    names, descriptions, residues, lengths = batch
+    tag = settings.cluster_tag
     clusters = [_cluster_of(*record, tag) for record in zip(names, descriptions, strict=True)]
-    hashes = np.frombuffer(b"".join(map(_hash_name, clusters)), "<u8").reshape(-1, 2)
+    hashes = _hash_names(clusters)
+    below = hashes[:, 1] < np.uint64(int(settings.holdout_fraction * 2**64))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     members = pa.Array.from_buffers(
         pa.binary(), len(names), [None, pa.py_buffer(offsets), pa.py_buffer(residues)]
     )
-    return pa.table(
+    table = pa.table(
         {
             "order": hashes[:, 0],
-            "split": hashes[:, 1],
+            "heldout": pa.array((below | np.isin(hashes[:, 1], listed)).astype(np.int8)),
+            "content": pa.array(map(_hash_content, members), pa.uint64()),
             "cluster": pa.array(clusters, pa.string()),
             "id": pa.array(names, pa.string()),
             "residues": members,
             "length": lengths,
+            "dropped": pa.array([KEPT] * len(names), pa.string()),
         }
     )
+    ids = np.frombuffer(residues, np.uint8)
+    return drop(table, reasons_by_content(ids, lengths, settings.cleaning))
 
 
 def _cluster_of(name: str, description: str, tag: str | None) -> str:
@@ -126,9 +162,64 @@ def _cluster_of(name: str, description: str, tag: str | None) -> str:
     return name
 
 
-def _hash_name(cluster: str) -> bytes:
-    """16 bytes: the first 8 order the corpus, the last 8 decide the split."""
-    return hashlib.blake2b(cluster.encode(), digest_size=16, person=b"raptide.cluster").digest()
+def _hash_names(clusters: Sequence[str]) -> np.ndarray:
+    """[n, 2] uint64 for each name: the first orders the corpus, the second decides the split."""
+    joined = b"".join(
+        hashlib.blake2b(name.encode(), digest_size=16, person=b"raptide.cluster").digest()
+        for name in clusters
+    )
+    return np.frombuffer(joined, "<u8").reshape(-1, 2)
+
+
+def _hash_content(residues: pa.Scalar) -> int:
+    """8 bytes: among 250 M sequences, one wrong pair is expected in 600 corpora."""
+    digest = hashlib.blake2b(residues.as_buffer(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _clean(records: ray.data.Dataset, buckets: int, settings: CleaningSettings) -> ray.data.Dataset:
+    """Bring equal sequences together and drop the copies that must go."""
+
+    def clean(table: pa.Table) -> pa.Table:
+        return drop_equal(table.drop_columns("bucket"), settings.drop_duplicates)
+
+    return _by_bucket(records, "content", buckets, clean)
+
+
+def _count_reasons(records: ray.data.Dataset) -> dict[str, int]:
+    def count(table: pa.Table) -> pa.Table:
+        reasons = count_reasons(table)
+        return pa.table({"reason": list(reasons), "records": list(reasons.values())})
+
+    total: dict[str, int] = {}
+    for row in records.map_batches(count, batch_format="pyarrow", batch_size=None).take_all():
+        total[row["reason"]] = total.get(row["reason"], 0) + row["records"]
+    return dict(sorted(total.items()))
+
+
+def _described(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in reasons.items() if reason != KEPT)
+
+
+def _by_bucket(
+    records: ray.data.Dataset,
+    column: str,
+    buckets: int,
+    function: Callable[[pa.Table], pa.Table],
+) -> ray.data.Dataset:
+    """Shuffle the records into ranges of a hash column and call the function on each range."""
+
+    def add_bucket(table: pa.Table) -> pa.Table:
+        # The upper 32 bits of the hash, scaled to the number of buckets: keeps the order.
+        high = table[column].to_numpy() >> np.uint64(32)
+        bucket = (high * np.uint64(buckets)) >> np.uint64(32)
+        return table.append_column("bucket", pa.array(bucket.astype(np.int64)))
+
+    grouped = records.map_batches(add_bucket, batch_format="pyarrow", zero_copy_batch=True)
+    partitions = min(buckets, max(1, int(ray.cluster_resources().get("CPU", 1))))
+    return grouped.groupby("bucket", num_partitions=partitions).map_groups(
+        function, batch_format="pyarrow"
+    )
 
 
 def _write(
@@ -136,35 +227,27 @@ def _write(
 ) -> list[ShardReport]:
     """Shuffle the records into buckets and write each; the reports come in corpus order."""
 
-    def add_bucket(table: pa.Table) -> pa.Table:
-        # The upper 32 bits of the order hash, scaled to the number of buckets: keeps the order.
-        high = table["order"].to_numpy() >> np.uint64(32)
-        bucket = (high * np.uint64(buckets)) >> np.uint64(32)
-        return table.append_column("bucket", pa.array(bucket.astype(np.int64)))
-
     def write(table: pa.Table) -> pa.Table:
         reports = write_bucket(
-            table,
+            table.filter(pc.equal(table["dropped"], KEPT)),
             folder,
             block_residues=settings.block_residues,
-            holdout_fraction=settings.holdout_fraction,
             one_each=settings.cluster_tag is None,
         )
         return pa.table({"report": [json.dumps(report) for report in reports]})
 
-    grouped = records.map_batches(add_bucket, batch_format="pyarrow", zero_copy_batch=True)
-    partitions = min(buckets, max(1, int(ray.cluster_resources().get("CPU", 1))))
-    rows = (
-        grouped.groupby("bucket", num_partitions=partitions)
-        .map_groups(write, batch_format="pyarrow")
-        .take_all()
-    )
+    rows = _by_bucket(records, "order", buckets, write).take_all()
     reports: list[ShardReport] = [json.loads(row["report"]) for row in rows]
     return sorted(reports, key=lambda report: (report["split"] != "train", report["name"]))
 
 
 def _write_manifest(
-    folder: Path, reports: list[ShardReport], inputs: Sequence[str | Path], settings: BuildSettings
+    folder: Path,
+    reports: list[ShardReport],
+    reasons: dict[str, int],
+    inputs: Sequence[str | Path],
+    settings: BuildSettings,
+    num_listed: int,
 ) -> None:
     blocks = [block for report in reports for block in report["blocks"]]
     pq.write_table(pa.Table.from_pylist(blocks, BLOCK_ROW), folder / BLOCK_TABLE)
@@ -182,9 +265,11 @@ def _write_manifest(
         "residue_counts": {
             split: _total(reports, split, "residues") for split in ("train", "heldout")
         },
-        "dropped": {},
+        "read": sum(reasons.values()),
+        "dropped": {reason: count for reason, count in reasons.items() if reason != KEPT},
         "renamed_duplicates": sum(report["renamed"] for report in reports),
         "settings": settings.model_dump(),
+        "listed_heldout_clusters": num_listed,
         "inputs": [
             {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
             for path in sorted(map(Path, inputs))

@@ -39,21 +39,21 @@ def write_bucket(
     folder: Path,
     *,
     block_residues: int,
-    holdout_fraction: float,
     one_each: bool,
 ) -> list[ShardReport]:
     """Write the shards of one bucket and report on each.
 
     Args:
-        records: columns bucket, order, split, cluster, id, residues, length; all of one bucket.
+        records: columns bucket, order, heldout, cluster, id, residues, length; all of one bucket.
         folder: where the shards go.
         block_residues: a block closes when it holds at least this many residues.
-        holdout_fraction: clusters whose split hash lies below this share are held out.
         one_each: every record is its own cluster, also where names repeat.
     """
+    if not records.num_rows:
+        return []
     bucket = records["bucket"][0].as_py()
     records, renamed = _number_duplicates(_in_corpus_order(records), one_each)
-    held = records["split"].to_numpy() < np.uint64(int(holdout_fraction * 2**64))
+    held = records["heldout"].to_numpy().astype(bool)
     reports: list[ShardReport] = []
     for split, chosen in (("train", ~held), ("heldout", held)):
         part = records.filter(pa.array(chosen))
