@@ -108,7 +108,7 @@ def fit_head(weights: Weights, file: Path, proteins: int) -> ContactHead:
     head = fit_contacts(engine, shown)
     model.contact_head = head
     used = int((head.weight != 0).sum())
-    print(f"Contact head: {used} of {head.weight.numel()} heads take part.")
+    print(f"Contact head: {used} of {head.weight.numel()} attention heads take part.")
     precisions = [
         long_range_precision(engine.contacts([sequence])[0], contacts)
         for sequence, contacts in islice(examples, proteins)
@@ -150,11 +150,11 @@ def summary(weights: Weights, source: Path, target: Path) -> str:
     parameters = sum(tensor.numel() for tensor in weights.state.values())
     dtype = str(weights.state["embed.weight"].dtype).removeprefix("torch.")
     head = "with" if weights.contact_head is not None else "without"
-    opens = (
-        f"esm.pretrained.load_model_and_alphabet_local({str(target)!r})"
-        if target.suffix == ".pt"
-        else f"raptide.Engine.load({str(target)!r})"
-    )
+    opens = f"raptide.Engine.load({str(target)!r})"
+    if target.suffix == ".pt" and weights.contact_head is not None:
+        opens += f" or esm.pretrained.load_model_and_alphabet_local({str(target)!r})"
+    elif target.suffix == ".pt":
+        opens += "; fair-esm itself asks for a contact head (--fit-contacts)"
     return (
         f"{source} -> {target}\n"
         f"{settings.family}, {settings.layers} layers x {settings.width}, {parameters:,} "

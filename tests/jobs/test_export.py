@@ -50,6 +50,8 @@ def test_a_folder_of_transformers_to_a_bundle_to_fair_esm_and_back_bit_for_bit(t
         assert done.returncode == 0, done.stderr
         assert f"{source} -> {target}" in done.stdout
         assert "with contact head" in done.stdout
+        opens = "load_model_and_alphabet_local" if target.suffix == ".pt" else "raptide.Engine.load"
+        assert opens in done.stdout
     assert (tmp_path / "esm1b_copy-contact-regression.pt").exists()
     bundle, back = (steps[i] / "model.safetensors" for i in (1, 3))
     one, other = load_file(bundle), load_file(back)

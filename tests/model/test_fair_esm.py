@@ -1,6 +1,7 @@
 """Files in fair-esm's own layout, against fair-esm's own loader and models."""
 
 import warnings
+from dataclasses import replace
 
 import esm
 import pytest
@@ -73,9 +74,11 @@ def test_the_contact_head_is_optional(published):
 def test_a_round_trip_is_exact_and_fair_esm_opens_it(published, tmp_path):
     """fair-esm -> bundle -> fair-esm: the loaded models hold the same bits."""
     file, theirs = published
-    write_bundle(tmp_path / "bundle", read_weights(file))
+    assert read_weights(file).lineage == {}
+    write_bundle(tmp_path / "bundle", replace(read_weights(file), lineage={"step": 7}))
     (tmp_path / "back").mkdir()
     write_fair_esm(tmp_path / "back" / file.name, read_weights(tmp_path / "bundle"))
+    assert read_weights(tmp_path / "back" / file.name).lineage == {"step": 7}
     again = load_with_fair_esm(tmp_path / "back" / file.name)
     expected = theirs.state_dict()
     if "esm1v" in file.name:  # fair-esm draws it, there being none

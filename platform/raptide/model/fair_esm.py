@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ PREFIX = re.compile(r"^(encoder\.sentence_encoder\.|encoder\.|decoder\.)")
 
 ARCHITECTURES = {"protein_bert_base": "esm1", "roberta_large": "esm1b"}
 """What fair-esm's files call the families; those of ESM-2 have a `cfg` in place of an `arch`."""
+
+LINEAGE = "raptide"
+"""Key of our own, where the weights come from; fair-esm passes over it."""
 
 PLACEHOLDER = "embed_positions._float_tensor"
 """ESM-1 files hold this single number for no use."""
@@ -55,7 +59,8 @@ def read_fair_esm(file: Path) -> Weights:
         tensors.setdefault("embed_out_bias", torch.zeros(len(settings.alphabet), dtype=dtype))
     if settings.family == "esm1b":
         _clear_mask_row(tensors, settings.alphabet.mask)
-    return sort_tensors(settings, tensors, "fair_esm", file)
+    weights = sort_tensors(settings, tensors, "fair_esm", file)
+    return replace(weights, lineage=content.get(LINEAGE, {}))
 
 
 def write_fair_esm(file: Path, weights: Weights) -> None:
@@ -83,7 +88,7 @@ def write_fair_esm(file: Path, weights: Weights) -> None:
     if settings.traits.tied_head:
         tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
     model = {_prefix(settings, name) + name: tensor for name, tensor in tensors.items()}
-    torch.save({"model": model, **_describe(settings)}, file)
+    torch.save({"model": model, **_describe(settings), LINEAGE: dict(weights.lineage)}, file)
     if regression:
         torch.save({"model": regression}, regression_file(file))
 
