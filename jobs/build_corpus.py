@@ -53,7 +53,15 @@ def inspect(arguments: list[str]) -> None:
         corpus.verify()
         shards = len(corpus.manifest["shards"])
         print(f"Verified: {shards} shards and the block table have the hashes of the manifest.")
-    print(f"Picture: {draw_corpus(corpus)}")
+    _draw(corpus)
+
+
+def _draw(corpus: Corpus) -> None:
+    """The picture is an extra: a corpus on a read-only disk can be looked at without."""
+    try:
+        print(f"Picture: {draw_corpus(corpus)}")
+    except OSError as error:
+        print(f"No picture was drawn: {error}")
 
 
 def _merge(corpus: Corpus, field: str, width: int | None = None) -> dict[str, int]:
@@ -149,8 +157,8 @@ def _read_names(file: Path) -> list[str]:
 
 def _print_summary(corpus: Corpus) -> None:
     _print_counts(corpus)
+    _draw(corpus)
     print(
-        f"Picture: {draw_corpus(corpus)}\n"
         f"Train on it: python jobs/pretrain_model.py --config jobs/recipes/demo.yaml "
         f"--output runs/mine corpus={corpus.path}"
     )
