@@ -1,6 +1,8 @@
 """Build a corpus from FASTA files, or look at one.
 
     python jobs/build_corpus.py --input proteins.fasta more.fasta.gz --output corpora/mine
+    python jobs/build_corpus.py --input proteins.fasta --clusters proteins_cluster.tsv.gz \\
+        --output corpora/mine
     python jobs/build_corpus.py inspect corpora/mine --verify
 
 Reads plain, gz, bz2, xz and zst files of protein sequences, orders clusters by a hash, holds a
@@ -114,6 +116,15 @@ def build() -> None:
         "(default: each record is its own cluster)",
     )
     parser.add_argument(
+        "--clusters",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="TSV",
+        help="cluster tables as MMseqs2 writes them (representative, tab, member; plain or "
+        "compressed); a record that no line names keeps the cluster of its header or its own name",
+    )
+    parser.add_argument(
         "--holdout-clusters",
         type=Path,
         metavar="FILE",
@@ -139,7 +150,13 @@ def build() -> None:
     settings = parse_settings(BuildSettings, tree, source="command line")
     listed = _read_names(args.holdout_clusters) if args.holdout_clusters else []
     with ray_session(num_cpus=local_cpus(), verbose=args.verbose):
-        corpus = build_corpus(args.input, args.output, settings, listed)
+        corpus = build_corpus(
+            args.input,
+            args.output,
+            settings,
+            cluster_tables=args.clusters,
+            heldout_clusters=listed,
+        )
     _print_summary(corpus)
 
 

@@ -78,7 +78,7 @@ def build(records, folder, *, listed=(), fraction=0.3, **cleaning):
         cleaning=CleaningSettings(**cleaning),
     )
     inputs = [folder / "0.fasta", folder / "1.fasta"]
-    return build_corpus(inputs, folder / "corpus", settings, listed)
+    return build_corpus(inputs, folder / "corpus", settings, heldout_clusters=listed)
 
 
 def sequences(corpus, split):

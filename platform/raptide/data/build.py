@@ -1,7 +1,8 @@
 """Build a corpus with Ray Data: parse the files, drop what must go, bring each cluster's members
 together, write.
 
-    FASTA files ─ parse ─> records ─ shuffle by content ─> equal sequences side by side, cleaned
+    FASTA files ─ parse ─> records ─ shuffle by name ────> joined with the cluster tables, if any
+                                   ─ shuffle by content ─> equal sequences side by side, cleaned
                                    ─ shuffle by cluster ─> one shard task a bucket ─> manifest
 
 A bucket is a range of a hash, small enough for one task. The number of buckets follows from the
@@ -25,14 +26,7 @@ import ray
 from pydantic import Field
 
 from raptide.config import Settings
-from raptide.data.cleaning import (
-    KEPT,
-    CleaningSettings,
-    count_reasons,
-    drop,
-    drop_equal,
-    reasons_by_content,
-)
+from raptide.data.cleaning import KEPT, CleaningSettings, count_reasons, drop_equal
 from raptide.data.corpus import (
     BLOCK_ROW,
     BLOCK_TABLE,
@@ -41,7 +35,9 @@ from raptide.data.corpus import (
     Corpus,
     sha256_of_file,
 )
-from raptide.data.fasta import FastaBatch, read_fasta
+from raptide.data.fasta import read_fasta
+from raptide.data.membership import join_membership, read_membership
+from raptide.data.records import cluster_hashes, lines_as_records, place_records, records_table
 from raptide.data.shards import ShardReport, write_bucket
 from raptide.errors import CorpusError, plain_errors
 
@@ -69,6 +65,8 @@ def build_corpus(
     inputs: Sequence[str | Path],
     output: str | Path,
     settings: BuildSettings,
+    *,
+    cluster_tables: Sequence[str | Path] = (),
     heldout_clusters: Sequence[str] = (),
 ) -> Corpus:
     """Build a corpus folder from FASTA files. Ray must be running.
@@ -76,11 +74,14 @@ def build_corpus(
     The folder appears under its name only when it is finished; the manifest is written last.
 
     Args:
+        cluster_tables: files of `representative, tab, member` lines; they decide a record's cluster
+            before its header does.
         heldout_clusters: names of clusters to hold out beside those that the hash chooses.
 
     Raises:
         FastaError: an input file is no protein FASTA.
-        CorpusError: the output folder exists.
+        CorpusError: the output folder exists; a cluster table contradicts itself or the input; or
+            nothing is left.
     """
     output = Path(output)
     if output.exists():
@@ -90,9 +91,12 @@ def build_corpus(
     partial.mkdir(parents=True)
     try:
         with plain_errors():
-            records = _parse(inputs, settings, heldout_clusters).materialize()
+            records = _parse(inputs, cluster_tables, settings).materialize()
             residues = int(records.sum("length"))
             buckets = -(-residues // (settings.block_residues * BUCKET_BLOCKS))
+            if cluster_tables:
+                records = _by_bucket(records, "name_hash", buckets, join_membership)
+            records = _place(records, settings, heldout_clusters)
             records = _clean(records, buckets, settings.cleaning).materialize()
             reasons = _count_reasons(records)
             if not reasons.get(KEPT):
@@ -100,8 +104,10 @@ def build_corpus(
                     f"All {sum(reasons.values())} records were dropped ({_described(reasons)}); "
                     "loosen the cleaning settings."
                 )
-            reports = _write(records, buckets, partial.resolve(), settings)
-        _write_manifest(partial, reports, reasons, inputs, settings, len(set(heldout_clusters)))
+            one_each = settings.cluster_tag is None and not cluster_tables
+            reports = _write(records, buckets, partial.resolve(), settings, one_each)
+        files = [*inputs, *cluster_tables]
+        _write_manifest(partial, reports, reasons, files, settings, len(set(heldout_clusters)))
     except BaseException:
         shutil.rmtree(partial)
         raise
@@ -110,78 +116,45 @@ def build_corpus(
 
 
 def _parse(
-    inputs: Sequence[str | Path], settings: BuildSettings, heldout_clusters: Sequence[str]
+    inputs: Sequence[str | Path], tables: Sequence[str | Path], settings: BuildSettings
 ) -> ray.data.Dataset:
-    """One row a record: cluster, its place and split, id, residues, what is dropped and why."""
-    # The names' hashes only: a published list has millions of names, and every task gets it.
-    listed = ray.put(np.unique(_hash_names(heldout_clusters)[:, 1]))
+    """One row a record, and one a line of the cluster tables."""
 
     def parse(files: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        chosen = ray.get(listed)
-        for path in files["path"]:
+        for path, is_table in zip(files["path"], files["is_table"], strict=True):
+            if is_table:
+                yield from map(lines_as_records, read_membership(str(path)))
+                continue
             for batch in read_fasta(str(path)):
-                yield _records_table(batch, settings, chosen)
+                yield records_table(batch, settings.cluster_tag, settings.cleaning)
 
-    files = [{"path": str(Path(path).resolve())} for path in inputs]
+    files = [
+        {"path": str(Path(path).resolve()), "is_table": is_table}
+        for paths, is_table in ((inputs, False), (tables, True))
+        for path in paths
+    ]
     dataset = ray.data.from_items(files, override_num_blocks=len(files))
     return dataset.map_batches(parse, batch_size=1)
 
 
-def _records_table(batch: FastaBatch, settings: BuildSettings, listed: np.ndarray) -> pa.Table:
-    names, descriptions, residues, lengths = batch
-    tag = settings.cluster_tag
-    clusters = [_cluster_of(*record, tag) for record in zip(names, descriptions, strict=True)]
-    hashes = _hash_names(clusters)
-    below = hashes[:, 1] < np.uint64(int(settings.holdout_fraction * 2**64))
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    members = pa.Array.from_buffers(
-        pa.binary(), len(names), [None, pa.py_buffer(offsets), pa.py_buffer(residues)]
-    )
-    table = pa.table(
-        {
-            "order": hashes[:, 0],
-            "heldout": pa.array((below | np.isin(hashes[:, 1], listed)).astype(np.int8)),
-            "content": pa.array(map(_hash_content, members), pa.uint64()),
-            "cluster": pa.array(clusters, pa.string()),
-            "id": pa.array(names, pa.string()),
-            "residues": members,
-            "length": lengths,
-            "dropped": pa.array([KEPT] * len(names), pa.string()),
-        }
-    )
-    ids = np.frombuffer(residues, np.uint8)
-    return drop(table, reasons_by_content(ids, lengths, settings.cleaning))
+def _place(
+    records: ray.data.Dataset, settings: BuildSettings, heldout_clusters: Sequence[str]
+) -> ray.data.Dataset:
+    """Each record's place in the corpus and its split, from its cluster's name."""
+    # The names' hashes only: a published list has millions of names, and every task gets it.
+    listed = ray.put(np.unique(cluster_hashes(heldout_clusters)[:, 1]))
 
+    def place(table: pa.Table) -> pa.Table:
+        return place_records(table, settings.holdout_fraction, ray.get(listed))
 
-def _cluster_of(name: str, description: str, tag: str | None) -> str:
-    if tag is not None:
-        for word in description.split():
-            key, _, value = word.partition("=")
-            if key == tag and value:
-                return value
-    return name
-
-
-def _hash_names(clusters: Sequence[str]) -> np.ndarray:
-    """[n, 2] uint64 for each name: the first orders the corpus, the second decides the split."""
-    joined = b"".join(
-        hashlib.blake2b(name.encode(), digest_size=16, person=b"raptide.cluster").digest()
-        for name in clusters
-    )
-    return np.frombuffer(joined, "<u8").reshape(-1, 2)
-
-
-def _hash_content(residues: pa.Scalar) -> int:
-    """8 bytes: among 250 M sequences, one wrong pair is expected in 600 corpora."""
-    digest = hashlib.blake2b(residues.as_buffer(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    return records.map_batches(place, batch_format="pyarrow", batch_size=None)
 
 
 def _clean(records: ray.data.Dataset, buckets: int, settings: CleaningSettings) -> ray.data.Dataset:
     """Bring equal sequences together and drop the copies that must go."""
 
     def clean(table: pa.Table) -> pa.Table:
-        return drop_equal(table.drop_columns("bucket"), settings.drop_duplicates)
+        return drop_equal(table, settings.drop_duplicates)
 
     return _by_bucket(records, "content", buckets, clean)
 
@@ -212,18 +185,24 @@ def _by_bucket(
     def add_bucket(table: pa.Table) -> pa.Table:
         # The upper 32 bits of the hash, scaled to the number of buckets: keeps the order.
         high = table[column].to_numpy() >> np.uint64(32)
-        bucket = (high * np.uint64(buckets)) >> np.uint64(32)
-        return table.append_column("bucket", pa.array(bucket.astype(np.int64)))
+        bucket = pa.array(((high * np.uint64(buckets)) >> np.uint64(32)).astype(np.int64))
+        if "bucket" in table.column_names:
+            table = table.drop_columns("bucket")
+        return table.append_column("bucket", bucket)
+
+    # A generator: only out of those does Ray Data let our own errors through.
+    def call(table: pa.Table) -> Iterator[pa.Table]:
+        yield function(table)
 
     grouped = records.map_batches(add_bucket, batch_format="pyarrow", zero_copy_batch=True)
     partitions = min(buckets, max(1, int(ray.cluster_resources().get("CPU", 1))))
     return grouped.groupby("bucket", num_partitions=partitions).map_groups(
-        function, batch_format="pyarrow"
+        call, batch_format="pyarrow"
     )
 
 
 def _write(
-    records: ray.data.Dataset, buckets: int, folder: Path, settings: BuildSettings
+    records: ray.data.Dataset, buckets: int, folder: Path, settings: BuildSettings, one_each: bool
 ) -> list[ShardReport]:
     """Shuffle the records into buckets and write each; the reports come in corpus order."""
 
@@ -232,7 +211,7 @@ def _write(
             table.filter(pc.equal(table["dropped"], KEPT)),
             folder,
             block_residues=settings.block_residues,
-            one_each=settings.cluster_tag is None,
+            one_each=one_each,
         )
         return pa.table({"report": [json.dumps(report) for report in reports]})
 
