@@ -139,7 +139,7 @@ def test_a_typing_error_costs_no_earlier_corpus_or_run(demo):
     done = job("run_demo.py", "--input", "typo.fasta", cwd=folder)
     assert done.returncode == 2
     assert "typo.fasta is not there" in done.stderr
-    assert Corpus.open(folder / "corpora/demo").manifest["counts"]["train"]["clusters"] == 1878
+    assert Corpus.open(folder / "corpora/demo").manifest["counts"]["train"]["clusters"] == 1876
 
 
 def test_sigterm_ends_a_job_and_its_ray(demo, tmp_path):
