@@ -93,11 +93,7 @@ def place_records(table: pa.Table, holdout_fraction: float, listed: np.ndarray) 
 
 def cluster_hashes(clusters: Sequence[str]) -> np.ndarray:
     """[n, 2] uint64 for each name: the first orders the corpus, the second decides the split."""
-    joined = b"".join(
-        hashlib.blake2b(name.encode(), digest_size=16, person=b"raptide.cluster").digest()
-        for name in clusters
-    )
-    return np.frombuffer(joined, "<u8").reshape(-1, 2)
+    return _digests((name.encode() for name in clusters), words=2, person=b"raptide.cluster")
 
 
 def _cluster_of(name: str, description: str, tag: str | None) -> str:
@@ -111,8 +107,13 @@ def _cluster_of(name: str, description: str, tag: str | None) -> str:
 
 def _hashes(values: Iterable[bytes | pa.Buffer]) -> pa.Array:
     """8 bytes each: among 250 M sequences, one wrong pair is expected in 600 corpora."""
-    joined = b"".join(hashlib.blake2b(value, digest_size=8).digest() for value in values)
-    return pa.array(np.frombuffer(joined, "<u8"))
+    return pa.array(_digests(values, words=1)[:, 0])
+
+
+def _digests(values: Iterable[bytes | pa.Buffer], words: int, person: bytes = b"") -> np.ndarray:
+    """BLAKE2b of each value, [n, words] uint64."""
+    digests = (hashlib.blake2b(v, digest_size=8 * words, person=person).digest() for v in values)
+    return np.frombuffer(b"".join(digests), "<u8").reshape(-1, words)
 
 
 def _table(count: int, **columns: pa.Array | pa.ChunkedArray) -> pa.Table:

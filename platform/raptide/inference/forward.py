@@ -117,41 +117,44 @@ class Forward:
                 self._alphabet.add_specials(sequences[w.sequence][w.start : w.stop]) for w in batch
             ]
             with torch.inference_mode():
-                parts = self._parts(compute(self._pack(rows)), batch, sequences, pooling)
+                packed = self._pack(rows)
+                pieces = compute(packed).split(packed.lengths)
+                parts = _parts(pieces, batch, sequences, pooling)
             for window, part in zip(batch, parts, strict=True):
                 whole = len(sequences[window.sequence]) if pooling == "residue" else None
                 _add(results, window, part, whole)
         return results
 
-    def _parts(
-        self,
-        output_TWD: torch.Tensor,
-        batch: list[Window],
-        sequences: Sequence[np.ndarray],
-        pooling: Pooling,
-    ) -> list[np.ndarray]:
-        """What each window gives to its sequence's result; one copy from the device a batch."""
-        parts = []
-        specials = self._alphabet.num_specials
-        pieces = output_TWD.split([w.stop - w.start + specials for w in batch])
-        for window, piece in zip(batch, pieces, strict=True):
-            if pooling == "bos":
-                parts.append(piece[0].float() * window.share)
-                continue
-            inner = piece[1 : 1 + window.stop - window.start].float()
-            if window.weights is not None:
-                inner = inner * torch.from_numpy(window.weights).to(inner.device)[:, None, None]
-            if pooling == "mean":
-                parts.append(inner.sum(0) / len(sequences[window.sequence]))
-            else:
-                parts.append(inner.transpose(0, 1))
-        if pooling == "residue":
-            return [part.contiguous().cpu().numpy() for part in parts]
-        return list(torch.stack(parts).cpu().numpy())
-
     def _pack(self, rows: list[np.ndarray]) -> Packed:
         tokens = torch.from_numpy(np.concatenate(rows)).to(self._device, non_blocking=True)
         return Packed(tokens.long(), tuple(len(row) for row in rows))
+
+
+def _parts(
+    pieces: Sequence[torch.Tensor],
+    batch: list[Window],
+    sequences: Sequence[np.ndarray],
+    pooling: Pooling,
+) -> list[np.ndarray]:
+    """What each window's piece, [tokens, W, D], gives to its sequence's result.
+
+    Pooled numbers leave the device in one copy a batch.
+    """
+    parts = []
+    for window, piece in zip(batch, pieces, strict=True):
+        if pooling == "bos":
+            parts.append(piece[0].float() * window.share)
+            continue
+        inner = piece[1 : 1 + window.stop - window.start].float()
+        if window.weights is not None:
+            inner = inner * torch.from_numpy(window.weights).to(inner.device)[:, None, None]
+        if pooling == "mean":
+            parts.append(inner.sum(0) / len(sequences[window.sequence]))
+        else:
+            parts.append(inner.transpose(0, 1))
+    if pooling == "residue":
+        return [part.contiguous().cpu().numpy() for part in parts]
+    return list(torch.stack(parts).cpu().numpy())
 
 
 def _add(results: list[Any], window: Window, part: np.ndarray, whole: int | None) -> None:

@@ -45,12 +45,10 @@ def read_fair_esm(file: Path) -> Weights:
     Raises:
         BundleError: it is no such file, or a tensor is missing, unused or of another shape.
     """
-    content = read_pickle(file)
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise BundleError(f"{file} is no model file of fair-esm: it has no table `model`.")
+    content = _read(file, "model file")
     tensors = {PREFIX.sub("", name): tensor for name, tensor in content["model"].items()}
     if regression_file(file).is_file():
-        tensors |= _read_regression(regression_file(file))
+        tensors |= _read(regression_file(file), "contact head")["model"]
     settings = _settings(content, tensors, file)
     if settings.family == "esm1":
         tensors.pop(PLACEHOLDER, None)
@@ -93,11 +91,11 @@ def write_fair_esm(file: Path, weights: Weights) -> None:
         torch.save({"model": regression}, regression_file(file))
 
 
-def _read_regression(file: Path) -> dict[str, torch.Tensor]:
+def _read(file: Path, what: str) -> dict[str, Any]:
     content = read_pickle(file)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise BundleError(f"{file} is no contact head of fair-esm: it has no table `model`.")
-    return content["model"]
+        raise BundleError(f"{file} is no {what} of fair-esm: it has no table `model`.")
+    return content
 
 
 def _settings(
