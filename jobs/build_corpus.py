@@ -7,7 +7,11 @@
 
 Reads plain, gz, bz2, xz and zst files of protein sequences, orders clusters by a hash, holds a
 share of them out, and writes Parquet shards with a manifest. The result does not depend on the
-order of the files or on the number of cores.
+order of the files or on the number of cores. Unpack large files first: plain ones are read by all
+cores at once, a compressed one by a single core.
+
+A build that was interrupted goes on when the same command is given again, and ends with the same
+corpus. Until then it is a folder DIR.partial.
 
 Letters A to Z are residues (J reads as X); lower case counts as upper case; a trailing * is
 dropped; anything else stops the build with its file and line.
@@ -20,6 +24,8 @@ manifest counts every reason.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from commandline import job_parser, run_job
@@ -112,8 +118,8 @@ def build() -> None:
     parser.add_argument(
         "--cluster-tag",
         metavar="NAME",
-        help="header field that names a record's cluster, e.g. cluster50 for cluster50=P12345 "
-        "(default: each record is its own cluster)",
+        help="header field that names a record's cluster, e.g. cluster50 for cluster50=P12345, or "
+        "UniRef's Tax for whole species (default: each record is its own cluster)",
     )
     parser.add_argument(
         "--clusters",
@@ -149,15 +155,25 @@ def build() -> None:
     tree = shape | {"cleaning": rules}
     settings = parse_settings(BuildSettings, tree, source="command line")
     listed = _read_names(args.holdout_clusters) if args.holdout_clusters else []
-    with ray_session(num_cpus=local_cpus(), verbose=args.verbose):
+    with _told_how_to_go_on(), ray_session(num_cpus=local_cpus(), verbose=args.verbose):
         corpus = build_corpus(
             args.input,
             args.output,
             settings,
             cluster_tables=args.clusters,
             heldout_clusters=listed,
+            say=lambda line: print(line, flush=True),
         )
     _print_summary(corpus)
+
+
+@contextmanager
+def _told_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("The same command goes on where this build stopped.", file=sys.stderr)
+        raise
 
 
 def _read_names(file: Path) -> list[str]:
@@ -189,6 +205,8 @@ def _print_counts(corpus: Corpus) -> None:
             f"  {split:8} {counts.get('clusters', 0):>12,} clusters "
             f"{counts.get('sequences', 0):>12,} sequences {counts.get('residues', 0):>15,} residues"
         )
+    if stated := corpus.manifest.get("stated_members"):
+        print(f"  UniRef's headers count {stated:,} members of these clusters (n=)")
     for reason, count in corpus.manifest["dropped"].items():
         print(f"  {count:,} of {corpus.manifest['read']:,} records dropped: {reason}")
     if renamed := corpus.manifest["renamed_duplicates"]:

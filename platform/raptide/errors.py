@@ -8,6 +8,7 @@
     │   ├── CorpusError        a corpus folder: missing, damaged, of another version
     │   ├── BundleError        a model folder: missing or misfit tensors
     │   └── CheckpointError    nothing to resume from, or another stream than before
+    ├── FetchError             a download broke off for good, or arrived damaged
     └── StreamStalled          no batch arrived in time
 
 Every error carries one sentence: the rule, the value, the place and the remedy.
@@ -54,6 +55,10 @@ class BundleError(InputError):
 
 class CheckpointError(InputError):
     """A run cannot be resumed as asked."""
+
+
+class FetchError(RaptideError):
+    """A file could not be downloaded whole."""
 
 
 class StreamStalled(RaptideError):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from raptide.alphabet import decode_residues, encode_residues
 from raptide.config import parse_settings
 from raptide.data.build import BuildSettings, build_corpus
-from raptide.data.cleaning import CleaningSettings, reasons_by_content
+from raptide.data.cleaning import REASONS, CleaningSettings, reasons_by_content
 from raptide.errors import ConfigError, CorpusError
 
 LETTERS = "LAGVSERTIDPKQNFYMHWC"
@@ -31,13 +31,13 @@ def test_reasons_are_those_of_each_record_alone(sequences, shortest, longest, un
         sequences, reasons_by_content(residues, lengths, settings), strict=True
     ):
         if len(sequence) < shortest:
-            assert reason == "too_short"
+            assert REASONS[reason] == "too_short"
         elif len(sequence) > longest:
-            assert reason == "too_long"
+            assert REASONS[reason] == "too_long"
         elif sequence.count("X") > unknown * len(sequence):
-            assert reason == "too_many_unknown"
+            assert REASONS[reason] == "too_many_unknown"
         else:
-            assert reason == ""
+            assert REASONS[reason] == ""
 
 
 def test_a_longest_below_the_shortest_is_refused():

@@ -1,12 +1,15 @@
-"""Build a corpus with Ray Data: parse the files, drop what must go, bring each cluster's members
-together, write.
+"""Build a corpus with Ray Data, in two passes over the files.
 
-    FASTA files ─ parse ─> records ─ shuffle by name ────> joined with the cluster tables, if any
-                                   ─ shuffle by content ─> equal sequences side by side, cleaned
-                                   ─ shuffle by cluster ─> one shard task a bucket ─> manifest
+    FASTA files ─ survey ─> notes: each record's cluster (from tables), what is dropped
+                ─ parse, less what is dropped ─ shuffle by cluster ─> one task a bucket ─> shards
+                                                                      manifest, last of all
 
-A bucket is a range of a hash, small enough for one task. The number of buckets follows from the
-residues alone, so the digest does not depend on cores, block sizes or input order.
+A bucket is a range of the cluster hash, small enough for one task. The number of buckets follows
+from the residues alone, so the digest does not depend on cores, block sizes or input order.
+
+While it is built, a corpus is a folder `NAME.partial`. An interrupted build leaves it, and the next
+build of the same files with the same settings goes on in it: the survey and the finished buckets
+are kept.
 """
 
 from __future__ import annotations
@@ -14,35 +17,31 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 from pydantic import Field
 
 from raptide.config import Settings
-from raptide.data.cleaning import KEPT, CleaningSettings, count_reasons, drop_equal
-from raptide.data.corpus import (
-    BLOCK_ROW,
-    BLOCK_TABLE,
-    FORMAT_VERSION,
-    MANIFEST,
-    Corpus,
-    sha256_of_file,
-)
-from raptide.data.fasta import read_fasta
-from raptide.data.membership import join_membership, read_membership
-from raptide.data.records import cluster_hashes, lines_as_records, place_records, records_table
-from raptide.data.shards import ShardReport, write_bucket
-from raptide.errors import CorpusError, plain_errors
+from raptide.data.cleaning import REASONS, CleaningSettings
+from raptide.data.corpus import FORMAT_VERSION, Corpus, sha256_of_file
+from raptide.data.fasta import FastaPart, split_fasta
+from raptide.data.manifest import write_manifest
+from raptide.data.records import cluster_hashes
+from raptide.data.shards import BucketReport, write_bucket
+from raptide.data.shuffle import range_bucket, shuffle
+from raptide.data.survey import Source, survey
+from raptide.errors import CorpusError, InputError, plain_errors
 
-BUCKET_BLOCKS = 192
-"""Blocks a bucket is meant to hold: below a shard's 256, since hashes spread unevenly."""
+BUCKET_RESIDUES = 32 << 20
+"""Residues in a bucket, about. A task holds some three times as much; the shuffle of the paper's
+86 G residues has 2,600 buckets."""
+
+PLAN, SURVEY, NOTES = "plan.json", "survey.json", "notes"
 
 
 class BuildSettings(Settings):
@@ -68,6 +67,7 @@ def build_corpus(
     *,
     cluster_tables: Sequence[str | Path] = (),
     heldout_clusters: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
 ) -> Corpus:
     """Build a corpus folder from FASTA files. Ray must be running.
 
@@ -77,197 +77,165 @@ def build_corpus(
         cluster_tables: files of `representative, tab, member` lines; they decide a record's cluster
             before its header does.
         heldout_clusters: names of clusters to hold out beside those that the hash chooses.
+        say: is told what the build is at, a line at a time.
 
     Raises:
         FastaError: an input file is no protein FASTA.
         CorpusError: the output folder exists; a cluster table contradicts itself or the input; or
             nothing is left.
     """
-    output = Path(output)
+    output = Path(output).resolve()
     if output.exists():
         raise CorpusError(f"{output} exists already; remove it or choose another output folder.")
+    parts = [part for path in sorted(map(str, inputs)) for part in split_fasta(path)]
+    files = sorted(map(Path, [*inputs, *cluster_tables]))
     partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    _open_partial(partial, _fingerprint(parts, files, settings, heldout_clusters), say)
     try:
         with plain_errors():
-            records = _parse(inputs, cluster_tables, settings).materialize()
-            residues = int(records.sum("length"))
-            buckets = -(-residues // (settings.block_residues * BUCKET_BLOCKS))
-            if cluster_tables:
-                records = _by_bucket(records, "name_hash", buckets, join_membership)
-            records = _place(records, settings, heldout_clusters)
-            records = _clean(records, buckets, settings.cleaning).materialize()
-            reasons = _count_reasons(records)
-            if not reasons.get(KEPT):
-                raise CorpusError(
-                    f"All {sum(reasons.values())} records were dropped ({_described(reasons)}); "
-                    "loosen the cleaning settings."
-                )
-            one_each = settings.cluster_tag is None and not cluster_tables
-            reports = _write(records, buckets, partial.resolve(), settings, one_each)
-        files = [*inputs, *cluster_tables]
-        _write_manifest(partial, reports, reasons, files, settings, len(set(heldout_clusters)))
-    except BaseException:
+            inputs_described = [_describe.remote(str(file.resolve())) for file in files]
+            source = Source(
+                parts=parts,
+                tables=sorted(str(Path(table).resolve()) for table in cluster_tables),
+                cluster_tag=settings.cluster_tag,
+                holdout_fraction=settings.holdout_fraction,
+                # The hashes only: a published list has millions of names, and every task gets it.
+                listed=ray.put(np.unique(cluster_hashes(heldout_clusters)[:, 1])),
+                notes=partial / NOTES,
+            )
+            input_bytes = sum(file.stat().st_size for file in files)
+            counts = _survey_once(partial, source, settings.cleaning, input_bytes, say)
+            reports = _write_buckets(partial, source, settings, counts["residues"], say)
+            described = ray.get(inputs_described)
+    except InputError:
         shutil.rmtree(partial)
         raise
+    write_manifest(
+        partial,
+        reports,
+        read=sum(counts[reason] for reason in REASONS),
+        dropped={reason: counts[reason] for reason in REASONS if reason and counts[reason]},
+        stated_members=counts["stated_members"],
+        settings=settings.model_dump(),
+        listed_heldout_clusters=len(set(heldout_clusters)),
+        inputs=sorted(described, key=lambda file: (file["name"], file["sha256"])),
+    )
+    _tidy(partial, len(reports))
     partial.rename(output)
     return Corpus.open(output)
 
 
-def _parse(
-    inputs: Sequence[str | Path], tables: Sequence[str | Path], settings: BuildSettings
-) -> ray.data.Dataset:
-    """One row a record, and one a line of the cluster tables."""
-
-    def parse(files: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        for path, is_table in zip(files["path"], files["is_table"], strict=True):
-            if is_table:
-                yield from map(lines_as_records, read_membership(str(path)))
-                continue
-            for batch in read_fasta(str(path)):
-                yield records_table(batch, settings.cluster_tag, settings.cleaning)
-
-    files = [
-        {"path": str(Path(path).resolve()), "is_table": is_table}
-        for paths, is_table in ((inputs, False), (tables, True))
-        for path in paths
-    ]
-    dataset = ray.data.from_items(files, override_num_blocks=len(files))
-    return dataset.map_batches(parse, batch_size=1)
+def _fingerprint(
+    parts: Sequence[FastaPart],
+    files: Sequence[Path],
+    settings: BuildSettings,
+    heldout_clusters: Sequence[str],
+) -> dict[str, Any]:
+    """What an interrupted build must share with the one that goes on."""
+    names = hashlib.sha256("\n".join(sorted(heldout_clusters)).encode())
+    status = [(file.resolve(), file.stat()) for file in files]
+    return {
+        "format_version": FORMAT_VERSION,
+        "settings": settings.model_dump(),
+        "parts": [list(part) for part in parts],
+        "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in status],
+        "heldout_clusters": names.hexdigest(),
+        "bucket_residues": BUCKET_RESIDUES,
+    }
 
 
-def _place(
-    records: ray.data.Dataset, settings: BuildSettings, heldout_clusters: Sequence[str]
-) -> ray.data.Dataset:
-    """Each record's place in the corpus and its split, from its cluster's name."""
-    # The names' hashes only: a published list has millions of names, and every task gets it.
-    listed = ray.put(np.unique(cluster_hashes(heldout_clusters)[:, 1]))
-
-    def place(table: pa.Table) -> pa.Table:
-        return place_records(table, settings.holdout_fraction, ray.get(listed))
-
-    return records.map_batches(place, batch_format="pyarrow", batch_size=None)
+def _open_partial(partial: Path, fingerprint: dict[str, Any], say: Callable[[str], None]) -> None:
+    plan = partial / PLAN
+    if plan.exists() and json.loads(plan.read_text()) == fingerprint:
+        say(f"Going on with the interrupted build in {partial}")
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / NOTES).mkdir(parents=True)
+    _write_json(plan, fingerprint)
 
 
-def _clean(records: ray.data.Dataset, buckets: int, settings: CleaningSettings) -> ray.data.Dataset:
-    """Bring equal sequences together and drop the copies that must go."""
-
-    def clean(table: pa.Table) -> pa.Table:
-        return drop_equal(table, settings.drop_duplicates)
-
-    return _by_bucket(records, "content", buckets, clean)
-
-
-def _count_reasons(records: ray.data.Dataset) -> dict[str, int]:
-    def count(table: pa.Table) -> pa.Table:
-        reasons = count_reasons(table)
-        return pa.table({"reason": list(reasons), "records": list(reasons.values())})
-
-    total: dict[str, int] = {}
-    for row in records.map_batches(count, batch_format="pyarrow", batch_size=None).take_all():
-        total[row["reason"]] = total.get(row["reason"], 0) + row["records"]
-    return dict(sorted(total.items()))
-
-
-def _described(reasons: dict[str, int]) -> str:
-    return ", ".join(f"{reason}: {count}" for reason, count in reasons.items() if reason != KEPT)
+def _survey_once(
+    partial: Path,
+    source: Source,
+    cleaning: CleaningSettings,
+    input_bytes: int,
+    say: Callable[[str], None],
+) -> dict[str, int]:
+    file = partial / SURVEY
+    if not file.exists():
+        say("Pass 1 of 2: what is there, and what is dropped")
+        _write_json(file, survey(source, cleaning, input_bytes))
+    counts: dict[str, int] = json.loads(file.read_text())
+    if not counts[""]:
+        read = sum(counts[reason] for reason in REASONS)
+        why = ", ".join(f"{reason}: {counts[reason]}" for reason in REASONS if counts[reason])
+        raise CorpusError(f"All {read} records were dropped ({why}); loosen the cleaning settings.")
+    return counts
 
 
-def _by_bucket(
-    records: ray.data.Dataset,
-    column: str,
-    buckets: int,
-    function: Callable[[pa.Table], pa.Table],
-) -> ray.data.Dataset:
-    """Shuffle the records into ranges of a hash column and call the function on each range."""
+def _write_buckets(
+    partial: Path,
+    source: Source,
+    settings: BuildSettings,
+    residues: int,
+    say: Callable[[str], None],
+) -> list[BucketReport]:
+    """Shuffle the records into buckets and write those that are not finished yet."""
+    buckets = -(-residues // BUCKET_RESIDUES)
+    done = np.array([_is_finished(partial, bucket) for bucket in range(buckets)])
+    one_each = settings.cluster_tag is None and not source.tables
 
-    def add_bucket(table: pa.Table) -> pa.Table:
-        # The upper 32 bits of the hash, scaled to the number of buckets: keeps the order.
-        high = table[column].to_numpy() >> np.uint64(32)
-        bucket = pa.array(((high * np.uint64(buckets)) >> np.uint64(32)).astype(np.int64))
-        if "bucket" in table.column_names:
-            table = table.drop_columns("bucket")
-        return table.append_column("bucket", bucket)
+    def bucket_of(table: pa.Table) -> np.ndarray:
+        return range_bucket(table["order"], buckets)
 
-    # A generator: only out of those does Ray Data let our own errors through.
-    def call(table: pa.Table) -> Iterator[pa.Table]:
-        yield function(table)
-
-    grouped = records.map_batches(add_bucket, batch_format="pyarrow", zero_copy_batch=True)
-    partitions = min(buckets, max(1, int(ray.cluster_resources().get("CPU", 1))))
-    return grouped.groupby("bucket", num_partitions=partitions).map_groups(
-        call, batch_format="pyarrow"
-    )
-
-
-def _write(
-    records: ray.data.Dataset, buckets: int, folder: Path, settings: BuildSettings, one_each: bool
-) -> list[ShardReport]:
-    """Shuffle the records into buckets and write each; the reports come in corpus order."""
-
-    def write(table: pa.Table) -> pa.Table:
-        reports = write_bucket(
-            table.filter(pc.equal(table["dropped"], KEPT)),
-            folder,
+    def write(bucket: int, records: pa.Table) -> pa.Table:
+        report = write_bucket(
+            bucket,
+            records,
+            partial,
             block_residues=settings.block_residues,
             one_each=one_each,
         )
-        return pa.table({"report": [json.dumps(report) for report in reports]})
+        _write_json(_report_of(partial, bucket), report)
+        return pa.table({"bucket": [bucket]})
 
-    rows = _by_bucket(records, "order", buckets, write).take_all()
-    reports: list[ShardReport] = [json.loads(row["report"]) for row in rows]
-    return sorted(reports, key=lambda report: (report["split"] != "train", report["name"]))
-
-
-def _write_manifest(
-    folder: Path,
-    reports: list[ShardReport],
-    reasons: dict[str, int],
-    inputs: Sequence[str | Path],
-    settings: BuildSettings,
-    num_listed: int,
-) -> None:
-    blocks = [block for report in reports for block in report["blocks"]]
-    pq.write_table(pa.Table.from_pylist(blocks, BLOCK_ROW), folder / BLOCK_TABLE)
-    digest = hashlib.sha256(f"raptide corpus {FORMAT_VERSION}\n".encode())
-    for block in blocks:
-        digest.update(f"{block['split']} {block['sha256']}\n".encode())
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "digest": digest.hexdigest(),
-        "alphabet": "esm-33",
-        "counts": {split: _total(reports, split, "counts") for split in ("train", "heldout")},
-        "length_histogram": {
-            split: _total(reports, split, "lengths") for split in ("train", "heldout")
-        },
-        "residue_counts": {
-            split: _total(reports, split, "residues") for split in ("train", "heldout")
-        },
-        "read": sum(reasons.values()),
-        "dropped": {reason: count for reason, count in reasons.items() if reason != KEPT},
-        "renamed_duplicates": sum(report["renamed"] for report in reports),
-        "settings": settings.model_dump(),
-        "listed_heldout_clusters": num_listed,
-        "inputs": [
-            {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-            for path in sorted(map(Path, inputs))
-        ],
-        "shards": [
-            {key: report[key] for key in ("name", "split", "rows", "bytes", "sha256")}
-            for report in reports
-        ],
-        "blocks_sha256": sha256_of_file(folder / BLOCK_TABLE),
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    if not done.all():
+        say(f"Pass 2 of 2: {buckets - done.sum():,} of {buckets:,} buckets to write")
+        records = source.placed(lambda table: ~done[bucket_of(table)])
+        shuffle(records, buckets, bucket_of, write).take_all()
+    files = [_report_of(partial, bucket) for bucket in range(buckets)]
+    empty = BucketReport(shards=[], renamed=0)
+    return [json.loads(file.read_text()) if file.exists() else empty for file in files]
 
 
-def _total(reports: list[ShardReport], split: str, field: str) -> dict[str, int]:
-    """Sum of one counter over the shards of a split, keys in order."""
-    total: dict[str, int] = {}
-    for report in reports:
-        if report["split"] == split:
-            counter: dict[str, Any] = report[field]  # type: ignore[literal-required]
-            for key, count in counter.items():
-                total[key] = total.get(key, 0) + count
-    return dict(sorted(total.items(), key=lambda item: (len(item[0]), item[0])))
+def _is_finished(partial: Path, bucket: int) -> bool:
+    report = _report_of(partial, bucket)
+    if not report.exists():
+        return False
+    shards = json.loads(report.read_text())["shards"]
+    files = [(partial / shard["name"], shard["bytes"]) for shard in shards]
+    return all(file.exists() and file.stat().st_size == size for file, size in files)
+
+
+def _report_of(partial: Path, bucket: int) -> Path:
+    return partial / f"bucket-{bucket:05d}.json"
+
+
+@ray.remote
+def _describe(file: str) -> dict[str, Any]:
+    """Name, size and hash of an input file."""
+    path = Path(file)
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+
+
+def _tidy(partial: Path, buckets: int) -> None:
+    shutil.rmtree(partial / NOTES)
+    for file in (PLAN, SURVEY, *(_report_of(partial, bucket).name for bucket in range(buckets))):
+        (partial / file).unlink(missing_ok=True)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    """Write whole or not at all."""
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(content))
+    new.replace(file)

@@ -1,22 +1,18 @@
-"""What is dropped from the input of a corpus, and why; every record is accounted for.
-
-Dropped records stay in the table without their residues, marked with the reason, until they are
-counted.
-"""
+"""What is dropped from the input of a corpus, and why; every record is accounted for."""
 
 from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from raptide.alphabet import FIRST_RESIDUE, RESIDUES
 from raptide.config import Settings
 
-KEPT = ""
-TOO_SHORT, TOO_LONG, UNKNOWN = "too_short", "too_long", "too_many_unknown"
-DUPLICATE, ALSO_HELDOUT = "duplicate", "also_heldout"
+REASONS = ("", "too_short", "too_long", "too_many_unknown", "duplicate", "also_heldout")
+"""Why a record is dropped, by number; KEPT is none."""
+
+KEPT, TOO_SHORT, TOO_LONG, UNKNOWN, DUPLICATE, ALSO_HELDOUT = range(len(REASONS))
 
 UNKNOWN_ID = FIRST_RESIDUE + RESIDUES.index("X")
 
@@ -50,7 +46,7 @@ class CleaningSettings(Settings):
 def reasons_by_content(
     residues: np.ndarray, lengths: np.ndarray, settings: CleaningSettings
 ) -> np.ndarray:
-    """Why each record goes, or KEPT, [n] str.
+    """Why each record goes, or KEPT, [n] int8.
 
     Args:
         residues: ids of all records end to end, uint8.
@@ -67,53 +63,32 @@ def reasons_by_content(
         ],
         [TOO_SHORT, TOO_LONG, UNKNOWN],
         KEPT,
-    )
+    ).astype(np.int8)
 
 
-def drop(records: pa.Table, reasons: np.ndarray) -> pa.Table:
-    """Mark records with the reason they go (KEPT where they stay) and empty what goes."""
-    reason = pa.array(reasons, pa.string())
-    residues = pc.if_else(pc.equal(reason, KEPT), records["residues"], pa.scalar(b""))
-    index = records.schema.get_field_index
-    records = records.set_column(index("residues"), "residues", residues)
-    return records.set_column(index("dropped"), "dropped", reason)
+def reasons_by_copies(records: pa.Table, drop_duplicates: bool) -> np.ndarray:
+    """Why each record goes, or KEPT, [n] int8, among records that hold all copies of a sequence.
 
-
-def drop_equal(records: pa.Table, drop_duplicates: bool) -> pa.Table:
-    """Among records that hold all copies of their sequences, drop what is there twice.
-
-    A training copy of a held-out sequence always goes. With `drop_duplicates` only one copy stays.
+    A training copy of a held-out sequence always goes. With `drop_duplicates` only one copy stays:
+    a held-out one if there is one, else the first in corpus order.
 
     Args:
-        records: with columns content (hash of the residues), heldout, order, cluster, id, dropped.
+        records: columns content, heldout, order, name_hash, and reason so far.
     """
-    records = records.take(
-        pc.sort_indices(
-            records,
-            [
-                ("dropped", "ascending"),
-                ("content", "ascending"),
-                ("heldout", "descending"),
-                ("order", "ascending"),
-                ("cluster", "ascending"),
-                ("id", "ascending"),
-            ],
-        )
+    content, heldout, order, names, reasons = (
+        records[name].to_numpy() for name in ("content", "heldout", "order", "name_hash", "reason")
     )
-    reasons = records["dropped"].to_numpy(zero_copy_only=False).astype(object)
-    kept = reasons == KEPT
-    content = records["content"].to_numpy(zero_copy_only=False)
-    heldout = records["heldout"].to_numpy(zero_copy_only=False).astype(bool)
+    dropped = reasons != KEPT
+    sorted_by = np.lexsort((names, order, ~heldout, content, dropped))
+    content, heldout = content[sorted_by], heldout[sorted_by]
+    kept = ~dropped[sorted_by]
     first = np.ones(len(content), bool)
     first[1:] = content[1:] != content[:-1]
     heldout_first = heldout[np.maximum.accumulate(np.where(first, np.arange(len(first)), 0))]
+    found = reasons[sorted_by]
     if drop_duplicates:
-        reasons[kept & ~first] = DUPLICATE
-    reasons[kept & ~heldout & heldout_first] = ALSO_HELDOUT
-    return drop(records, reasons)
-
-
-def count_reasons(records: pa.Table) -> dict[str, int]:
-    """How many records there are of each reason, KEPT among them."""
-    counts = pc.value_counts(records["dropped"])
-    return {entry["values"]: entry["counts"] for entry in counts.to_pylist()}
+        found[kept & ~first] = DUPLICATE
+    found[kept & ~heldout & heldout_first] = ALSO_HELDOUT
+    result = np.empty_like(found)
+    result[sorted_by] = found
+    return result

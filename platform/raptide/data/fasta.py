@@ -1,16 +1,17 @@
 """FASTA files of proteins, plain or compressed (gz, bz2, xz, zst; told by content, not by name).
 
 needletail parses (440 M residues/s on one Zen 5 core, 60 letters a line); what is said here is what
-a protein file must hold, and which line breaks the rule.
+a protein file must hold, and which line breaks the rule. A plain file can be read in parts, by byte
+range: a record belongs to the part in which its > lies.
 """
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,13 +19,34 @@ import needletail
 import numpy as np
 from xopen import xopen
 
-from raptide.alphabet import BAD_RESIDUE, describe_bad_residue, translate_letters
+from raptide.alphabet import BAD_RESIDUE, RESIDUE_IDS, describe_bad_residue, translate_letters
 from raptide.errors import FastaError
 
 NUCLEOTIDES = b"ACGTUNacgtun"
 NUCLEOTIDE_SHARE = 0.95
 """A file whose first batch has a larger share of A, C, G, T, U and N is taken for nucleotides;
 these letters make up a quarter of natural proteins."""
+
+
+PART_BYTES = 64 << 20
+"""Bytes of a plain file that one task reads."""
+
+PIECE_BYTES = 4 << 20
+"""Bytes of it that are parsed at once, so that they stay in the processor's cache."""
+
+BATCH_LETTERS = 16 << 20
+"""Letters after which a batch ends early, so that giant records do not gather in one."""
+
+LONGEST = 1 << 30
+"""Letters in a record, at most: 30,000 times titin; what is longer is no protein."""
+
+
+class FastaPart(NamedTuple):
+    """A byte range of one file; `end` None reads to the end."""
+
+    path: str
+    start: int = 0
+    end: int | None = None
 
 
 class FastaBatch(NamedTuple):
@@ -43,43 +65,102 @@ class FastaBatch(NamedTuple):
     """Residues in each record, [n] int64."""
 
 
-def read_fasta(path: str | Path, batch_records: int = 4096) -> Iterator[FastaBatch]:
-    """Read a FASTA file in batches of up to `batch_records` records, in file order.
+def split_fasta(path: str | Path, part_bytes: int = PART_BYTES) -> list[FastaPart]:
+    """The parts of one file: byte ranges of a plain one, the whole of a compressed one.
+
+    Raises:
+        FastaError: the path is no file.
+    """
+    path = Path(path).resolve()
+    _refuse_missing(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        plain = file.read(1) == b">"
+    if not plain or size <= part_bytes:
+        return [FastaPart(str(path))]
+    starts = range(0, size, part_bytes)
+    return [FastaPart(str(path), start, min(start + part_bytes, size)) for start in starts]
+
+
+def read_fasta(file: str | Path | FastaPart, batch_records: int = 4096) -> Iterator[FastaBatch]:
+    """Read a FASTA file, or a part of one, in batches of up to `batch_records` records, in order.
 
     Raises:
         FastaError: the file is no protein FASTA; the message names file and line.
     """
-    path = Path(path)
-    records = _parse(path)
+    part = file if isinstance(file, FastaPart) else FastaPart(str(file))
     first = 0
-    while batch := list(islice(records, batch_records)):
-        if first == 0:
-            _refuse_nucleotides(path, batch)
-        yield _encode(path, first, batch)
+    for batch in _batches(_parse(part), batch_records):
+        if first == 0 and part.start == 0:
+            _refuse_nucleotides(part, batch)
+        yield _encode(part, first, batch)
         first += len(batch)
 
 
-def _parse(path: Path) -> Iterator[tuple[str, str]]:
+def _batches(
+    records: Iterator[tuple[str, str]], batch_records: int
+) -> Iterator[list[tuple[str, str]]]:
+    batch, letters = [], 0
+    for record in records:
+        batch.append(record)
+        letters += len(record[1])
+        if len(batch) == batch_records or letters >= BATCH_LETTERS:
+            yield batch
+            batch, letters = [], 0
+    if batch:
+        yield batch
+
+
+def _parse(part: FastaPart) -> Iterator[tuple[str, str]]:
     """(header, letters) of each record, without any check of the letters."""
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "not there"
-        raise FastaError(f"A FASTA file is needed, but {path} is {what}; name an existing file.")
-    _refuse_other_files(path)
+    path = Path(part.path)
+    _refuse_missing(path)
+    if part.start == 0:
+        _refuse_other_files(path)
     seen = 0
     try:
-        with _readable_by_needletail(path) as file:
-            for record in needletail.parse_fastx_file(str(file)):
-                yield record.id, record.seq
-                seen += 1
+        for record in _records(part):
+            yield record.id, record.seq
+            seen += 1
     except needletail.NeedletailError as error:
         if "end of input" in str(error):
-            _refuse_empty_record(path, seen, "")
+            _refuse_empty_record(part, seen, "")
         reason = str(error).split(" (line")[0].rstrip(".")
-        line = _line_of_record(path, max(seen - 1, 0))
+        line = _line_of_record(part, max(seen - 1, 0))
         raise FastaError(
             f"{path}: reading broke off after the record that starts at line {line}: {reason}; "
             "the file is damaged or cut short, fetch it again."
         ) from None
+
+
+def _refuse_missing(path: Path) -> None:
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "not there"
+        raise FastaError(f"A FASTA file is needed, but {path} is {what}; name an existing file.")
+
+
+def _records(part: FastaPart) -> Iterator[needletail.Record]:
+    if part.end is None:
+        with _readable_by_needletail(Path(part.path)) as file:
+            yield from needletail.parse_fastx_file(str(file))
+        return
+    with (
+        Path(part.path).open("rb") as plain,
+        mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        start = _next_record(data, part.start)
+        while start < part.end:
+            end = _next_record(data, min(start + PIECE_BYTES, part.end))
+            yield from needletail.parse_fastx_string(data[start:end].decode("utf-8", "replace"))
+            start = end
+
+
+def _next_record(data: mmap.mmap, place: int) -> int:
+    """Where the first record at or after `place` starts, or the end of the data."""
+    if place == 0:
+        return 0
+    found = data.find(b"\n>", place - 1)
+    return len(data) if found < 0 else found + 1
 
 
 @contextmanager
@@ -130,51 +211,74 @@ def _not_decompressed(path: Path, error: Exception) -> FastaError:
     return FastaError(f"{path}: cannot be decompressed ({error}); fetch it again.")
 
 
-def _refuse_nucleotides(path: Path, records: list[tuple[str, str]]) -> None:
+def _refuse_nucleotides(part: FastaPart, records: list[tuple[str, str]]) -> None:
     letters = "".join(seq for _, seq in records).encode("ascii", "replace")
     letters = letters.translate(None, b" \t\r\n")
     others = len(letters.translate(None, NUCLEOTIDES))
     if len(letters) >= 20 and others < (1 - NUCLEOTIDE_SHARE) * len(letters):
         raise FastaError(
-            f"{path}:{_line_of_record(path, 0)}: these are nucleotides "
+            f"{part.path}:{_line_of_record(part, 0)}: these are nucleotides "
             f"({1 - others / len(letters):.0%} A, C, G, T, U or N), but proteins are needed; "
             "translate the genes first."
         )
 
 
-def _refuse_empty_record(path: Path, index: int, header: str) -> None:
+def _refuse_empty_record(part: FastaPart, index: int, header: str) -> None:
     raise FastaError(
-        f"{path}:{_line_of_record(path, index)}: the record {header.split(' ')[0]!r} has no "
+        f"{part.path}:{_line_of_record(part, index)}: the record {header.split(' ')[0]!r} has no "
         "residues; give it a sequence or remove it."
     )
 
 
-def _encode(path: Path, first: int, records: list[tuple[str, str]]) -> FastaBatch:
+def _encode(part: FastaPart, first: int, records: list[tuple[str, str]]) -> FastaBatch:
     """Letters to residue ids, a lookup per byte; `first` is the index of the first record."""
-    names, descriptions, chunks = [], [], []
-    for offset, (header, letters) in enumerate(records):
-        name, description = [*header.split(maxsplit=1), "", ""][:2]
+    headers = [[*header.split(maxsplit=1), "", ""] for header, _ in records]
+    joined = "".join(letters for _, letters in records).encode("ascii", "replace")
+    residues = joined.translate(RESIDUE_IDS)
+    lengths = np.fromiter((len(letters) for _, letters in records), np.int64, len(records))
+    if BAD_RESIDUE in residues or not lengths.all():
+        residues, lengths = _encode_one_by_one(part, first, records)
+    for offset, (name, *_) in enumerate(headers):
+        if not name:
+            line = _line_of_record(part, first + offset)
+            raise FastaError(f"{part.path}:{line}: a record needs a name; write one after the >.")
+    if lengths.max() > LONGEST:
+        offset = int(lengths.argmax())
+        raise FastaError(
+            f"{part.path}:{_line_of_record(part, first + offset)}: the record "
+            f"{headers[offset][0]!r} has {lengths[offset]:,} residues, but {LONGEST:,} are the "
+            "most; remove it."
+        )
+    names, descriptions = [header[0] for header in headers], [header[1] for header in headers]
+    return FastaBatch(names, descriptions, residues, lengths)
+
+
+def _encode_one_by_one(
+    part: FastaPart, first: int, records: list[tuple[str, str]]
+) -> tuple[bytes, np.ndarray]:
+    """Residue ids of records that hold more than plain letters: spaces, stops, or an error."""
+    chunks = []
+    for index, (header, letters) in enumerate(records, first):
         ids = translate_letters(letters)
         if not ids:
-            _refuse_empty_record(path, first + offset, header)
-        if not name:
-            line = _line_of_record(path, first + offset)
-            raise FastaError(f"{path}:{line}: a record needs a name; write one after the >.")
-        names.append(name)
-        descriptions.append(description)
+            _refuse_empty_record(part, index, header)
+        if (bad := ids.find(BAD_RESIDUE)) >= 0:
+            raise FastaError(
+                f"{part.path}:{_line_of_record(part, index)}: record {header.split(' ')[0]!r}: "
+                f"{describe_bad_residue(letters, bad)}"
+            )
         chunks.append(ids)
-    joined = b"".join(chunks)
-    if BAD_RESIDUE in joined:
-        index, ids = next((i, ids) for i, ids in enumerate(chunks) if BAD_RESIDUE in ids)
-        problem = describe_bad_residue(records[index][1], ids.find(BAD_RESIDUE))
-        line = _line_of_record(path, first + index)
-        raise FastaError(f"{path}:{line}: record {names[index]!r}: {problem}")
-    lengths = np.fromiter(map(len, chunks), np.int64, len(chunks))
-    return FastaBatch(names, descriptions, joined, lengths)
+    return b"".join(chunks), np.fromiter(map(len, chunks), np.int64, len(chunks))
 
 
-def _line_of_record(path: Path, index: int) -> int:
-    """The line on which the `index`-th record starts: read again, since only errors need it."""
-    with xopen(path, "rb", threads=0) as file:
-        starts = (number for number, line in enumerate(file, 1) if line.startswith(b">"))
-        return next(islice(starts, index, None), 0)
+def _line_of_record(part: FastaPart, index: int) -> int:
+    """The line on which a part's `index`-th record starts; read again, since only errors ask."""
+    position = 0
+    with xopen(part.path, "rb", threads=0) as file:
+        for number, line in enumerate(file, 1):
+            if line.startswith(b">") and position >= part.start:
+                if index == 0:
+                    return number
+                index -= 1
+            position += len(line)
+    return 0

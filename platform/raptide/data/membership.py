@@ -1,8 +1,7 @@
 """Cluster membership from tables in MMseqs2's form: representative, tab, member; one line each.
 
-A line becomes a row of the records' own shape, marked MEMBERSHIP (`records.lines_as_records`), so
-that Ray Data can bring it to the record it speaks of by a shuffle on the hash of the name: no
-process holds all names.
+A line becomes a row of the shape that records' names have, so that Ray Data can bring it to the
+record it speaks of by a shuffle on the hash of the name: no process holds all names.
 """
 
 from __future__ import annotations
@@ -16,10 +15,11 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from xopen import xopen
 
+from raptide.data.records import name_hashes, plain_names
 from raptide.errors import CorpusError
 
-MEMBERSHIP = "membership"
-"""What stands in the column `dropped` of a row that is no record."""
+NO_RECORD = -1
+"""What stands in the column `number` of a line."""
 
 READ_BYTES = 8 << 20
 
@@ -27,7 +27,7 @@ COLUMNS = ("cluster", "id")
 
 
 def read_membership(path: str | Path) -> Iterator[pa.Table]:
-    """The lines of one file (plain or compressed): columns cluster and id, both string.
+    """The lines of one file (plain or compressed), as `records.named_table` gives the records.
 
     Raises:
         CorpusError: the file cannot be read, or a line has other than two columns.
@@ -43,7 +43,7 @@ def read_membership(path: str | Path) -> Iterator[pa.Table]:
                 ),
             )
             for batch in reader:
-                yield pa.Table.from_batches([batch])
+                yield _named(pa.Table.from_batches([batch]))
     except (OSError, EOFError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         reason = str(error).split("\n")[0].rstrip(".")
         raise CorpusError(
@@ -52,8 +52,20 @@ def read_membership(path: str | Path) -> Iterator[pa.Table]:
         ) from None
 
 
+def _named(lines: pa.Table) -> pa.Table:
+    keys = plain_names(lines["id"].combine_chunks())
+    return pa.table(
+        {
+            "number": np.full(len(keys), NO_RECORD),
+            "name_hash": name_hashes(keys),
+            "id": keys,
+            "cluster": lines["cluster"],
+        }
+    )
+
+
 def join_membership(table: pa.Table) -> pa.Table:
-    """Give each record the cluster that its line names; a record without a line keeps its own.
+    """The cluster that its line gives to each record, as notes: columns number and cluster.
 
     Args:
         table: all records and all lines of some names.
@@ -61,10 +73,8 @@ def join_membership(table: pa.Table) -> pa.Table:
     Raises:
         CorpusError: a line names a member that no record has, or a member has two clusters.
     """
-    is_line = pc.equal(table["dropped"], MEMBERSHIP)
+    is_line = pc.equal(table["number"], NO_RECORD)
     lines, records = table.filter(is_line), table.filter(pc.invert(is_line))
-    if not lines.num_rows:
-        return records
     lines = lines.select(COLUMNS).group_by(list(COLUMNS)).aggregate([]).sort_by("id")
     names = lines["id"].combine_chunks()
     _refuse_two_clusters(lines)
@@ -75,8 +85,10 @@ def join_membership(table: pa.Table) -> pa.Table:
             "record of the input is called; give the table that belongs to these files."
         )
     place = pc.index_in(records["id"], value_set=names)
-    clusters = pc.coalesce(pc.take(lines["cluster"], place), records["cluster"])
-    return records.set_column(records.schema.get_field_index("cluster"), "cluster", clusters)
+    clusters = pc.take(lines["cluster"], place)
+    return pa.table({"number": records["number"], "cluster": clusters}).filter(
+        pc.is_valid(clusters)
+    )
 
 
 def _refuse_two_clusters(lines: pa.Table) -> None:

@@ -1,8 +1,15 @@
-"""Write one bucket of records as shards of cluster rows: order, split, cut into blocks."""
+"""Write one bucket of records as shards of cluster rows: order, split, cut into blocks.
+
+Only names, lengths and hashes are sorted; residues are gathered a block at a time, so a bucket is
+in memory once however large a cluster in it is. Such a cluster becomes many cluster rows of at most
+a block each.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypedDict
@@ -13,7 +20,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raptide.alphabet import FIRST_RESIDUE, RESIDUES
-from raptide.data.corpus import CLUSTER_ROW, MAX_ROW_GROUPS, Split, hash_rows, sha256_of_file
+from raptide.data.corpus import (
+    CLUSTER_ROW,
+    MAX_ROW_GROUPS,
+    Split,
+    hash_rows,
+    member_residues,
+    sha256_of_file,
+)
+from raptide.data.records import accessions
 
 LENGTH_BIN = 50
 """Residues in one bin of the manifest's length histogram."""
@@ -27,194 +42,229 @@ class ShardReport(TypedDict):
     rows: int
     bytes: int
     sha256: str
-    renamed: int
     blocks: list[dict[str, Any]]
     counts: dict[str, int]
     lengths: dict[str, int]
     residues: dict[str, int]
 
 
+class BucketReport(TypedDict):
+    """What a bucket became."""
+
+    shards: list[ShardReport]
+    renamed: int
+
+
 def write_bucket(
-    records: pa.Table,
-    folder: Path,
-    *,
-    block_residues: int,
-    one_each: bool,
-) -> list[ShardReport]:
+    bucket: int, records: pa.Table, folder: Path, *, block_residues: int, one_each: bool
+) -> BucketReport:
     """Write the shards of one bucket and report on each.
 
     Args:
-        records: columns bucket, order, heldout, cluster, id, residues, length; all of one bucket.
+        records: all PLACED records (see records.py) of the bucket.
         folder: where the shards go.
         block_residues: a block closes when it holds at least this many residues.
         one_each: every record is its own cluster, also where names repeat.
     """
-    if not records.num_rows:
-        return []
-    bucket = records["bucket"][0].as_py()
-    records, renamed = _number_duplicates(_in_corpus_order(records), one_each)
-    held = records["heldout"].to_numpy().astype(bool)
-    reports: list[ShardReport] = []
-    for split, chosen in (("train", ~held), ("heldout", held)):
-        part = records.filter(pa.array(chosen))
-        if part.num_rows:
-            reports += _write_split(part, folder, split, bucket, block_residues)
-    if reports:
-        reports[0]["renamed"] = renamed
-    return reports
+    records = records.combine_chunks()
+    order = _corpus_order(records)
+    names = records.drop_columns("residues").take(order)
+    names, renamed = _number_duplicates(names, one_each)
+    heldout = names["heldout"].to_numpy()
+    shards: list[ShardReport] = []
+    split: Split
+    for split, chosen in (("train", ~heldout), ("heldout", heldout)):
+        if chosen.any():
+            rows = _ClusterRows.cut(
+                names.filter(pa.array(chosen)),
+                records["residues"].chunk(0),
+                order.filter(pa.array(chosen)),
+                block_residues,
+            )
+            shards += _write_split(rows, folder, split, bucket, block_residues)
+    return BucketReport(shards=shards, renamed=renamed)
 
 
-def _in_corpus_order(records: pa.Table) -> pa.Table:
-    """By cluster hash; within a cluster the representative first, then by length and content.
+def _corpus_order(records: pa.Table) -> pa.Array:
+    """By cluster hash; within a cluster the representative first, then by length, name, content.
 
-    The representative is the member that carries the cluster's name, or else the longest.
+    The representative is the member that carries the cluster's name or accession (UniRef100_P69905
+    in UniRef50_P69905), or else the longest.
     """
-    named = pc.equal(records["id"], records["cluster"])
-    keyed = records.append_column("named", pc.cast(named, pa.int8()))
-    return records.take(
-        pc.sort_indices(
-            keyed,
-            [
-                ("order", "ascending"),
-                ("cluster", "ascending"),
-                ("named", "descending"),
-                ("length", "descending"),
-                ("id", "ascending"),
-                ("residues", "ascending"),
-            ],
-        )
+    ids, clusters = (accessions(records[name].combine_chunks()) for name in ("id", "cluster"))
+    keyed = records.append_column("named", pc.cast(pc.equal(ids, clusters), pa.int8()))
+    return pc.sort_indices(
+        keyed,
+        [
+            ("order", "ascending"),
+            ("cluster", "ascending"),
+            ("named", "descending"),
+            ("length", "descending"),
+            ("id", "ascending"),
+            ("residues", "ascending"),
+        ],
     )
 
 
-def _write_split(
-    records: pa.Table, folder: Path, split: str, bucket: int, block_residues: int
-) -> Iterator[ShardReport]:
-    rows = _cluster_rows(records, block_residues)
-    cuts = _block_cuts(rows, block_residues)
-    for part, first in enumerate(range(0, len(cuts) - 1, MAX_ROW_GROUPS)):
-        shard_cuts = cuts[first : first + MAX_ROW_GROUPS + 1]
-        name = f"{split}-{bucket:05d}-{part:02d}.parquet"
-        yield _write_shard(rows, shard_cuts, folder / name, split)
-
-
-def _cluster_rows(records: pa.Table, max_residues: int) -> pa.Table:
-    """Sorted records to cluster rows, none above `max_residues` unless a single member is."""
-    lengths = records["length"].to_numpy()
-    clusters = records["cluster"].to_pylist()
-    starts, firsts, sizes = [], [], []
-    index = 0
-    while index < len(clusters):
-        end = index
-        while end < len(clusters) and clusters[end] == clusters[index]:
-            end += 1
-        held = 0
-        for member in range(index, end):
-            if member == index or held + lengths[member] > max_residues:
-                starts.append(member)
-                firsts.append(member - index)
-                sizes.append(end - index)
-                held = 0
-            held += lengths[member]
-        index = end
-    ids = records["id"].combine_chunks()
-    offsets = pa.array([*starts, len(clusters)], pa.int32())
-    return pa.table(
-        {
-            "cluster": pa.array([clusters[start] for start in starts], pa.string()),
-            "cluster_size": pa.array(sizes, pa.int64()),
-            "first_member": pa.array(firsts, pa.int64()),
-            "ids": pa.ListArray.from_arrays(offsets, ids),
-            "members": pa.ListArray.from_arrays(offsets, records["residues"].combine_chunks()),
-            "lengths": pa.ListArray.from_arrays(offsets, pa.array(lengths, pa.int32())),
-        },
-        schema=CLUSTER_ROW,
-    )
-
-
-def _number_duplicates(records: pa.Table, one_each: bool) -> tuple[pa.Table, int]:
+def _number_duplicates(names: pa.Table, one_each: bool) -> tuple[pa.Table, int]:
     """Number the second and later records of one name within a cluster: `a`, `a#2`, `a#3`.
 
     With `one_each` they become clusters of their own under those names. Returns how many there are.
     """
-    clusters, ids = records["cluster"].to_pylist(), records["id"].to_pylist()
-    seen: dict[tuple[str, str], int] = {}
+    keys = ["cluster", "id"]
+    clusters = names["cluster"].combine_chunks()
+    all_alone = not pc.any(pc.equal(clusters[1:], clusters[:-1])).as_py()
+    if all_alone or names.group_by(keys).aggregate([]).num_rows == names.num_rows:
+        return names, 0
+    seen: Counter[tuple[str, str]] = Counter()
     unique, renamed = [], 0
-    for cluster, name in zip(clusters, ids, strict=True):
-        count = seen[cluster, name] = seen.get((cluster, name), 0) + 1
-        renamed += count > 1
-        unique.append(name if count == 1 else f"{name}#{count}")
-    if not renamed:
-        return records, 0
-    for column in ("id", "cluster") if one_each else ("id",):
-        index = records.schema.get_field_index(column)
-        records = records.set_column(index, column, pa.array(unique, pa.string()))
-    return records, renamed
+    for key in zip(names["cluster"].to_pylist(), names["id"].to_pylist(), strict=True):
+        seen[key] += 1
+        renamed += seen[key] > 1
+        unique.append(key[1] if seen[key] == 1 else f"{key[1]}#{seen[key]}")
+    for column in keys if one_each else ("id",):
+        index = names.schema.get_field_index(column)
+        names = names.set_column(index, column, pa.array(unique, pa.string()))
+    return names, renamed
 
 
-def _block_cuts(rows: pa.Table, block_residues: int) -> list[int]:
-    """Row indices at which blocks begin, and the end: [blocks + 1]."""
-    totals = _residues_per_row(rows)
-    cuts, held = [0], 0
-    for index, residues in enumerate(totals):
-        held += residues
-        if held >= block_residues:
-            cuts.append(index + 1)
+@dataclass(frozen=True)
+class _ClusterRows:
+    """The cluster rows of one split, their residues still where the records are."""
+
+    names: pa.Table
+    """The members in corpus order: columns cluster, id, length, [m]."""
+
+    residues: pa.LargeBinaryArray
+    """Of all records of the bucket, in the order they came in."""
+
+    order: pa.Array
+    """Where each member's residues are, [m] uint64."""
+
+    starts: np.ndarray
+    """First member of each row, and the end, [n + 1] int64."""
+
+    first_member: np.ndarray
+    """Its index within the cluster, [n] int64."""
+
+    cluster_size: np.ndarray
+    """Members of the row's cluster, [n] int64."""
+
+    @classmethod
+    def cut(
+        cls, names: pa.Table, residues: pa.Array, order: pa.Array, max_residues: int
+    ) -> _ClusterRows:
+        """Cluster rows of sorted members, none above `max_residues` unless a single member is."""
+        names = names.combine_chunks()
+        clusters = names["cluster"].chunk(0)
+        new = np.ones(len(clusters), bool)
+        new[1:] = pc.not_equal(clusters[1:], clusters[:-1]).to_numpy(zero_copy_only=False)
+        of_cluster = np.flatnonzero(new)
+        ends = np.append(of_cluster[1:], len(clusters))
+        lengths = names["length"].to_numpy()
+        totals = np.add.reduceat(lengths, of_cluster)
+        for large in np.flatnonzero(totals > max_residues):
             held = 0
-    if cuts[-1] != len(totals):
-        cuts.append(len(totals))
-    return cuts
+            for member in range(of_cluster[large], ends[large]):
+                new[member] |= held + lengths[member] > max_residues
+                held = lengths[member] if new[member] else held + lengths[member]
+        starts = np.flatnonzero(new)
+        cluster = np.searchsorted(of_cluster, starts, side="right") - 1
+        return cls(
+            names=names,
+            residues=residues,
+            order=order,
+            starts=np.append(starts, len(clusters)),
+            first_member=starts - of_cluster[cluster],
+            cluster_size=(ends - of_cluster)[cluster],
+        )
+
+    def block_cuts(self, block_residues: int) -> list[int]:
+        """Rows at which blocks begin, and the end: [blocks + 1]."""
+        totals = np.concatenate([[0], np.cumsum(self.names["length"].to_numpy())])[self.starts]
+        cuts = [0]
+        while cuts[-1] < len(totals) - 1:
+            full = int(np.searchsorted(totals, totals[cuts[-1]] + block_residues))
+            cuts.append(min(full, len(totals) - 1))
+        return cuts
+
+    def table(self, first: int, end: int) -> pa.Table:
+        """Rows `first` to `end - 1`, CLUSTER_ROW."""
+        start, stop = self.starts[[first, end]].tolist()
+        members = self.residues.take(self.order[start:stop]).cast(pa.binary())
+        names = self.names.slice(start, stop - start).combine_chunks()
+        offsets = pa.array(self.starts[first : end + 1] - start, pa.int32())
+        return pa.table(
+            {
+                "cluster": names["cluster"].take(offsets[:-1]),
+                "cluster_size": self.cluster_size[first:end],
+                "first_member": self.first_member[first:end],
+                "ids": pa.ListArray.from_arrays(offsets, names["id"].chunk(0)),
+                "members": pa.ListArray.from_arrays(offsets, members),
+                "lengths": pa.ListArray.from_arrays(
+                    offsets, names["length"].chunk(0).cast(pa.int32())
+                ),
+            },
+            schema=CLUSTER_ROW,
+        )
 
 
-def _residues_per_row(rows: pa.Table) -> np.ndarray:
-    lengths = rows["lengths"].combine_chunks()
-    totals = np.concatenate([[0], np.cumsum(lengths.flatten().to_numpy(), dtype=np.int64)])
-    offsets = lengths.offsets.to_numpy() - lengths.offsets[0].as_py()
-    return np.diff(totals[offsets])
+def _write_split(
+    rows: _ClusterRows, folder: Path, split: Split, bucket: int, block_residues: int
+) -> Iterator[ShardReport]:
+    cuts = rows.block_cuts(block_residues)
+    for part, first in enumerate(range(0, len(cuts) - 1, MAX_ROW_GROUPS)):
+        shard_cuts = cuts[first : first + MAX_ROW_GROUPS + 1]
+        file = folder / f"{split}-{bucket:05d}-{part:02d}.parquet"
+        yield _write_shard(rows, shard_cuts, file, split)
 
 
-def _write_shard(rows: pa.Table, cuts: list[int], file: Path, split: Any) -> ShardReport:
+def _write_shard(rows: _ClusterRows, cuts: list[int], file: Path, split: Split) -> ShardReport:
     blocks = []
+    counts: Counter[str] = Counter()
+    lengths: Counter[str] = Counter()
+    letters: Counter[str] = Counter()
     with pq.ParquetWriter(
         file, CLUSTER_ROW, compression="zstd", use_dictionary=False, write_page_checksum=True
     ) as writer:
-        for group, (start, end) in enumerate(pairwise(cuts)):
-            block = rows.slice(start, end - start).combine_chunks()
+        for group, (first, end) in enumerate(pairwise(cuts)):
+            block = rows.table(first, end)
             writer.write_table(block, row_group_size=block.num_rows)
+            statistics = _statistics(block)
+            counts.update(statistics["counts"])
+            lengths.update(statistics["lengths"])
+            letters.update(statistics["residues"])
             blocks.append(
                 {
                     "split": split,
                     "shard": file.name,
                     "row_group": group,
                     "rows": block.num_rows,
-                    "residues": int(_residues_per_row(block).sum()),
+                    "residues": statistics["counts"]["residues"],
                     "sha256": hash_rows(block),
                 }
             )
-    shard = rows.slice(cuts[0], cuts[-1] - cuts[0])
-    statistics = _statistics(shard)
     return ShardReport(
         name=file.name,
         split=split,
-        rows=shard.num_rows,
+        rows=cuts[-1] - cuts[0],
         bytes=file.stat().st_size,
         sha256=sha256_of_file(file),
-        renamed=0,
         blocks=blocks,
-        counts=statistics["counts"],
-        lengths=statistics["lengths"],
-        residues=statistics["residues"],
+        counts=dict(counts),
+        lengths=dict(lengths),
+        residues=dict(letters),
     )
 
 
-def _statistics(shard: pa.Table) -> dict[str, dict[str, int]]:
-    lengths = shard["lengths"].combine_chunks().flatten().to_numpy()
-    members = shard["members"].combine_chunks().flatten()
-    residues = np.frombuffer(b"".join(members.to_pylist()), np.uint8)
+def _statistics(block: pa.Table) -> dict[str, dict[str, int]]:
+    lengths = block["lengths"].chunk(0).flatten().to_numpy()
     bins = np.bincount(lengths // LENGTH_BIN)
+    residues = member_residues(block["members"].chunk(0).flatten())
     letters = np.bincount(residues, minlength=FIRST_RESIDUE + len(RESIDUES))[FIRST_RESIDUE:]
     return {
         "counts": {
-            "clusters": int((shard["first_member"].to_numpy() == 0).sum()),
+            "clusters": int((block["first_member"].to_numpy() == 0).sum()),
             "sequences": len(lengths),
             "residues": int(lengths.sum()),
         },

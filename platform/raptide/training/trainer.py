@@ -68,7 +68,7 @@ def prepare_run(
 
     Raises:
         ConfigError: a new run's folder exists, or `replace` would delete something else.
-        CorpusError: the corpus is missing, or has nothing to train or evaluate on.
+        CorpusError: the corpus is missing or damaged, or has nothing to train or evaluate on.
         CheckpointError: the run cannot go on with these settings, or has no good checkpoint.
     """
     corpus = Corpus.open(recipe.corpus)
@@ -102,6 +102,7 @@ def prepare_run(
             f"{recipe.corpus} has no clusters to train on; build it again with more sequences or a "
             "smaller --holdout-fraction."
         )
+    corpus.verify()
     heldout_rows(plan, recipe.evaluation)
     return plan
 
