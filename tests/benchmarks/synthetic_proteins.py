@@ -4,7 +4,7 @@
 
 Lengths are log-normal (median 250, mean 331 residues, cut at 10 and 35,000), residues independent
 with the frequencies of Swiss-Prot, 60 a line. Only the amount is like UniRef: no two proteins are
-related, so zstd finds nothing but the frequencies.
+related, so zstd finds nothing but the frequencies. The first records can be put into one cluster.
 """
 
 from __future__ import annotations
@@ -30,14 +30,18 @@ PERCENT = np.fromstring(
 """How often each letter occurs, about as UniProt states it for Swiss-Prot."""
 
 
-def write_proteins(path: Path, count: int, seed: int = 1) -> int:
-    """Write `count` records; returns how many residues they have."""
+def write_proteins(path: Path, count: int, *, one_cluster: int = 0, seed: int = 1) -> int:
+    """Write `count` records; returns how many residues they have.
+
+    Args:
+        one_cluster: so many of them, the first ones, say `cluster50=giant`.
+    """
     rng = np.random.default_rng(seed)
     residues = 0
     with path.open("wb") as file, tqdm(total=count, unit=" proteins", desc=path.name) as bar:
         for first in range(0, count, BATCH):
             lengths = _lengths(rng, min(BATCH, count - first))
-            file.writelines(_records(rng, first, lengths))
+            file.writelines(_records(rng, first, lengths, one_cluster))
             residues += int(lengths.sum())
             bar.update(len(lengths))
     return residues
@@ -48,14 +52,17 @@ def _lengths(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.clip(drawn, SHORTEST, LONGEST).astype(np.int64)
 
 
-def _records(rng: np.random.Generator, first: int, lengths: np.ndarray) -> Iterator[bytes]:
+def _records(
+    rng: np.random.Generator, first: int, lengths: np.ndarray, one_cluster: int
+) -> Iterator[bytes]:
     letters = _letters(rng, int(lengths.sum()))
     start = 0
     for number, length in enumerate(lengths.tolist(), first):
         name = f"A0A{number:07X}"
+        cluster = " cluster50=giant" if number < one_cluster else ""
         yield (
             f">UniRef50_{name} Uncharacterized protein n={1 + number % 7} Tax=Escherichia coli "
-            f"TaxID=562 RepID={name}_ECOLX\n"
+            f"TaxID=562 RepID={name}_ECOLX{cluster}\n"
         ).encode()
         lines = range(start, start + length, LINE)
         yield b"\n".join(letters[i : min(i + LINE, start + length)] for i in lines) + b"\n"
@@ -75,5 +82,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("count", type=int)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--one-cluster", type=int, default=0, metavar="N")
     args = parser.parse_args()
-    print(f"{write_proteins(args.output, args.count):,} residues")
+    residues = write_proteins(args.output, args.count, one_cluster=args.one_cluster)
+    print(f"{residues:,} residues")

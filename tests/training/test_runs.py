@@ -135,6 +135,25 @@ def test_a_finished_run_is_neither_resumed_nor_overwritten_silently(whole, corpu
     assert whole.bundle.exists(), "a replacement that was refused has deleted the run"
 
 
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_no_run_starts_on_a_damaged_corpus(corpus, tmp_path, damage):
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus.path, copy)
+    shard = copy / corpus.manifest["shards"][-1]["name"]
+    content = shard.read_bytes()
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "truncated":
+        shard.write_bytes(content[:-100])
+    else:
+        shard.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    recipe = as_recipe(make_recipe(corpus) | {"corpus": str(copy)})
+    expected = corpus.manifest["shards"][-1]["sha256"]
+    with pytest.raises(CorpusError, match=f"{shard.name} is damaged: expected sha256 {expected}"):
+        prepare_run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_resume_with_another_stream_or_model_is_refused(whole, corpus):
     assert load_resumed(whole.folder) == whole.folder / "recipe.yaml"
     tree = make_recipe(corpus)

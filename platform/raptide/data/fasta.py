@@ -19,7 +19,7 @@ import needletail
 import numpy as np
 from xopen import xopen
 
-from raptide.alphabet import BAD_RESIDUE, RESIDUE_IDS, describe_bad_residue, translate_letters
+from raptide.alphabet import BAD_RESIDUE, describe_bad_residue, translate_batch
 from raptide.errors import FastaError
 
 NUCLEOTIDES = b"ACGTUNacgtun"
@@ -223,52 +223,42 @@ def _refuse_nucleotides(part: FastaPart, records: list[tuple[str, str]]) -> None
         )
 
 
-def _refuse_empty_record(part: FastaPart, index: int, header: str) -> None:
+def _refuse_empty_record(part: FastaPart, index: int, name: str) -> None:
     raise FastaError(
-        f"{part.path}:{_line_of_record(part, index)}: the record {header.split(' ')[0]!r} has no "
+        f"{part.path}:{_line_of_record(part, index)}: the record {name!r} has no "
         "residues; give it a sequence or remove it."
     )
 
 
 def _encode(part: FastaPart, first: int, records: list[tuple[str, str]]) -> FastaBatch:
     """Letters to residue ids, a lookup per byte; `first` is the index of the first record."""
-    headers = [[*header.split(maxsplit=1), "", ""] for header, _ in records]
-    joined = "".join(letters for _, letters in records).encode("ascii", "replace")
-    residues = joined.translate(RESIDUE_IDS)
-    lengths = np.fromiter((len(letters) for _, letters in records), np.int64, len(records))
-    if BAD_RESIDUE in residues or not lengths.all():
-        residues, lengths = _encode_one_by_one(part, first, records)
-    for offset, (name, *_) in enumerate(headers):
+    names, descriptions = [], []
+    for index, (header, _) in enumerate(records, first):
+        name, description = [*header.split(maxsplit=1), "", ""][:2]
         if not name:
-            line = _line_of_record(part, first + offset)
+            line = _line_of_record(part, index)
             raise FastaError(f"{part.path}:{line}: a record needs a name; write one after the >.")
+        names.append(name)
+        descriptions.append(description)
+    residues, lengths = translate_batch([letters for _, letters in records])
+    if not lengths.all():
+        index = int(lengths.argmin())
+        _refuse_empty_record(part, first + index, names[index])
     if lengths.max() > LONGEST:
-        offset = int(lengths.argmax())
+        index = int(lengths.argmax())
         raise FastaError(
-            f"{part.path}:{_line_of_record(part, first + offset)}: the record "
-            f"{headers[offset][0]!r} has {lengths[offset]:,} residues, but {LONGEST:,} are the "
-            "most; remove it."
+            f"{part.path}:{_line_of_record(part, first + index)}: the record {names[index]!r} has "
+            f"{lengths[index]:,} residues, but {LONGEST:,} are the most; remove it."
         )
-    names, descriptions = [header[0] for header in headers], [header[1] for header in headers]
+    if (bad := residues.find(BAD_RESIDUE)) >= 0:
+        ends = np.cumsum(lengths)
+        index = int(np.searchsorted(ends, bad, side="right"))
+        place = bad - int(ends[index] - lengths[index])
+        raise FastaError(
+            f"{part.path}:{_line_of_record(part, first + index)}: record {names[index]!r}: "
+            f"{describe_bad_residue(records[index][1], place)}"
+        )
     return FastaBatch(names, descriptions, residues, lengths)
-
-
-def _encode_one_by_one(
-    part: FastaPart, first: int, records: list[tuple[str, str]]
-) -> tuple[bytes, np.ndarray]:
-    """Residue ids of records that hold more than plain letters: spaces, stops, or an error."""
-    chunks = []
-    for index, (header, letters) in enumerate(records, first):
-        ids = translate_letters(letters)
-        if not ids:
-            _refuse_empty_record(part, index, header)
-        if (bad := ids.find(BAD_RESIDUE)) >= 0:
-            raise FastaError(
-                f"{part.path}:{_line_of_record(part, index)}: record {header.split(' ')[0]!r}: "
-                f"{describe_bad_residue(letters, bad)}"
-            )
-        chunks.append(ids)
-    return b"".join(chunks), np.fromiter(map(len, chunks), np.int64, len(chunks))
 
 
 def _line_of_record(part: FastaPart, index: int) -> int:
