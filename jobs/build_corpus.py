@@ -55,6 +55,7 @@ def inspect(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     corpus = Corpus.open(args.corpus)
     _print_counts(corpus)
+    _print_samplings(corpus)
     _print_shares("lengths", _merge(corpus, "length_histogram", width=250))
     _print_shares("residues", _merge(corpus, "residue_counts"))
     if args.verify:
@@ -62,6 +63,15 @@ def inspect(arguments: list[str]) -> None:
         shards = len(corpus.manifest["shards"])
         print(f"Verified: {shards} shards and the block table have the hashes of the manifest.")
     _draw(corpus)
+
+
+def _print_samplings(corpus: Corpus) -> None:
+    train = corpus.manifest["counts"]["train"]
+    clusters, sequences = train.get("clusters", 0), train.get("sequences", 0)
+    print("  an epoch of training, by stream.sampling")
+    print(f"    representatives {clusters:>12,} sequences (UR50/S)")
+    print(f"    members         {clusters:>12,} sequences, drawn from {sequences:,} (UR50/D)")
+    print(f"    all             {sequences:>12,} sequences (UR100)")
 
 
 def _draw(corpus: Corpus) -> None:

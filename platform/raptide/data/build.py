@@ -38,8 +38,9 @@ from raptide.data.survey import Source, survey
 from raptide.errors import CorpusError, InputError, plain_errors
 
 BUCKET_RESIDUES = 32 << 20
-"""Residues in a bucket, about. A task holds some three times as much; the shuffle of the paper's
-86 G residues has 2,600 buckets."""
+"""Residues in a bucket, about: the paper's 86 G residues take 2,600 buckets. A cluster is never
+divided among buckets, so one of 300 M residues makes a bucket of as many. The task that sorts a
+bucket holds its residues up to four times."""
 
 PLAN, SURVEY, NOTES = "plan.json", "survey.json", "notes"
 

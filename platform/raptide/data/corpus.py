@@ -30,6 +30,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from raptide.errors import CorpusError
 
@@ -176,7 +177,8 @@ class Corpus:
         names, expected = zip(*self._files(), strict=True)
         files = [self.path / name for name in names]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for file, hoped, found in zip(files, expected, pool.map(_hash_of, files), strict=True):
+            hashes = tqdm(pool.map(_hash_of, files), "verifying", len(files), disable=None)
+            for file, hoped, found in zip(files, expected, hashes, strict=True):
                 if found != hoped:
                     pool.shutdown(cancel_futures=True)
                     raise CorpusError(

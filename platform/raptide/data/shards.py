@@ -1,8 +1,8 @@
 """Write one bucket of records as shards of cluster rows: order, split, cut into blocks.
 
-Only names, lengths and hashes are sorted; residues are gathered a block at a time, so a bucket is
-in memory once however large a cluster in it is. Such a cluster becomes many cluster rows of at most
-a block each.
+Only names, lengths and hashes are sorted here; residues are gathered a block at a time. A cluster
+larger than a block becomes many cluster rows. Each of them knows the whole cluster's size and where
+in it its members stand, so that the row which holds a drawn member can tell by itself.
 """
 
 from __future__ import annotations
