@@ -2,11 +2,14 @@
 
     python jobs/pretrain_model.py --config jobs/recipes/demo.yaml
     python jobs/pretrain_model.py --config jobs/recipes/demo.yaml training.steps=500
+    python jobs/pretrain_model.py --config jobs/recipes/demo.yaml --dry-run
     python jobs/pretrain_model.py --resume runs/demo
 
 Any setting of the recipe can be overridden with section.field=value. The run folder holds
-recipe.yaml, metrics.jsonl, wandb/ and checkpoints/; a run is only ever resumed on request, from its
-newest checkpoint that is complete, with the very next batch.
+recipe.yaml, metrics.jsonl, loss.png, wandb/ and checkpoints/; a run is only ever resumed on
+request, from its newest checkpoint that is complete, with the very next batch. A dry run checks the
+recipe, every file of the corpus and the run folder, and prints steps, epochs and memory without
+training.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from pathlib import Path
 from commandline import job_parser, run_job
 from raptide.cluster import DATA_CPUS, ray_session
 from raptide.config import load_settings
+from raptide.data.corpus import Corpus
 from raptide.errors import ConfigError
+from raptide.training.estimate import describe_run
 from raptide.training.recipe import Recipe
 from raptide.training.trainer import RunResult, load_resumed, prepare_run, pretrain
 
@@ -30,6 +35,9 @@ def main() -> None:
         "--output", type=Path, metavar="RUN", help="run folder (default: runs/ and the name)"
     )
     parser.add_argument("--replace", action="store_true", help="delete an earlier run first")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and print the plan, train nothing"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     args = parser.parse_args()
 
@@ -39,6 +47,9 @@ def main() -> None:
     recipe = load_settings(Recipe, file, args.overrides)
     folder = args.resume or args.output or Path("runs") / recipe.name
     plan = prepare_run(recipe, folder, resume=bool(args.resume), replace=args.replace)
+    if args.dry_run:
+        print(f"Run {folder}\n{describe_run(recipe, plan, Corpus.open(plan.corpus_path))}")
+        return
     cpus = recipe.cluster.workers * recipe.cluster.cpus_per_worker + DATA_CPUS
     with ray_session(num_cpus=cpus, verbose=args.verbose):
         result = pretrain(recipe, plan, folder, replace=args.replace)
@@ -52,7 +63,7 @@ def _print_summary(result: RunResult) -> None:
         f"{result.heldout_ece.masked_only:.3f} (unigram {result.unigram_ece.all_chosen:.3f}, "
         f"uniform {result.uniform_ece:.0f}).\n"
         f"  model     {result.bundle}\n"
-        f"  metrics   {result.folder / 'metrics.jsonl'}\n"
+        f"  metrics   {result.folder / 'metrics.jsonl'}, drawn in {result.folder / 'loss.png'}\n"
         f"Serve it:   serve run serve.app:build model={result.bundle}"
     )
     if result.wandb_offline:

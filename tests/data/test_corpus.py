@@ -137,6 +137,11 @@ def test_damage_is_found_and_named(built, tmp_path):
         Corpus.open(copy).verify()
     with pytest.raises(CorpusError, match=f"{shard.name}, row group 0 cannot be read"):
         Corpus.open(copy).read_block(built.blocks("train")[0])
+    manifest = (copy / MANIFEST).read_text()
+    (copy / MANIFEST).write_text(manifest.replace(built.digest, "0" * 64))
+    shutil.copy(built.path / shard.name, shard)
+    with pytest.raises(CorpusError, match=f"manifest.json is damaged: it says digest {'0' * 64}"):
+        Corpus.open(copy).verify()
     shard.unlink()
     with pytest.raises(CorpusError, match="no such file"):
         Corpus.open(copy).verify()

@@ -11,6 +11,7 @@ from raptide.training.checkpoint import (
     discard,
     find_bundle,
     newest_checkpoint,
+    prune,
 )
 from raptide.training.scratch import scratch_folder
 
@@ -103,6 +104,21 @@ def test_scratch_is_private(tmp_path, monkeypatch):
     folder.parent.parent.chmod(0o777)
     with pytest.raises(CheckpointError, match="can be written by, someone else"):
         scratch_folder("run", "rank-0")
+
+
+def test_the_newest_and_the_best_stay(tmp_path):
+    eces = {10: 17.0, 20: 15.0, 30: 14.0, 40: 14.5, 50: 16.0, 60: 16.1}
+    for step, ece in eces.items():
+        measured = {"heldout_ece": {"all_chosen": ece}, "heldout_step": step}
+        write_checkpoint(
+            tmp_path, step, **(measured if step != 30 else measured | {"heldout_step": 20})
+        )
+    write_checkpoint(tmp_path, 5, heldout_ece=None, heldout_step=0)
+    prune(Storage.of(tmp_path / CHECKPOINTS), "step-00000060", 2, 2)
+    left = sorted(int(p.name[5:]) for p in (tmp_path / CHECKPOINTS).iterdir())
+    assert left == [20, 40, 50, 60], "30 was not evaluated when it was saved"
+    prune(Storage.of(tmp_path / CHECKPOINTS), "step-00000060", 1, 0)
+    assert [p.name for p in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000060"]
 
 
 def test_nothing_to_resume(tmp_path):

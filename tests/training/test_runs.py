@@ -18,6 +18,7 @@ from raptide.config import parse_settings
 from raptide.errors import CheckpointError, ConfigError, CorpusError, StreamStalled
 from raptide.inference.engine import Engine
 from raptide.model.bundle import read_weights
+from raptide.training.estimate import checkpoint_bytes
 from raptide.training.export import read_model, read_zero_weights
 from raptide.training.recipe import Recipe
 from raptide.training.trainer import load_resumed, prepare_run, pretrain
@@ -232,6 +233,33 @@ def test_one_worker_gives_the_losses_of_two(whole, corpus, tmp_path):
     assert two.keys() == one.keys()
     assert max(abs(two[step] - one[step]) for step in two) < 1e-4
     assert alone.heldout_ece.all_chosen == pytest.approx(whole.heldout_ece.all_chosen, abs=1e-3)
+
+
+def test_a_run_starts_from_weights_and_ends_when_it_improves_no_more(whole, corpus, tmp_path):
+    """At a rate too small to change a bit, every evaluation finds the ECE of the start."""
+    tree = make_recipe(corpus) | {"init_from": str(whole.folder)}
+    tree["optimizer"]["lr"] = 1e-30
+    tree["evaluation"]["patience"] = 1
+    tree["cluster"]["peak_tflops"] = 0.5
+    other = as_recipe(tree | {"model": tree["model"] | {"width": 32}})
+    with pytest.raises(ConfigError, match=r"has model.width 64, but the recipe asks for 32"):
+        prepare_run(other, tmp_path / "run")
+    run = run_to_the_end(as_recipe(tree), tmp_path / "run")
+    assert run.step == 2 * EVERY < STEPS
+    assert run.heldout_ece == whole.heldout_ece
+    assert_same_weights(run.bundle, whole.bundle)
+    last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["speed/mfu"] == pytest.approx(2 * last["speed/model_tflops"])
+    assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    estimate = checkpoint_bytes(as_recipe(tree))
+    size = sum(p.stat().st_size for p in run.checkpoint.rglob("*") if p.is_file())
+    assert size == pytest.approx(estimate, rel=0.1)
+
+
+def assert_same_weights(one, other):
+    one, other = (read_weights(bundle).state for bundle in (one, other))
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
 
 
 def assert_shards_hold_the_bundle(checkpoint):

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -169,7 +169,8 @@ class Corpus:
             ) from None
 
     def verify(self) -> None:
-        """Compare the hash of every file with the manifest's, several files at once.
+        """Compare the hash of every file with the manifest's, several files at once, and the digest
+        with that of the blocks.
 
         Raises:
             CorpusError: names the first file that is missing or has another hash.
@@ -185,10 +186,25 @@ class Corpus:
                         f"{file} is damaged: expected sha256 {hoped}, found {found}; build again."
                     )
 
+        found = digest_of_blocks(self._blocks.to_pylist())
+        if found != self.digest:
+            raise CorpusError(
+                f"{self.path / MANIFEST} is damaged: it says digest {self.digest}, but the blocks "
+                f"have {found}; build again."
+            )
+
     def _files(self) -> Iterator[tuple[str, str]]:
         for shard in self.manifest["shards"]:
             yield shard["name"], shard["sha256"]
         yield BLOCK_TABLE, self.manifest["blocks_sha256"]
+
+
+def digest_of_blocks(blocks: Iterable[dict[str, Any]]) -> str:
+    """The corpus digest, from the block table's rows in order."""
+    digest = hashlib.sha256(f"raptide corpus {FORMAT_VERSION}\n".encode())
+    for block in blocks:
+        digest.update(f"{block['split']} {block['sha256']}\n".encode())
+    return digest.hexdigest()
 
 
 def hash_rows(table: pa.Table) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raptide.data.corpus import BLOCK_ROW, BLOCK_TABLE, FORMAT_VERSION, MANIFEST, sha256_of_file
+from raptide.data.corpus import (
+    BLOCK_ROW,
+    BLOCK_TABLE,
+    FORMAT_VERSION,
+    MANIFEST,
+    digest_of_blocks,
+    sha256_of_file,
+)
 from raptide.data.shards import BucketReport, ShardReport
 
 SPLITS = ("train", "heldout")
@@ -34,12 +40,9 @@ def write_manifest(folder: Path, buckets: Sequence[BucketReport], **fields: Any)
     ]
     blocks = [block for shard in shards for block in shard["blocks"]]
     pq.write_table(pa.Table.from_pylist(blocks, BLOCK_ROW), folder / BLOCK_TABLE)
-    digest = hashlib.sha256(f"raptide corpus {FORMAT_VERSION}\n".encode())
-    for block in blocks:
-        digest.update(f"{block['split']} {block['sha256']}\n".encode())
     manifest = {
         "format_version": FORMAT_VERSION,
-        "digest": digest.hexdigest(),
+        "digest": digest_of_blocks(blocks),
         "alphabet": "esm-33",
         "counts": {split: _total(shards, split, "counts") for split in SPLITS},
         "length_histogram": {split: _total(shards, split, "lengths") for split in SPLITS},

@@ -162,6 +162,7 @@ def save_checkpoint(
     *,
     scratch: Path,
     keep: int,
+    keep_best: int,
 ) -> None:
     """Save through Ray Train; every rank calls it. The manifest follows once all files are up.
 
@@ -170,6 +171,7 @@ def save_checkpoint(
         write_bundle: called with the bundle's folder on rank 0.
         scratch: an empty folder of this rank, empty again afterwards.
         keep: the newest checkpoints that stay; older ones go once the manifest is written.
+        keep_best: of those that were evaluated when they were saved, so many more stay.
     """
     name = f"step-{manifest['step']:08d}"
     engine.save_checkpoint(str(scratch / ZERO), tag=ZERO_TAG, save_latest=False)
@@ -191,8 +193,21 @@ def save_checkpoint(
         storage = Storage.of_ray_train()
         full = {"format_version": FORMAT_VERSION, **manifest, "files": files}
         _write_atomically(storage, f"{name}/{MANIFEST}", json.dumps(full, indent=1) + "\n")
-        for old in sorted(n for n in _checkpoint_names(storage) if n <= name)[:-keep]:
-            discard(storage, old)
+        prune(storage, name, keep, keep_best)
+
+
+def prune(storage: Storage, newest: str, keep: int, keep_best: int) -> None:
+    """Delete the checkpoints before `newest` that are neither among the newest nor the best."""
+    old = sorted(name for name in _checkpoint_names(storage) if name <= newest)[:-keep]
+    measured: list[tuple[float, str]] = []
+    for name in old if keep_best else ():
+        manifest = _read_manifest(storage, name)[0]
+        if manifest and manifest["heldout_ece"] and manifest["heldout_step"] == manifest["step"]:
+            measured.append((manifest["heldout_ece"]["all_chosen"], name))
+    best = [name for _, name in sorted(measured)[:keep_best]]
+    for name in old:
+        if name not in best:
+            discard(storage, name)
 
 
 def discard(storage: Storage, name: str) -> None:
@@ -243,13 +258,9 @@ def _checkpoint_names(storage: Storage) -> Iterator[str]:
 def _verify(storage: Storage, name: str, only: str) -> tuple[dict[str, Any] | None, str]:
     """The manifest if the checkpoint counts, else None and what is wrong with it."""
     folder = f"{storage.path}/{name}"
-    try:
-        with storage.filesystem.open_input_file(f"{folder}/{MANIFEST}") as file:
-            manifest = json.loads(file.read())
-    except FileNotFoundError:
-        return None, f"it has no {MANIFEST}, so it was not finished"
-    except (OSError, ValueError) as error:
-        return None, f"its {MANIFEST} cannot be read ({error})"
+    manifest, problem = _read_manifest(storage, name)
+    if manifest is None:
+        return None, problem
     if manifest.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{name} has checkpoint format {manifest.get('format_version')}, but this version "
@@ -265,6 +276,17 @@ def _verify(storage: Storage, name: str, only: str) -> tuple[dict[str, Any] | No
         if found != expected:
             return None, f"{file_name} is damaged (sha256 {found}, expected {expected})"
     return manifest, ""
+
+
+def _read_manifest(storage: Storage, name: str) -> tuple[dict[str, Any] | None, str]:
+    """A checkpoint's manifest, else None and what is wrong with it."""
+    try:
+        with storage.filesystem.open_input_file(f"{storage.path}/{name}/{MANIFEST}") as file:
+            return json.loads(file.read()), ""
+    except FileNotFoundError:
+        return None, f"it has no {MANIFEST}, so it was not finished"
+    except (OSError, ValueError) as error:
+        return None, f"its {MANIFEST} cannot be read ({error})"
 
 
 def _sha256(storage: Storage, path: str) -> str:

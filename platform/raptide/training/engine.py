@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from raptide.model.bundle import read_weights
 from raptide.model.transformer import Esm
-from raptide.training.checkpoint import ZERO, ZERO_TAG, SavedCheckpoint
+from raptide.training.checkpoint import ZERO, ZERO_TAG, SavedCheckpoint, find_bundle
 from raptide.training.deepspeed_config import deepspeed_config
 from raptide.training.recipe import Recipe, TrainingSettings
 from raptide.training.scratch import scratch_folder
@@ -28,7 +29,7 @@ def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoi
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    model = Esm(recipe.model).initialise(recipe.training.seed)
+    model = _build_model(recipe, fresh=saved is None)
     config = deepspeed_config(
         recipe,
         workers=workers,
@@ -42,6 +43,19 @@ def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoi
         dist_init_required=False,
     )
     return engine
+
+
+def _build_model(recipe: Recipe, *, fresh: bool) -> Esm:
+    """The model, with the weights it starts from unless a checkpoint will bring others."""
+    model = Esm(recipe.model).initialise(recipe.training.seed)
+    if recipe.init_from is None:
+        return model
+    weights = read_weights(find_bundle(Path(recipe.init_from)))
+    if recipe.model.traits.positions == "rotary":
+        model.inv_freq = weights.frequencies()  # no checkpoint holds them
+    if fresh:
+        model.load_state_dict({name: tensor.float() for name, tensor in weights.state.items()})
+    return model
 
 
 def needs_conversion(saved: SavedCheckpoint, workers: int) -> bool:

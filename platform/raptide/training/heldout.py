@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,49 @@ class Ece:
     def of_sums(cls, nats: Sequence[float], targets: Sequence[float]) -> Ece:
         """From the summed nats and the number of residues, of all chosen and of the masked."""
         return cls(*(math.exp(n / max(t, 1)) for n, t in zip(nats, targets, strict=True)))
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """What the evaluations of a run have come to; travels in the checkpoint."""
+
+    last: Ece | None = None
+    step: int = 0
+    """When that was measured."""
+
+    best: float | None = None
+    """Lowest ECE of all chosen residues so far."""
+
+    since_best: int = 0
+    """Evaluations since then."""
+
+    @classmethod
+    def of_manifest(cls, manifest: dict[str, Any]) -> Evaluations:
+        ece = manifest["heldout_ece"]
+        return cls(
+            last=None if ece is None else Ece(**ece),
+            step=manifest["heldout_step"],
+            best=manifest["heldout_best"],
+            since_best=manifest["heldout_since_best"],
+        )
+
+    def to_manifest(self) -> dict[str, Any]:
+        return {
+            "heldout_ece": asdict(self.last) if self.last else None,
+            "heldout_step": self.step,
+            "heldout_best": self.best,
+            "heldout_since_best": self.since_best,
+        }
+
+    def after(self, ece: Ece, step: int) -> Evaluations:
+        """With one evaluation more."""
+        if self.best is None or ece.all_chosen < self.best:
+            return Evaluations(ece, step, ece.all_chosen, 0)
+        return Evaluations(ece, step, self.best, self.since_best + 1)
+
+    def is_over(self, patience: int | None) -> bool:
+        """Whether the run should end, since its evaluations improve no more."""
+        return patience is not None and self.since_best >= patience
 
 
 def heldout_rows(plan: StreamPlan, settings: EvaluationSettings) -> PackedRows:

@@ -76,11 +76,19 @@ class ClusterSettings(Settings):
     data_timeout_s: float = Field(600.0, gt=0.0)
     """Seconds without a batch after which the run stops with a data stall."""
 
+    peak_tflops: float | None = Field(None, gt=0.0)
+    """What one worker's device can do at best, in 10^12 operations a second, for MFU; None takes
+    the data sheet of GPUs that are known."""
+
 
 class CheckpointSettings(Settings):
     every_steps: int = Field(1000, ge=1)
     keep: int = Field(3, ge=1)
     """Newest checkpoints that stay, counted by step."""
+
+    keep_best: int = Field(0, ge=0)
+    """Of the older ones that were evaluated when they were saved, so many with the lowest held-out
+    ECE stay too."""
 
 
 class EvaluationSettings(Settings):
@@ -89,6 +97,10 @@ class EvaluationSettings(Settings):
 
     blocks: int = Field(8, ge=1)
     """Held-out blocks that are read, from the first on."""
+
+    patience: int | None = Field(None, ge=1)
+    """Evaluations in a row without a lower held-out ECE after which the run ends; None runs all
+    steps."""
 
     seed: int = Field(7, ge=0, lt=2**63)
     """Fixes crops and masks, so that every evaluation asks for the same residues."""
@@ -111,6 +123,10 @@ class Recipe(Settings):
     name: str
     corpus: str
     """Corpus folder."""
+
+    init_from: str | None = None
+    """Model folder, .pt file or run whose weights a new run starts from, of the shape in `model`;
+    None draws fresh ones."""
 
     stream: StreamSettings = StreamSettings()
     model: ModelSettings

@@ -11,6 +11,7 @@ import subprocess
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.data
@@ -22,16 +23,19 @@ from raptide.cluster import DATA_CPUS, joins_cluster
 from raptide.data.corpus import Corpus
 from raptide.data.stream import StreamPlan
 from raptide.errors import CheckpointError, ConfigError, CorpusError, plain_errors
+from raptide.model.bundle import read_weights
 from raptide.model.config import ModelSettings
 from raptide.training.checkpoint import (
     CHECKPOINTS,
     MODEL,
     SavedCheckpoint,
     Storage,
+    find_bundle,
     forget_ray_snapshot,
     newest_checkpoint,
 )
-from raptide.training.heldout import UNIFORM_ECE, Ece, heldout_rows, unigram_ece
+from raptide.training.heldout import UNIFORM_ECE, Ece, Evaluations, heldout_rows, unigram_ece
+from raptide.training.picture import draw_run
 from raptide.training.progress import BoardActor, shown
 from raptide.training.recipe import Recipe
 from raptide.training.tracking import METRICS
@@ -67,7 +71,9 @@ def prepare_run(
     """Check a run against its folder and corpus; changes nothing.
 
     Raises:
-        ConfigError: a new run's folder exists, or `replace` would delete something else.
+        ConfigError: a new run's folder exists, or `replace` would delete something else; the
+            weights to start from have another shape.
+        BundleError: there are no weights to start from.
         CorpusError: the corpus is missing or damaged, or has nothing to train or evaluate on.
         CheckpointError: the run cannot go on with these settings, or has no good checkpoint.
     """
@@ -97,6 +103,8 @@ def prepare_run(
                 f"{folder} is no run folder (no {RECIPE} in it), so it is not replaced; choose "
                 "another --output."
             )
+    if recipe.init_from is not None:
+        _refuse_other_start(recipe, recipe.init_from)
     if not plan.training_blocks(corpus):
         raise CorpusError(
             f"{recipe.corpus} has no clusters to train on; build it again with more sequences or a "
@@ -154,6 +162,7 @@ def pretrain(recipe: Recipe, plan: StreamPlan, folder: Path, *, replace: bool = 
     with shown(board, recipe.training.steps):
         _fit(run)
     result = _result(run, folder, Ece(**info["unigram_ece"]))
+    draw_run(folder, result.unigram_ece.all_chosen)
     (folder / RESULT).write_text(json.dumps(asdict(result), default=str, indent=1) + "\n")
     return result
 
@@ -186,7 +195,11 @@ def _fit(run: Run) -> None:
 
 def _result(run: Run, folder: Path, baseline: Ece) -> RunResult:
     saved = newest_checkpoint(Storage.of(folder / CHECKPOINTS), only=f"{MODEL}/")
-    if saved is None or saved.step < run.recipe.training.steps:
+    patience = run.recipe.evaluation.patience
+    if saved is None or (
+        saved.step < run.recipe.training.steps
+        and not Evaluations.of_manifest(saved.manifest).is_over(patience)
+    ):
         raise CheckpointError(f"{folder} ended without its last checkpoint; run it with --resume.")
     metrics = (folder / METRICS).read_text().splitlines()
     return RunResult(
@@ -210,6 +223,32 @@ def _refuse_other_model(saved: SavedCheckpoint, recipe: Recipe) -> None:
             f"{saved.name} holds another model ({before}) than the recipe asks for ({now}); resume "
             "with the same model settings, or start a new run."
         )
+
+
+def _refuse_other_start(recipe: Recipe, source: str) -> None:
+    weights = read_weights(find_bundle(Path(source)))
+    there, asked = _shape(weights.settings), _shape(recipe.model)
+    for name, value in there.items():
+        if value != asked[name]:
+            raise ConfigError(
+                f"init_from: {source} has model.{name} {value}, but the recipe asks for "
+                f"{asked[name]}; set model.{name}={value}, or start from other weights."
+            )
+
+
+def _shape(model: ModelSettings) -> dict[str, Any]:
+    """What two models must share for the weights of one to go into the other."""
+    learned = model.traits.positions == "learned"
+    return {
+        "family": model.family,
+        "layers": model.layers,
+        "width": model.width,
+        "heads": model.heads,
+        "ffn": model.ffn_width,
+        "norm_eps": model.eps,
+        "norm_before": model.traits.norm_before,
+        "max_positions": model.max_positions if learned else None,
+    }
 
 
 def _choose_device(recipe: Recipe) -> str:

@@ -32,7 +32,8 @@ from raptide.training.checkpoint import (
     save_checkpoint,
 )
 from raptide.training.engine import build_engine, full_state, load_state
-from raptide.training.heldout import Ece, HeldoutEvaluator, heldout_rows
+from raptide.training.estimate import peak_flops, step_flops
+from raptide.training.heldout import Evaluations, HeldoutEvaluator, heldout_rows
 from raptide.training.recipe import Recipe, learning_rate
 from raptide.training.scratch import scratch_folder
 from raptide.training.tracking import Tracker, resolve_mode
@@ -92,14 +93,11 @@ class Worker:
         saved = self._choose_checkpoint()
         self._engine = build_engine(self._recipe, self._workers, run.device, saved)
         self._step, self._tokens, cursor = 0, 0, Cursor()
-        self._heldout: Ece | None = None
-        self._heldout_step = 0
+        self._heldout = Evaluations()
         if saved is not None:
             load_state(self._engine, saved, self._workers, self._scratch)
-            self._heldout_step = saved.manifest["heldout_step"]
+            self._heldout = Evaluations.of_manifest(saved.manifest)
             self._step, self._tokens = saved.step, saved.manifest["tokens"]
-            if saved.manifest["heldout_ece"] is not None:
-                self._heldout = Ece(**saved.manifest["heldout_ece"])
             cursor = saved.cursor
         self._reader = self._start_stream(cursor)
         self._evaluator = HeldoutEvaluator(
@@ -109,28 +107,34 @@ class Worker:
             self._rank,
             self._workers,
         )
+        self._peak_flops = peak_flops(self._recipe, run.device)
         self._tracker = self._start_tracking(stack)
         self._audit = self._open_audit(stack)
 
     def train(self) -> None:
         """All steps that are left."""
         recipe = self._recipe
+        patience = recipe.evaluation.patience
+        if self._heldout.is_over(patience):
+            return
         self._post(phase="training", step=self._step)
         self._step_began = time.perf_counter()
         for batch in self._reader.batches(recipe.training.steps - self._step):
             metrics = self._timed_step(batch)
             last = self._step == recipe.training.steps
             if last or self._step % recipe.evaluation.every_steps == 0:
-                self._heldout = self._evaluator.measure(self._engine)
-                self._heldout_step = self._step
-                metrics["eval/ece"] = self._heldout.all_chosen
-                metrics["eval/ece_masked"] = self._heldout.masked_only
-                self._post(heldout_ece=self._heldout.all_chosen)
+                ece = self._evaluator.measure(self._engine)
+                self._heldout = self._heldout.after(ece, self._step)
+                metrics |= {"eval/ece": ece.all_chosen, "eval/ece_masked": ece.masked_only}
+                self._post(heldout_ece=ece.all_chosen)
+                last = last or self._heldout.is_over(patience)
             if last or self._step % recipe.checkpoint.every_steps == 0:
                 metrics |= self._save(batch.next_cursor, metrics["train/loss"])
             special = "eval/ece" in metrics or "speed/checkpoint_s" in metrics
             if self._tracker and (special or self._step % recipe.tracking.log_every == 0):
                 self._tracker.log(self._step, metrics)
+            if last:
+                return
             self._step_began = time.perf_counter()
 
     def _timed_step(self, batch: GlobalBatch) -> dict[str, float]:
@@ -154,12 +158,21 @@ class Worker:
             "system/memory_gb": _memory_gb(self._run.device),
             "system/workers": self._workers,
             "system/restarts": self._attempt - 1,
+            **self._arithmetic(batch, step_s),
         }
         if (norm := self._engine.get_global_grad_norm()) is not None:  # not at stage 0 in fp32
             metrics["train/grad_norm"] = float(norm)
         self._post(
             step=self._step, loss=loss, step_s=step_s, tokens_per_s=metrics["speed/tokens_per_s"]
         )
+        return metrics
+
+    def _arithmetic(self, batch: GlobalBatch, step_s: float) -> dict[str, float]:
+        """What each worker computes a second, and its share of what the device could (MFU)."""
+        each = step_flops(self._recipe.model, batch) / step_s / self._workers
+        metrics = {"speed/model_tflops": each / 1e12}
+        if self._peak_flops is not None:
+            metrics["speed/mfu"] = each / self._peak_flops
         return metrics
 
     def _save(self, cursor: Cursor, loss: float) -> dict[str, float]:
@@ -176,18 +189,19 @@ class Worker:
             "code_version": run.code_version,
             "wandb_run_id": run.run_id,
             "train_loss": loss,
-            "heldout_ece": asdict(self._heldout) if self._heldout else None,
-            "heldout_step": self._heldout_step,
+            **self._heldout.to_manifest(),
         }
         state = full_state(self._engine, recipe.training)
         lineage = {name: value for name, value in manifest.items() if name != "cursor"}
-        weights = Weights(recipe.model, state, lineage=lineage)
+        inv_freq = getattr(self._engine.module, "inv_freq", None)
+        weights = Weights(recipe.model, state, inv_freq, lineage=lineage)
         save_checkpoint(
             self._engine,
             manifest,
             lambda folder: write_bundle(folder, weights),
             scratch=self._scratch,
             keep=recipe.checkpoint.keep,
+            keep_best=recipe.checkpoint.keep_best,
         )
         return {"speed/checkpoint_s": time.perf_counter() - started}
 

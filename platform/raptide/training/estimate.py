@@ -1,0 +1,179 @@
+"""What a run will take, before it takes it: memory, arithmetic, steps and epochs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from raptide.alphabet import ALPHABETS
+from raptide.data.corpus import Corpus
+from raptide.data.shards import LENGTH_BIN
+from raptide.data.stream import GlobalBatch, StreamPlan
+from raptide.model.config import ModelSettings
+from raptide.model.packed import Packed
+from raptide.model.transformer import Esm, count_parameters
+from raptide.training.recipe import Recipe
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+PROBE_SEQUENCES = (128, 128)
+"""Lengths of the sequences on which saved activations are counted."""
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """Bytes that one worker holds on its device."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    """Adam's two moments, and the fp32 weights beside rounded ones."""
+    activations: float
+    """What the forward pass of one micro-batch keeps for the backward pass."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def worker_memory(recipe: Recipe, workers: int) -> WorkerMemory:
+    """What ZeRO leaves on each worker (Rajbhandari et al., SC 2020), and the activations.
+
+    Not counted: DeepSpeed's buckets, fragmentation, and what CUDA itself takes.
+    """
+    training = recipe.training
+    stage = training.zero_stage
+    parameters = count_parameters(recipe.model)
+    stored = DTYPES[training.precision].itemsize
+    moments = 8 if training.precision == "fp32" else 12
+    held_by = [workers if stage >= least else 1 for least in (3, 2, 1)]
+    tokens = training.micro_batch_rows * recipe.stream.row_tokens
+    return WorkerMemory(
+        weights=0 if training.offload_parameters else stored * parameters / held_by[0],
+        gradients=stored * parameters / held_by[1],
+        optimizer=0 if training.offload_optimizer else moments * parameters / held_by[2],
+        activations=tokens * activation_bytes(recipe.model, DTYPES[training.precision]),
+    )
+
+
+def activation_bytes(settings: ModelSettings, dtype: torch.dtype) -> float:
+    """Bytes that autograd keeps for each token of a forward pass.
+
+    Counted, not modelled: models of one and of two layers run on the CPU, and every tensor that is
+    saved for the backward pass, parameters apart, is added up once.
+    """
+    one, two = (
+        _saved_bytes(settings.model_copy(update={"layers": layers}), dtype) for layers in (1, 2)
+    )
+    return (one + (settings.layers - 1) * (two - one)) / sum(PROBE_SEQUENCES)
+
+
+def _saved_bytes(settings: ModelSettings, dtype: torch.dtype) -> int:
+    model = Esm(settings).initialise(0).to(dtype)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+    kept = []  # else a freed tensor's address could be another's
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    alphabet = settings.alphabet
+    tokens = torch.randint(4, 24, (sum(PROBE_SEQUENCES),))
+    targets = torch.where(torch.rand(len(tokens)) < 0.15, tokens, -1)
+    tokens[targets >= 0] = alphabet.mask
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        model(Packed(tokens, PROBE_SEQUENCES), targets)
+    return sum(saved.values())
+
+
+def step_flops(settings: ModelSettings, batch: GlobalBatch) -> float:
+    """Floating-point operations of one update: forward, and twice as much backward.
+
+    The layers' matrices for every token, attention within each sequence, the head at the targets
+    alone; padding and recomputation do not count. A multiplication and its addition are two.
+    """
+    width, ffn = settings.width, settings.ffn_width
+    lengths = np.concatenate(batch.rows.segments).astype(np.float64)
+    matrices = 2 * settings.layers * (4 * width**2 + 2 * width * ffn) * lengths.sum()
+    attention = 4 * settings.layers * width * (lengths**2).sum()
+    head = 2 * (width**2 + width * len(settings.alphabet)) * batch.num_targets
+    return 3 * float(matrices + attention + head)
+
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362}
+"""Dense bf16 and fp16 by NVIDIA's data sheets (SXM if there are several), by part of the name."""
+
+
+def peak_flops(recipe: Recipe, device: str) -> float | None:
+    """Operations a second of one worker's device at best; None where that is not known."""
+    if recipe.cluster.peak_tflops is not None:
+        return recipe.cluster.peak_tflops * 1e12
+    if device != "cuda" or recipe.training.precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name()  # not exercised without a GPU
+    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+@dataclass(frozen=True)
+class EpochSize:
+    """What one epoch of a stream holds."""
+
+    sequences: float
+    tokens: float
+    """With specials and crops; estimated from the corpus's length histogram."""
+
+
+def epoch_size(plan: StreamPlan, corpus: Corpus) -> EpochSize:
+    """Sequences and tokens of one epoch, under the plan's sampling, fraction and crop."""
+    counts = corpus.manifest["counts"]["train"]
+    drawn = counts["sequences"] if plan.settings.sampling == "all" else counts["clusters"]
+    histogram = corpus.manifest["length_histogram"]["train"]
+    starts = np.array([int(start) for start in histogram])
+    shares = np.array(list(histogram.values())) / sum(histogram.values())
+    full = starts + LENGTH_BIN / 2 + ALPHABETS[plan.alphabet].num_specials
+    mean = float((np.minimum(full, plan.settings.crop_tokens) * shares).sum())
+    sequences = drawn * plan.settings.fraction
+    return EpochSize(sequences, sequences * mean)
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Bytes of one checkpoint: DeepSpeed's state of all ranks, and the bundle in fp32."""
+    training = recipe.training
+    master = 0 if training.precision == "fp32" and training.zero_stage == 0 else 4
+    per_parameter = DTYPES[training.precision].itemsize + master + 8 + 4
+    return per_parameter * count_parameters(recipe.model)
+
+
+def describe_run(recipe: Recipe, plan: StreamPlan, corpus: Corpus) -> str:
+    """The plan of a run, for people."""
+    stream, training, workers = recipe.stream, recipe.training, recipe.cluster.workers
+    model, epoch = recipe.model, epoch_size(plan, corpus)
+    memory = worker_memory(recipe, workers)
+    step_tokens = stream.batch_rows * stream.row_tokens
+    tokens = training.steps * step_tokens
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in asdict(memory).items())
+    described = {
+        "model": f"{model.family}, {model.layers} layers of {model.width}, "
+        f"{count_parameters(model):,} parameters, "
+        + (f"from {recipe.init_from}" if recipe.init_from else "fresh"),
+        "corpus": f"{recipe.corpus}, digest {corpus.digest[:16]}, every file verified",
+        "an epoch": f"{epoch.sequences:,.0f} sequences ({stream.sampling}), "
+        f"about {epoch.tokens:,.0f} tokens",
+        "a step": f"{stream.batch_rows} rows of {stream.row_tokens}: {step_tokens:,} tokens; "
+        f"{workers} workers, {recipe.accumulation(workers)} times {training.micro_batch_rows} rows",
+        "the run": f"{training.steps:,} steps, at most {tokens:,} tokens, "
+        f"{tokens / max(epoch.tokens, 1):.2f} epochs",
+        "a worker": f"{memory.total / 1e9:.2f} GB ({parts}; ZeRO {training.zero_stage}, "
+        f"{training.precision}), and what DeepSpeed and the device's own software take",
+        "checkpoints": f"{training.steps // recipe.checkpoint.every_steps} of about "
+        f"{checkpoint_bytes(recipe) / 1e9:.2f} GB, the newest {recipe.checkpoint.keep} kept",
+        "evaluations": f"{training.steps // recipe.evaluation.every_steps} on "
+        f"{recipe.evaluation.blocks} held-out blocks",
+    }
+    return "\n".join(f"  {name:12} {what}" for name, what in described.items())
