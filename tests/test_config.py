@@ -51,3 +51,18 @@ def test_a_missing_file_a_missing_field_and_broken_yaml_are_refused(tmp_path):
     path.write_text("a: [")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_settings(Outer, path)
+
+
+def test_a_file_builds_on_another_section_by_section(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/all.yaml").write_text("name: low\nrate: 0.1\ninner: {size: 4}\n")
+    (tmp_path / "own.yaml").write_text("base: base/all.yaml\nname: high\ninner: {}\n")
+    settings = load_settings(Outer, tmp_path / "own.yaml")
+    assert (settings.name, settings.rate, settings.inner.size) == ("high", 0.1, 4)
+    assert load_settings(Outer, tmp_path / "own.yaml", ["inner.size=2"]).inner.size == 2
+    (tmp_path / "base/all.yaml").write_text("base: ../own.yaml\n")
+    with pytest.raises(ConfigError, match="builds on itself"):
+        load_settings(Outer, tmp_path / "own.yaml")
+    (tmp_path / "base/all.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"Cannot read the settings file .*all.yaml"):
+        load_settings(Outer, tmp_path / "own.yaml")

@@ -1,4 +1,8 @@
-"""Typed settings: a YAML file, `key=value` overrides on top, one clear error per bad field."""
+"""Typed settings: a YAML file, `key=value` overrides on top, one clear error per bad field.
+
+A file may build on another: `base: FILE`, relative to itself. Its own fields replace the base's,
+section by section.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +30,20 @@ def load_settings(cls: type[S], path: str | Path, overrides: Iterable[str] = ())
     """Read `path` as YAML, apply `a.b=value` overrides, and check the result against `cls`.
 
     Raises:
-        ConfigError: the file is unreadable, an override is malformed, or a field is wrong.
+        ConfigError: a file is unreadable, an override is malformed, or a field is wrong.
     """
+    tree = _read_tree(Path(path), ())
+    for override in overrides:
+        _apply(tree, override)
+    return parse_settings(cls, tree, source=str(path))
+
+
+def _read_tree(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """A YAML file over the files it builds on; `above` are those that build on it."""
+    if path.resolve() in above:
+        raise ConfigError(f"{path} builds on itself by way of its base; remove one `base:` line.")
     try:
-        tree = yaml.safe_load(Path(path).read_text()) or {}
+        tree = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
         raise ConfigError(
             f"Cannot read the settings file {path}: {error.strerror}; give an existing YAML file."
@@ -39,9 +53,19 @@ def load_settings(cls: type[S], path: str | Path, overrides: Iterable[str] = ())
         raise ConfigError(f"{path} is not valid YAML: {reason}.") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold `field: value` lines, not a {type(tree).__name__}.")
-    for override in overrides:
-        _apply(tree, override)
-    return parse_settings(cls, tree, source=str(path))
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    below = _read_tree(path.parent / str(base), (*above, path.resolve()))
+    return _merge(below, tree)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
 
 
 def parse_settings(cls: type[S], tree: dict[str, Any], *, source: str) -> S:

@@ -87,6 +87,33 @@ def test_activations_are_what_autograd_keeps(family, dtype):
     assert activation_bytes(settings, dtype) * 512 == pytest.approx(found, rel=0.05)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_can_be_computed_again_for_the_same_gradients(family):
+    settings = model_of(family)
+    batch = a_batch([128, 300, 84])
+    model = Esm(settings).initialise(1)
+    kept = []
+    for again in (False, True):
+        model.checkpoint_activations = again
+        model.zero_grad()
+        sizes = {}
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = forward(model, batch)
+        loss.backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        kept.append((sum(sizes.values()), loss.detach(), gradients))
+    (whole, *expected), (inputs, *found) = kept
+    assert inputs < whole / 4
+    torch.testing.assert_close(found, expected)
+    recipe, saving = recipe_of(), recipe_of(checkpoint_activations=True)
+    assert worker_memory(saving, 8).activations < worker_memory(recipe, 8).activations / 4
+
+
 def test_zero_divides_more_from_stage_to_stage():
     parameters = count_parameters(ModelSettings.model_validate({"preset": "esm2_t12_35M"}))
     held = [

@@ -1,13 +1,14 @@
 import math
+import re
 
 import pytest
-import yaml
 from conftest import ROOT
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from raptide.config import load_settings, parse_settings
 from raptide.errors import ConfigError
 from raptide.training.deepspeed_config import deepspeed_config
+from raptide.training.estimate import worker_memory
 from raptide.training.recipe import OptimizerSettings, Recipe, learning_rate
 
 RECIPES = sorted((ROOT / "jobs/recipes").glob("*.yaml"))
@@ -32,6 +33,17 @@ def test_every_recipe_parses_and_deepspeed_takes_its_configuration(path, monkeyp
     assert parsed.gradient_accumulation_steps == recipe.accumulation(workers)
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_memory_that_a_recipe_states_is_the_estimate(path):
+    stated = re.search(r"about ([\d.]+)\s+GB a GPU", path.read_text().replace("\n#", ""))
+    if path.stem == "demo":
+        assert stated is None
+        return
+    recipe = load_settings(Recipe, path)
+    estimate = worker_memory(recipe, recipe.cluster.workers).total / 1e9
+    assert float(stated[1]) == pytest.approx(estimate, rel=0.1)
+
+
 def test_the_papers_batch_is_131072_tokens_on_128_gpus():
     for name in ("esm1_t34_ur50s", "esm1b_t33_650m"):
         recipe = load_settings(Recipe, ROOT / f"jobs/recipes/{name}.yaml")
@@ -45,18 +57,19 @@ def test_the_papers_batch_is_131072_tokens_on_128_gpus():
         ("training.zero_stage=4", "zero_stage"),
         ("stream.crop_tokens=4096", "crop_tokens .4096. must be at most row_tokens"),
         ("training.offload_parameters=true", "offload_parameters needs zero_stage 3"),
+        ("training.compile=true training.zero_stage=3", "compile needs zero_stage 0, 1 or 2"),
         ("model.heads=7", "must be an even multiple of heads"),
         ("model.layer=3", "did you mean `layers`"),
     ],
 )
 def test_a_bad_setting_is_one_sentence(override, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        load_settings(Recipe, ROOT / "jobs/recipes/demo.yaml", [override])
+        load_settings(Recipe, ROOT / "jobs/recipes/demo.yaml", override.split())
     assert "\n" not in str(caught.value)
 
 
 def test_esm1b_refuses_crops_beyond_its_positions():
-    tree = yaml.safe_load((ROOT / "jobs/recipes/esm1b_t33_650m.yaml").read_text())
+    tree = load_settings(Recipe, ROOT / "jobs/recipes/esm1b_t33_650m.yaml").model_dump()
     tree["model"]["max_positions"] = 512
     with pytest.raises(ConfigError, match=r"max_positions .512."):
         parse_settings(Recipe, tree, source="x")
@@ -70,6 +83,9 @@ def test_any_number_of_workers_finds_slots_for_all_rows(workers):
 
 def test_the_rate_warms_up_and_decays_as_the_inverse_square_root():
     settings = OptimizerSettings(lr=1e-3, warmup_steps=100)
-    assert learning_rate(settings, 1) == pytest.approx(1e-5)
-    assert learning_rate(settings, 100) == pytest.approx(1e-3)
-    assert learning_rate(settings, 400) == pytest.approx(1e-3 / math.sqrt(4))
+    assert learning_rate(settings, 1, 500) == pytest.approx(1e-5)
+    assert learning_rate(settings, 100, 500) == pytest.approx(1e-3)
+    assert learning_rate(settings, 400, 500) == pytest.approx(1e-3 / math.sqrt(4))
+    linear = settings.model_copy(update={"decay": "linear"})
+    rates = [learning_rate(linear, step, 1000) for step in (50, 100, 500, 900, 1000)]
+    assert rates == pytest.approx([5e-4, 1e-3, 5.5e-4, 1e-4, 1e-4])

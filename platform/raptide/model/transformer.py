@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 from torch.nn.functional import gelu, linear, pad
+from torch.utils.checkpoint import checkpoint
 
 from raptide.model.attention import attend, attend_with_bias, attention_maps
 from raptide.model.config import ModelSettings
@@ -122,6 +123,8 @@ class Esm(nn.Module):
             self.inv_freq = default_inv_freq(settings.head_width)
         # Not a module: it is fitted after training and takes no part in it.
         self.contact_head: ContactHead | None = None
+        # In training: keep each layer's input alone and compute the rest again on the way back.
+        self.checkpoint_activations = False
         self.norm_before = nn.LayerNorm(width, settings.eps) if traits.norm_before else None
         self.layers = nn.ModuleList(Layer(settings) for _ in range(settings.layers))
         self.norm_after = nn.LayerNorm(width, settings.eps) if traits.norm_after else None
@@ -170,12 +173,19 @@ class Esm(nn.Module):
         last = self.settings.layers
         for index in range(max(wanted) + 1):
             if index > 0:
-                x_TD = self.layers[index - 1](x_TD, packed, rotation)
+                x_TD = self._run_layer(self.layers[index - 1], x_TD, packed, rotation)
             if index == last and self.norm_after is not None:
                 x_TD = self.norm_after(x_TD)
             if index in wanted:
                 kept[index] = x_TD
         return [kept[index] for index in wanted]
+
+    def _run_layer(
+        self, layer: nn.Module, x_TD: torch.Tensor, packed: Packed, rotation: Rotation
+    ) -> torch.Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(layer, x_TD, packed, rotation, use_reentrant=False)
+        return layer(x_TD, packed, rotation)
 
     def attention_maps(self, packed: Packed) -> Iterator[torch.Tensor]:
         """Attention between all tokens of one sequence, layer by layer, [H, T, T] fp32 each.

@@ -30,6 +30,9 @@ def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoi
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     model = _build_model(recipe, fresh=saved is None)
+    model.checkpoint_activations = recipe.training.checkpoint_activations
+    if recipe.training.compile:
+        model.compile_tokenwise()
     config = deepspeed_config(
         recipe,
         workers=workers,

@@ -54,8 +54,17 @@ def worker_memory(recipe: Recipe, workers: int) -> WorkerMemory:
         weights=0 if training.offload_parameters else stored * parameters / held_by[0],
         gradients=stored * parameters / held_by[1],
         optimizer=0 if training.offload_optimizer else moments * parameters / held_by[2],
-        activations=tokens * activation_bytes(recipe.model, DTYPES[training.precision]),
+        activations=tokens * _kept_bytes(recipe),
     )
+
+
+def _kept_bytes(recipe: Recipe) -> float:
+    """Bytes of activations for each token; of one layer and of all inputs where they are saved."""
+    model, dtype = recipe.model, DTYPES[recipe.training.precision]
+    if not recipe.training.checkpoint_activations:
+        return activation_bytes(model, dtype)
+    one_layer = activation_bytes(model.model_copy(update={"layers": 1}), dtype)
+    return one_layer + (model.layers - 1) * model.width * dtype.itemsize
 
 
 def activation_bytes(settings: ModelSettings, dtype: torch.dtype) -> float:

@@ -10,14 +10,22 @@ from raptide.config import Settings
 from raptide.data.stream import StreamSettings
 from raptide.model.config import ModelSettings
 
+LINEAR_UNTIL, LINEAR_END = 0.9, 0.1
+"""Share of the steps, and of the rate, at which linear decay ends (Lin et al., Science 2023)."""
+
 
 class OptimizerSettings(Settings):
-    """AdamW (Adam where `weight_decay` is 0), with warm-up and inverse-square-root decay."""
+    """AdamW (Adam where `weight_decay` is 0), fused on GPUs, with warm-up and decay."""
 
     lr: float = Field(1e-4, gt=0.0)
     """Learning rate at the end of the warm-up."""
 
     warmup_steps: int = Field(16_000, ge=1)
+
+    decay: Literal["inverse_sqrt", "linear"] = "inverse_sqrt"
+    """After the warm-up: with 1/sqrt(step) as ESM-1, or in a line to a tenth at 90% of the steps
+    and level from there as ESM-2."""
+
     beta1: float = Field(0.9, ge=0.0, lt=1.0)
     beta2: float = Field(0.999, ge=0.0, lt=1.0)
     eps: float = Field(1e-8, gt=0.0)
@@ -44,6 +52,14 @@ class TrainingSettings(Settings):
     offload_parameters: bool = False
     """Keep the parameters in host memory too (ZeRO 3)."""
 
+    checkpoint_activations: bool = False
+    """Keep only each layer's input and compute the rest again on the way back: a third more work
+    for a fraction of the memory."""
+
+    compile: bool = False
+    """Fuse what surrounds the matrix products with torch.compile; the first steps take a minute
+    more."""
+
     zero3_keep_whole_below: int = Field(100_000, ge=0)
     """Parameters with fewer elements stay whole on every worker (ZeRO 3)."""
 
@@ -51,11 +67,13 @@ class TrainingSettings(Settings):
     """Seeds the fresh weights."""
 
     @model_validator(mode="after")
-    def _offload_fits_stage(self) -> TrainingSettings:
+    def _options_fit_stage(self) -> TrainingSettings:
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
         if self.offload_parameters and self.zero_stage != 3:
             raise ValueError("offload_parameters needs zero_stage 3")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile needs zero_stage 0, 1 or 2, which keep parameters whole")
         return self
 
 
@@ -152,7 +170,12 @@ class Recipe(Settings):
         return -(-self.stream.batch_rows // (workers * self.training.micro_batch_rows))
 
 
-def learning_rate(settings: OptimizerSettings, step: int) -> float:
-    """Rate of the update that ends `step` (from 1): linear warm-up, then 1/sqrt(step) decay."""
+def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
+    """Rate of the update that ends `step` (from 1) of `steps`: linear warm-up, then the decay."""
     warmup = settings.warmup_steps
-    return settings.lr * min(step / warmup, (warmup / step) ** 0.5)
+    if step <= warmup:
+        return settings.lr * step / warmup
+    if settings.decay == "inverse_sqrt":
+        return settings.lr * (warmup / step) ** 0.5
+    done = (step - warmup) / max(LINEAR_UNTIL * steps - warmup, 1)
+    return settings.lr * (1 - (1 - LINEAR_END) * min(done, 1.0))

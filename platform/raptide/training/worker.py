@@ -138,7 +138,8 @@ class Worker:
             self._step_began = time.perf_counter()
 
     def _timed_step(self, batch: GlobalBatch) -> dict[str, float]:
-        rate = learning_rate(self._recipe.optimizer, self._step + 1)
+        recipe = self._recipe
+        rate = learning_rate(recipe.optimizer, self._step + 1, recipe.training.steps)
         loss = train_step(self._engine, batch, self._bounds, rate, self._alphabet, self._workers)
         self._step += 1
         self._write_audit(batch)
