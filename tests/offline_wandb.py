@@ -33,19 +33,25 @@ def records(file: Path) -> Iterator[Any]:
             yield record
 
 
-def read_run(folder: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
-    """Run id, config and history of the one offline run in a `wandb/` folder."""
+def read_run(
+    folder: Path,
+) -> tuple[str, dict[str, Any], list[dict[str, Any]], list[tuple[str, str, list[str]]]]:
+    """Run id, config, history and artifacts (kind, name, what it refers to) of the one offline run
+    in a `wandb/` folder."""
     (file,) = folder.glob("offline-run-*/run-*.wandb")
-    run_id, config, history = "", {}, []
+    run_id, config, history, artifacts = "", {}, [], []
     for record in records(file):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run_id = record.run.run_id
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        if kind == "artifact":
+            refers_to = sorted(entry.ref for entry in record.artifact.manifest.contents)
+            artifacts.append((record.artifact.type, record.artifact.name, refers_to))
         if kind == "history":
             row = {}
             for item in record.history.item:
                 key = "/".join(item.nested_key) if item.nested_key else item.key
                 row[key] = json.loads(item.value_json)
             history.append(row)
-    return run_id, config, history
+    return run_id, config, history, artifacts

@@ -9,7 +9,8 @@
     │   ├── BundleError        a model folder: missing or misfit tensors
     │   └── CheckpointError    nothing to resume from, or another stream than before
     ├── FetchError             a download broke off for good, or arrived damaged
-    └── StreamStalled          no batch arrived in time
+    ├── StreamStalled          no batch arrived in time
+    └── TrainingDiverged       the loss is no number any more
 
 Every error carries one sentence: the rule, the value, the place and the remedy.
 They take that sentence as their only argument, so Ray can pickle them between processes.
@@ -63,6 +64,10 @@ class FetchError(RaptideError):
 
 class StreamStalled(RaptideError):
     """No global batch arrived within the time allowed."""
+
+
+class TrainingDiverged(RaptideError):
+    """The loss was NaN or infinite for too many steps in a row."""
 
 
 def find_raptide_error(error: BaseException | None) -> RaptideError | None:

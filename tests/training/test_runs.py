@@ -15,7 +15,13 @@ from offline_wandb import read_run
 from transformers import EsmForMaskedLM
 
 from raptide.config import parse_settings
-from raptide.errors import CheckpointError, ConfigError, CorpusError, StreamStalled
+from raptide.errors import (
+    CheckpointError,
+    ConfigError,
+    CorpusError,
+    StreamStalled,
+    TrainingDiverged,
+)
 from raptide.inference.engine import Engine
 from raptide.model.bundle import read_weights
 from raptide.training.estimate import checkpoint_bytes
@@ -115,10 +121,16 @@ def test_the_bundle_opens_in_transformers_and_in_the_engine(whole):
     assert engine.embed(["MKTAYIAKQR"]).shape == (1, 64)
 
 
-def test_wandb_holds_the_run_under_its_stable_id(whole):
-    run_id, config, history = read_run(whole.folder / "wandb")
+def test_wandb_holds_the_run_and_its_lineage_under_its_stable_id(whole, corpus):
+    run_id, config, history, artifacts = read_run(whole.folder / "wandb")
     assert run_id == json.loads((whole.folder / "run.json").read_text())["wandb_run_id"]
     assert config["model"]["width"] == 64
+    assert config["corpus_manifest"]["digest"] == corpus.digest
+    assert config["code_version"].startswith("0.1.0")
+    assert artifacts == [
+        ("corpus", f"corpus-{corpus.digest[:16]}", [(corpus.path / "manifest.json").as_uri()]),
+        ("model", f"model-{run_id}", sorted(file.as_uri() for file in whole.bundle.iterdir())),
+    ]
     assert [row["trainer/global_step"] for row in history] == list(range(1, STEPS + 1))
     assert {"train/loss", "train/lr", "train/grad_norm", "speed/tokens_per_s"} <= set(history[0])
     assert history[-1]["eval/ece"] == pytest.approx(whole.heldout_ece.all_chosen)
@@ -254,6 +266,17 @@ def test_a_run_starts_from_weights_and_ends_when_it_improves_no_more(whole, corp
     estimate = checkpoint_bytes(as_recipe(tree))
     size = sum(p.stat().st_size for p in run.checkpoint.rglob("*") if p.is_file())
     assert size == pytest.approx(estimate, rel=0.1)
+
+
+def test_a_run_whose_loss_is_no_number_stops_and_says_so(corpus, tmp_path):
+    tree = make_recipe(corpus, max_nonfinite_steps=3)
+    tree["optimizer"] = {"lr": 1e30, "warmup_steps": 1}
+    tree["checkpoint"]["every_steps"] = 2
+    with pytest.raises(TrainingDiverged, match="NaN or infinite in 3 steps in a row, up to step 4"):
+        run_to_the_end(as_recipe(tree), tmp_path / "run")
+    assert not list((tmp_path / "run/checkpoints").glob("step-*"))
+    lines = list(map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()))
+    assert [line["train/nonfinite_targets"] > 0 for line in lines] == [False, True, True]
 
 
 def assert_same_weights(one, other):

@@ -40,25 +40,35 @@ def share_bounds(
 def micro_batches(
     rows: PackedRows, bounds: list[tuple[int, int]], alphabet: Alphabet, device: torch.device
 ) -> Iterator[MicroBatch]:
-    """The micro-batches within `bounds`; an empty one holds one sequence without a target.
+    """The micro-batches within `bounds`, also those without a row.
 
     Every worker must run equally many forward passes, or the collectives would wait forever.
     """
     for start, end in bounds:
         if start == end:
-            tokens = np.array([alphabet.cls, alphabet.eos], np.int64)
-            targets = np.full(2, NO_TARGET)
-            lengths: tuple[int, ...] = (2,)
-        else:
-            fills = [int(segments.sum()) for segments in rows.segments[start:end]]
-            tokens = _join(rows.tokens[start:end], fills)
-            true = _join(rows.targets[start:end], fills)
-            targets = np.where(true == alphabet.pad, NO_TARGET, true)
-            lengths = tuple(np.concatenate(rows.segments[start:end]).tolist())
-        yield MicroBatch(
-            Packed(torch.from_numpy(tokens).to(device, non_blocking=True), lengths),
-            torch.from_numpy(targets).to(device, non_blocking=True),
-        )
+            yield empty_micro_batch(alphabet, device)
+            continue
+        fills = [int(segments.sum()) for segments in rows.segments[start:end]]
+        tokens = _join(rows.tokens[start:end], fills)
+        true = _join(rows.targets[start:end], fills)
+        targets = np.where(true == alphabet.pad, NO_TARGET, true)
+        lengths = tuple(np.concatenate(rows.segments[start:end]).tolist())
+        yield _micro_batch(tokens, targets, lengths, device)
+
+
+def empty_micro_batch(alphabet: Alphabet, device: torch.device) -> MicroBatch:
+    """One sequence of no residues without a target: a pass that changes nothing."""
+    tokens = np.array([alphabet.cls, alphabet.eos], np.int64)
+    return _micro_batch(tokens, np.full(2, NO_TARGET), (2,), device)
+
+
+def _micro_batch(
+    tokens: np.ndarray, targets: np.ndarray, lengths: tuple[int, ...], device: torch.device
+) -> MicroBatch:
+    return MicroBatch(
+        Packed(torch.from_numpy(tokens).to(device, non_blocking=True), lengths),
+        torch.from_numpy(targets).to(device, non_blocking=True),
+    )
 
 
 def _join(matrix: np.ndarray, fills: list[int]) -> np.ndarray:

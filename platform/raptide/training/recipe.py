@@ -43,6 +43,10 @@ class TrainingSettings(Settings):
     micro_batch_rows: int = Field(ge=1)
     """Packed rows in one forward pass of one worker; what GPU memory allows."""
 
+    max_nonfinite_steps: int = Field(10, ge=1)
+    """Steps in a row with a loss that is NaN or infinite after which the run stops. What such a
+    loss comes from is left out of the update, and counted."""
+
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 2
 

@@ -7,7 +7,7 @@ import netrc
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
 from raptide.training.recipe import TrackingSettings
@@ -55,6 +55,22 @@ class Tracker:
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log(record)
+
+    def link(self, kind: Literal["corpus", "model"], name: str, path: Path, **facts: Any) -> None:
+        """Draw the lineage: corpus to run, run to model, as artifacts that refer to files.
+
+        Offline W&B cannot look up what a run uses, so there the corpus counts as made by it.
+        """
+        if self._wandb is None:
+            return
+        import wandb
+
+        artifact = wandb.Artifact(f"{kind}-{name}", kind, metadata=facts)
+        artifact.add_reference(path.as_uri(), checksum=False)
+        if kind == "corpus" and not self._wandb.offline:  # not exercised without a network
+            self._wandb.use_artifact(artifact)
+        else:
+            self._wandb.log_artifact(artifact)
 
     def __enter__(self) -> Tracker:
         return self

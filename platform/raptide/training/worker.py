@@ -19,13 +19,16 @@ import torch.distributed as dist
 from ray.train.collective import broadcast_from_rank_zero
 
 from raptide.alphabet import ALPHABETS
+from raptide.data.corpus import MANIFEST, Corpus
 from raptide.data.feeder import BatchReader, FeederActor
 from raptide.data.stream import Cursor, GlobalBatch, StreamPlan
-from raptide.errors import RaptideError
+from raptide.errors import RaptideError, TrainingDiverged
 from raptide.model.bundle import write_bundle
 from raptide.model.weights import Weights
-from raptide.training.batches import micro_batches, share_bounds
+from raptide.training.batches import empty_micro_batch, micro_batches, share_bounds
 from raptide.training.checkpoint import (
+    CHECKPOINTS,
+    MODEL,
     SavedCheckpoint,
     Storage,
     newest_checkpoint,
@@ -93,6 +96,7 @@ class Worker:
         saved = self._choose_checkpoint()
         self._engine = build_engine(self._recipe, self._workers, run.device, saved)
         self._step, self._tokens, cursor = 0, 0, Cursor()
+        self._nonfinite_steps = 0
         self._heldout = Evaluations()
         if saved is not None:
             load_state(self._engine, saved, self._workers, self._scratch)
@@ -122,14 +126,18 @@ class Worker:
         for batch in self._reader.batches(recipe.training.steps - self._step):
             metrics = self._timed_step(batch)
             last = self._step == recipe.training.steps
+            self._refuse_divergence(last)
             if last or self._step % recipe.evaluation.every_steps == 0:
                 ece = self._evaluator.measure(self._engine)
                 self._heldout = self._heldout.after(ece, self._step)
                 metrics |= {"eval/ece": ece.all_chosen, "eval/ece_masked": ece.masked_only}
                 self._post(heldout_ece=ece.all_chosen)
                 last = last or self._heldout.is_over(patience)
-            if last or self._step % recipe.checkpoint.every_steps == 0:
+            due = last or self._step % recipe.checkpoint.every_steps == 0
+            if due and not self._nonfinite_steps:  # else the weights may be no numbers any more
                 metrics |= self._save(batch.next_cursor, metrics["train/loss"])
+            if last and self._tracker:
+                self._link_model()
             special = "eval/ece" in metrics or "speed/checkpoint_s" in metrics
             if self._tracker and (special or self._step % recipe.tracking.log_every == 0):
                 self._tracker.log(self._step, metrics)
@@ -140,8 +148,10 @@ class Worker:
     def _timed_step(self, batch: GlobalBatch) -> dict[str, float]:
         recipe = self._recipe
         rate = learning_rate(recipe.optimizer, self._step + 1, recipe.training.steps)
-        loss = train_step(self._engine, batch, self._bounds, rate, self._alphabet, self._workers)
+        result = train_step(self._engine, batch, self._bounds, rate, self._alphabet, self._workers)
+        loss = result.loss
         self._step += 1
+        self._nonfinite_steps = self._nonfinite_steps + 1 if result.left_out else 0
         self._write_audit(batch)
         tokens = int(sum(s.sum() for s in batch.rows.segments))
         self._tokens += tokens
@@ -150,6 +160,7 @@ class Worker:
             "train/loss": loss,
             "train/ece": math.exp(min(loss, 50.0)),
             "train/lr": rate,
+            "train/nonfinite_targets": result.left_out,
             "progress/tokens": self._tokens,
             "progress/epoch": batch.next_cursor.epoch,
             "speed/step_s": step_s,
@@ -167,6 +178,22 @@ class Worker:
             step=self._step, loss=loss, step_s=step_s, tokens_per_s=metrics["speed/tokens_per_s"]
         )
         return metrics
+
+    def _refuse_divergence(self, last: bool) -> None:
+        streak = self._nonfinite_steps
+        if streak >= self._recipe.training.max_nonfinite_steps or (last and streak):
+            raise TrainingDiverged(
+                f"The loss was NaN or infinite in {streak} steps in a row, up to step "
+                f"{self._step}; resume from the last checkpoint with a lower optimizer.lr or a "
+                "longer warm-up."
+            )
+
+    def _link_model(self) -> None:
+        assert self._tracker is not None
+        folder = Path(self._run.folder) / CHECKPOINTS / f"step-{self._step:08d}" / MODEL
+        self._tracker.link(
+            "model", self._run.run_id, folder, step=self._step, **self._heldout.to_manifest()
+        )
 
     def _arithmetic(self, batch: GlobalBatch, step_s: float) -> dict[str, float]:
         """What each worker computes a second, and its share of what the device could (MFU)."""
@@ -230,8 +257,10 @@ class Worker:
         if self._rank != 0:
             return None
         run, recipe = self._run, self._recipe
+        corpus = run.plan.open_corpus()
+        facts = corpus_facts(corpus)
         config = recipe.model_dump() | {
-            "corpus_digest": run.plan.corpus_digest,
+            "corpus_manifest": facts,
             "code_version": run.code_version,
             "workers": self._workers,
         }
@@ -243,6 +272,7 @@ class Worker:
             name=recipe.name,
             config=config,
         )
+        tracker.link("corpus", corpus.digest[:16], corpus.path.resolve() / MANIFEST, **facts)
         return stack.enter_context(tracker)
 
     def _open_audit(self, stack: ExitStack) -> Any:
@@ -264,6 +294,22 @@ class Worker:
             self._run.board.post.remote(state)
 
 
+def corpus_facts(corpus: Corpus) -> dict[str, Any]:
+    """What a corpus's manifest says, without its lists of files."""
+    return {k: v for k, v in corpus.manifest.items() if k not in ("shards", "inputs")}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update came to, over all workers."""
+
+    loss: float
+    """Mean over the targets, in nats; NaN if none was finite."""
+
+    left_out: int
+    """Targets in micro-batches whose loss was NaN or infinite."""
+
+
 def train_step(
     engine: Any,
     batch: GlobalBatch,
@@ -271,25 +317,34 @@ def train_step(
     rate: float,
     alphabet: Any,
     workers: int,
-) -> float:
-    """One update on a global batch; returns the mean loss over its targets, in nats.
+) -> StepResult:
+    """One update on a global batch.
 
     The loss of a micro-batch is a sum, scaled so that the whole step is the mean over the targets
     of the global batch, whatever the number of workers: DeepSpeed divides gradients by workers and
-    by accumulation, which the factor takes back.
+    by accumulation, which the factor takes back. A micro-batch whose loss is not finite gives way
+    to an empty one: every worker goes on with equally many passes, and the update leaves it out.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     targets = max(batch.num_targets, 1)
     factor = workers * len(bounds) / targets
-    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for micro in micro_batches(batch.rows, bounds, alphabet, engine.device):
-        loss = engine(micro.packed, micro.targets_T).sum()
+        losses = engine(micro.packed, micro.targets_T)
+        loss = losses.sum()
+        if not torch.isfinite(loss):
+            total[1] += len(losses)
+            nothing = empty_micro_batch(alphabet, engine.device)
+            loss = engine(nothing.packed, nothing.targets_T).sum()
+        else:
+            total[0] += loss.detach()
         engine.backward(loss * factor)
         engine.step()
-        total += loss.detach()
     dist.all_reduce(total)
-    return total.item() / targets
+    nats, left_out = total.tolist()
+    kept = targets - left_out
+    return StepResult(nats / kept if kept > 0 else math.nan, int(left_out))
 
 
 def _memory_gb(device: str) -> float:

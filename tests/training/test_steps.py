@@ -1,0 +1,100 @@
+"""One update, without Ray and DeepSpeed around it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from raptide.alphabet import ESM_33
+from raptide.data.rows import PackedRows
+from raptide.data.stream import Cursor, GlobalBatch
+from raptide.model.config import ModelSettings
+from raptide.model.transformer import Esm
+from raptide.training.batches import share_bounds
+from raptide.training.worker import train_step
+
+
+class PlainEngine:
+    """What train_step asks of a DeepSpeed engine, done by torch; some passes can give NaN."""
+
+    def __init__(self, accumulation, poisoned=()):
+        settings = ModelSettings(layers=1, width=32, heads=2)
+        self.module = Esm(settings).initialise(3)
+        self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.0)
+        self.device = torch.device("cpu")
+        self._accumulation, self._poisoned = accumulation, poisoned
+        self._passes = self._steps = 0
+
+    def __call__(self, packed, targets):
+        losses = self.module(packed, targets)
+        if packed.tokens_T.numel() > 2:
+            self._passes += 1
+            if self._passes - 1 in self._poisoned:
+                return losses * float("nan")
+        return losses
+
+    def backward(self, loss):
+        (loss / self._accumulation).backward()
+
+    def step(self):
+        self._steps += 1
+        if self._steps % self._accumulation == 0:
+            self.gradients = [p.grad.clone() for p in self.module.parameters()]
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone(tmp_path_factory):
+    """A process group of one."""
+    file = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def a_batch(rows):
+    rng = np.random.default_rng(4)
+    tokens = rng.integers(4, 24, (rows, 40)).astype(np.uint8)
+    targets = np.where(rng.random(tokens.shape) < 0.2, tokens, ESM_33.pad).astype(np.uint8)
+    segments = [np.array([40], np.int32)] * rows
+    return GlobalBatch(PackedRows(tokens, targets, segments), np.zeros((rows, 3)), Cursor())
+
+
+def run(batch, poisoned=()):
+    bounds = share_bounds(len(batch.rows.tokens), 0, 1, 1, len(batch.rows.tokens))
+    engine = PlainEngine(len(bounds), poisoned)
+    return train_step(engine, batch, bounds, 0.1, ESM_33, 1), engine
+
+
+def targets_of(batch, row):
+    return int((batch.rows.targets[row] != ESM_33.pad).sum())
+
+
+def test_a_pass_that_is_no_number_is_left_out_of_the_update_and_counted():
+    batch = a_batch(4)
+    clean, _ = run(batch)
+    result, engine = run(batch, poisoned=(2,))
+    assert result.left_out == targets_of(batch, 2)
+    assert math.isfinite(result.loss)
+    assert clean.left_out == 0
+    assert all(parameter.isfinite().all() for parameter in engine.module.parameters())
+    others = PackedRows(
+        np.delete(batch.rows.tokens, 2, 0),
+        np.delete(batch.rows.targets, 2, 0),
+        batch.rows.segments[:3],
+    )
+    without, reference = run(GlobalBatch(others, batch.row_ids[:3], Cursor()))
+    assert result.loss == pytest.approx(without.loss)
+    without_targets = sum(targets_of(batch, row) for row in (0, 1, 3))
+    share = without_targets / batch.num_targets
+    for found, expected in zip(engine.gradients, reference.gradients, strict=True):
+        torch.testing.assert_close(found, expected * share)
+
+
+def test_an_update_of_nothing_but_nan_changes_no_weight():
+    result, engine = run(a_batch(2), poisoned=(0, 1))
+    assert math.isnan(result.loss)
+    assert all((gradient == 0).all() for gradient in engine.gradients)
