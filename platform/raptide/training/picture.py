@@ -20,7 +20,8 @@ def draw_run(folder: Path, unigram_ece: float) -> Path:
     from matplotlib import pyplot
 
     lines = map(json.loads, (folder / METRICS).read_text().splitlines())
-    steps = dict(sorted((line[STEP], line) for line in lines))
+    last = {line[STEP]: line for line in lines}
+    steps = {step: last[step] for step in sorted(last)}
     figure, axes = pyplot.subplots(figsize=(8, 4.5), constrained_layout=True)
     axes.plot(
         list(steps), [s["train/ece"] for s in steps.values()], color=TRAINING, label="training"
