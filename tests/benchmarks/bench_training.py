@@ -105,7 +105,7 @@ def measure_stream(corpus: Corpus) -> float:
     """Unpadded tokens per second of global batches, after the first one."""
     settings = StreamSettings(row_tokens=ROW_TOKENS, batch_rows=1024)
     plan = StreamPlan(str(corpus.path), corpus.digest, settings, "esm-33")
-    count = 200
+    count = 50
     tokens = 0
     batches = global_batches(plan, Cursor(), count)
     next(batches)
