@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from machine import describe_machine
+from machine import publish
 from synthetic_proteins import write_proteins
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,10 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         report = measure(Path(scratch), args)
-    report["machine"] = describe_machine(*PACKAGES)
-    print_report(report)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    publish(report, PACKAGES, print_report, args.json)
 
 
 def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:

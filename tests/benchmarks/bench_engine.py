@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import describe_machine
+from machine import publish
 
 from raptide.alphabet import decode_sequences
 from raptide.data.fasta import read_fasta
@@ -104,10 +104,7 @@ def main() -> None:
         esm_cpp = install_esm_cpp(folder) if args.esm_cpp is None else args.esm_cpp
         report = measure(folder, sequences, args.rounds, args.threads, esm_cpp)
     report["preset"] = args.preset
-    report["machine"] = describe_machine(*PACKAGES)
-    print_report(report)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    publish(report, PACKAGES, print_report, args.json)
 
 
 def write_inputs(folder: Path, preset: str, count: int) -> list[str]:

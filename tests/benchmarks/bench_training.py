@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
+from machine import publish
 from synthetic_proteins import write_proteins
 
 from raptide.alphabet import ESM_33
@@ -56,10 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         report = measure(Path(scratch), args)
-    report["machine"] = describe_machine(*PACKAGES)
-    print_report(report)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    publish(report, PACKAGES, print_report, args.json)
 
 
 def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -34,7 +34,6 @@ from raptide.data.shuffle import range_bucket, shuffle
 SURVEY_BYTES = 256 << 20
 """Bytes of input whose names and hashes one task of a shuffle holds."""
 
-
 SUMS = {"residues": "length", "stated_members": "stated"}
 """What is summed over the kept records, and the column it comes from."""
 
@@ -56,7 +55,6 @@ class Source:
 
     def marked(self, cleaning: CleaningSettings) -> ray.data.Dataset:
         """Every record without its residues (`records.marked_table`)."""
-
         notes = Notes(self.notes, "cluster")
 
         def read(batch: FastaBatch, first: int) -> pa.Table:
@@ -71,7 +69,6 @@ class Source:
         Args:
             wanted: which of some records to give, [n] bool.
         """
-
         notes, dropped = Notes(self.notes, "cluster"), Notes(self.notes, "dropped")
 
         def read(batch: FastaBatch, first: int) -> pa.Table:
