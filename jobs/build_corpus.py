@@ -188,7 +188,7 @@ def _told_how_to_go_on() -> Iterator[None]:
 
 def _read_names(file: Path) -> list[str]:
     try:
-        names = file.read_text().split()
+        names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{file} cannot be read ({error}); give a file of names, one a line."

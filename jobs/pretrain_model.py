@@ -19,8 +19,8 @@ from pathlib import Path
 from commandline import job_parser, run_job
 from raptide.cluster import DATA_CPUS, ray_session
 from raptide.config import load_settings
-from raptide.data.corpus import Corpus
 from raptide.errors import ConfigError
+from raptide.training.deepspeed_config import check_deepspeed
 from raptide.training.estimate import describe_run
 from raptide.training.recipe import Recipe
 from raptide.training.trainer import RunResult, load_resumed, prepare_run, pretrain
@@ -39,18 +39,25 @@ def main() -> None:
         "--dry-run", action="store_true", help="check everything and print the plan, train nothing"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.add_argument(
+        "--audit",
+        action="store_true",
+        help="write which packed rows each step trains on (tracking.audit=true)",
+    )
     args = parser.parse_args()
+    overrides = [*args.overrides, *(["tracking.audit=true"] if args.audit else [])]
 
     if args.resume and (args.output or args.replace):
         raise ConfigError("--resume goes on in the run's own folder; leave out --output/--replace.")
     file = load_resumed(args.resume) if args.resume else args.config
-    recipe = load_settings(Recipe, file, args.overrides)
+    recipe = load_settings(Recipe, file, overrides)
     folder = args.resume or args.output or Path("runs") / recipe.name
     plan = prepare_run(recipe, folder, resume=bool(args.resume), replace=args.replace)
     if args.dry_run:
-        print(f"Run {folder}\n{describe_run(recipe, plan, Corpus.open(plan.corpus_path))}")
+        check_deepspeed(recipe, "cpu" if recipe.cluster.device == "cpu" else "cuda")
+        print(f"Run {folder}\n{describe_run(recipe, plan)}")
         return
-    cpus = recipe.cluster.workers * recipe.cluster.cpus_per_worker + DATA_CPUS
+    cpus = recipe.cluster.max_workers * recipe.cluster.cpus_per_worker + DATA_CPUS
     with ray_session(num_cpus=cpus, verbose=args.verbose):
         result = pretrain(recipe, plan, folder, replace=args.replace)
     _print_summary(result)
@@ -66,6 +73,13 @@ def _print_summary(result: RunResult) -> None:
         f"  metrics   {result.folder / 'metrics.jsonl'}, drawn in {result.folder / 'loss.png'}\n"
         f"Serve it:   serve run serve.app:build model={result.bundle}"
     )
+    if result.audit is not None:
+        audit = result.audit
+        print(
+            f"Audit:      {audit.rows:,} rows in {audit.steps:,} steps, digest "
+            f"{audit.digest[:16]}; {audit.redone_steps} steps were done again after "
+            f"{audit.attempts - 1} restarts, at most {audit.longest_redone} at once"
+        )
     if result.wandb_offline:
         print(f"W&B:        wandb sync {result.folder}/wandb/offline-run-*")
 

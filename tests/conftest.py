@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,10 +17,16 @@ from processes import no_orphans
 from raptide.data.build import BuildSettings, build_corpus
 from raptide.data.corpus import Corpus
 
+if TYPE_CHECKING:
+    from raptide.training.trainer import RunResult
+
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Any will do for the S3 server that tests start; Ray's workers inherit them.
+os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
 # A token of the session's own, so that tests write nothing into the user's home.
 _token = Path(tempfile.mkdtemp(prefix="raptide-test-")) / "token"
@@ -60,3 +67,12 @@ def corpus(cluster: None, proteome: Path, tmp_path_factory: pytest.TempPathFacto
     """The proteome in blocks of about 32 k residues."""
     output = tmp_path_factory.mktemp("corpus") / "proteome"
     return build_corpus([proteome], output, BuildSettings(block_residues=32_768))
+
+
+@pytest.fixture(scope="session")
+def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """The run of training/small_runs.py: two workers, ZeRO-2, never interrupted."""
+    from small_runs import as_recipe, make_recipe, run_to_the_end
+
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return run_to_the_end(as_recipe(make_recipe(corpus)), folder)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import ray
 import ray.data
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 DATA_CPUS = 2
 """Logical CPUs that stay free for data tasks beside the training workers."""
@@ -60,6 +61,11 @@ def ray_session(*, num_cpus: int, verbose: bool = False) -> Iterator[None]:
 def joins_cluster() -> bool:
     """Whether jobs join a cluster, rather than start a Ray of their own."""
     return os.environ.get("RAY_ADDRESS", "local") != "local"
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Where an actor goes that should live as long as its maker: beside it."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def local_cpus() -> int:

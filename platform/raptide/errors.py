@@ -10,7 +10,9 @@
     │   └── CheckpointError    nothing to resume from, or another stream than before
     ├── FetchError             a download broke off for good, or arrived damaged
     ├── StreamStalled          no batch arrived in time
-    └── TrainingDiverged       the loss is no number any more
+    ├── TrainingDiverged       the loss is no number any more
+    ├── CheckpointUnsaved      a checkpoint could not be saved, and the recipe says to stop then
+    └── OutOfMemory            a worker's device was too small, with the setting to lower
 
 Every error carries one sentence: the rule, the value, the place and the remedy.
 They take that sentence as their only argument, so Ray can pickle them between processes.
@@ -68,6 +70,14 @@ class StreamStalled(RaptideError):
 
 class TrainingDiverged(RaptideError):
     """The loss was NaN or infinite for too many steps in a row."""
+
+
+class CheckpointUnsaved(RaptideError):
+    """A checkpoint could not be written to the run's storage."""
+
+
+class OutOfMemory(RaptideError):
+    """A worker ran out of memory."""
 
 
 def find_raptide_error(error: BaseException | None) -> RaptideError | None:

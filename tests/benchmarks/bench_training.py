@@ -34,7 +34,7 @@ from raptide.cluster import ray_session
 from raptide.data.build import BuildSettings, build_corpus
 from raptide.data.corpus import Corpus
 from raptide.data.rows import RowSettings, pack_block
-from raptide.data.stream import Cursor, StreamPlan, StreamSettings, global_batches
+from raptide.data.stream import Cursor, Source, StreamPlan, StreamSettings, global_batches
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("raptide", "ray", "torch", "deepspeed", "transformers", "numpy", "pyarrow")
@@ -101,7 +101,7 @@ def measure_preparation(corpus: Corpus, rounds: int) -> dict[str, float]:
 def measure_stream(corpus: Corpus) -> float:
     """Unpadded tokens per second of global batches, after the first one."""
     settings = StreamSettings(row_tokens=ROW_TOKENS, batch_rows=1024)
-    plan = StreamPlan(str(corpus.path), corpus.digest, settings, "esm-33")
+    plan = StreamPlan((Source(str(corpus.path), corpus.digest),), settings, "esm-33")
     count = 50
     tokens = 0
     batches = global_batches(plan, Cursor(), count)

@@ -18,7 +18,7 @@ from transformers import EsmConfig, EsmForMaskedLM
 
 from raptide.alphabet import ESM_33, FIRST_RESIDUE
 from raptide.data.corpus import Corpus
-from raptide.data.stream import StreamPlan, StreamSettings, prepare_rows
+from raptide.data.stream import Source, StreamPlan, StreamSettings, prepare_rows
 from raptide.model.config import ModelSettings
 from raptide.model.transformer import Esm
 from raptide.training.batches import micro_batches
@@ -58,8 +58,7 @@ def adam(model: torch.nn.Module) -> torch.optim.Optimizer:
 def bare_loop(corpus: Corpus, settings: ModelSettings, rows: int) -> Step:
     """raptide's model and rows in a plain PyTorch loop: no Ray, no DeepSpeed."""
     plan = StreamPlan(
-        str(corpus.path),
-        corpus.digest,
+        (Source(str(corpus.path), corpus.digest),),
         StreamSettings(row_tokens=ROW_TOKENS, batch_rows=rows),
         "esm-33",
     )

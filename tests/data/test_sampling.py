@@ -11,7 +11,14 @@ from scipy.stats import chisquare
 from raptide.alphabet import ESM_33, decode_residues, decode_sequences
 from raptide.data.build import BuildSettings, build_corpus
 from raptide.data.rows import draw_members
-from raptide.data.stream import Cursor, StreamPlan, StreamSettings, global_batches, prepare_rows
+from raptide.data.stream import (
+    Cursor,
+    Source,
+    StreamPlan,
+    StreamSettings,
+    global_batches,
+    prepare_rows,
+)
 
 EPOCHS = 3
 
@@ -48,7 +55,7 @@ def shown(corpus, sampling, fraction=1.0):
     settings = StreamSettings(
         sampling=sampling, fraction=fraction, row_tokens=1024, batch_rows=8, seed=3
     )
-    plan = StreamPlan(str(corpus.path), corpus.digest, settings, "esm-33")
+    plan = StreamPlan((Source(str(corpus.path), corpus.digest),), settings, "esm-33")
     blocks = len(plan.training_blocks(corpus))
     rows = sum(
         len(prepare_rows(plan, epoch, position).tokens)

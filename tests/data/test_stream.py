@@ -8,6 +8,7 @@ from raptide.alphabet import ESM_33
 from raptide.data.feeder import BatchReader, FeederActor
 from raptide.data.stream import (
     Cursor,
+    Source,
     StreamPlan,
     StreamSettings,
     describe_difference,
@@ -22,7 +23,7 @@ SETTINGS = StreamSettings(row_tokens=512, crop_tokens=256, batch_rows=24, seed=5
 
 @pytest.fixture(scope="module")
 def plan(corpus):
-    return StreamPlan(str(corpus.path), corpus.digest, SETTINGS, "esm-33")
+    return StreamPlan((Source(str(corpus.path), corpus.digest),), SETTINGS, "esm-33")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_a_fraction_is_a_prefix_of_the_blocks(plan, corpus):
     blocks = corpus.blocks("train")
     for percent in (1, 25, 50, 70):
         settings = SETTINGS.model_copy(update={"fraction": percent / 100})
-        part = StreamPlan(plan.corpus_path, plan.corpus_digest, settings, "esm-33")
+        part = StreamPlan(plan.sources, settings, "esm-33")
         assert part.training_blocks(corpus) == blocks[: -(-len(blocks) * percent // 100)]
 
 
@@ -113,13 +114,13 @@ def test_no_held_out_residue_is_ever_streamed(corpus, epochs_of_rows):
 
 def test_the_fingerprint_names_what_differs(plan):
     settings = SETTINGS.model_copy(update={"seed": 6, "lookahead_mb": 99})
-    other = StreamPlan(plan.corpus_path, plan.corpus_digest, settings, "esm-33")
+    other = StreamPlan(plan.sources, settings, "esm-33")
     assert describe_difference(plan.fingerprint(), other.fingerprint()) == "seed: 5 -> 6"
     assert describe_difference(plan.fingerprint(), plan.fingerprint()) is None
 
 
 def test_another_corpus_at_the_same_path_is_refused(plan):
-    other = StreamPlan(plan.corpus_path, "0" * 64, SETTINGS, "esm-33")
+    other = StreamPlan((Source(plan.sources[0].path, "0" * 64),), SETTINGS, "esm-33")
     with pytest.raises(CorpusError, match="all nodes must see one corpus"):
         prepare_rows(other, 0, 0)
 
@@ -131,7 +132,7 @@ def test_a_damaged_block_stops_the_stream_with_its_name(corpus, tmp_path):
     shutil.copytree(corpus.path, copy)
     shard = copy / corpus.manifest["shards"][0]["name"]
     shard.write_bytes(shard.read_bytes()[:5000])
-    plan = StreamPlan(str(copy), corpus.digest, SETTINGS, "esm-33")
+    plan = StreamPlan((Source(str(copy), corpus.digest),), SETTINGS, "esm-33")
     feeder = FeederActor.remote(plan, Cursor(), 3, 2)
     for _ in range(2):  # every reader is told the same
         with pytest.raises(CorpusError, match=f"{shard.name}, row group") as caught:

@@ -30,6 +30,7 @@ def write_checkpoint(run, step, **changes):
     manifest = {
         "format_version": 1,
         "step": step,
+        "wandb_run_id": "run",
         "cursor": {"epoch": 0, "block": 3, "row": step},
         "fingerprint": FINGERPRINT,
         "recipe": {"training": {"zero_stage": 2}},
@@ -82,11 +83,13 @@ def test_what_an_interrupted_save_left_is_discarded_before_the_next(run):
     assert newest(run).step == 20
 
 
-def test_a_checkpoint_on_another_file_system_is_verified_and_fetched(run, tmp_path):
+def test_a_checkpoint_on_another_file_system_is_verified_and_fetched(run, tmp_path, monkeypatch):
     """Any pyarrow file system will do; this one only happens to end on the local disk."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     remote = SubTreeFileSystem(str(run), LocalFileSystem())
     saved = newest_checkpoint(Storage(remote, CHECKPOINTS))
-    local = saved.fetch(tmp_path / "scratch")
+    local = saved.fetch()
+    assert saved.fetch() == local
     assert (local / "model/config.json").read_text() == "{}"
     assert (local / "zero.pt").read_bytes() == b"weights"
 

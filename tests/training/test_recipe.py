@@ -25,7 +25,7 @@ class DataParallel:
 def test_every_recipe_parses_and_deepspeed_takes_its_configuration(path, monkeypatch):
     monkeypatch.setattr("deepspeed.runtime.config.dist.get_rank", lambda: 0)
     recipe = load_settings(Recipe, path)
-    workers = recipe.cluster.workers
+    workers = recipe.cluster.max_workers
     config = deepspeed_config(recipe, workers=workers, device="cuda")
     parsed = DeepSpeedConfig(config, mpu=DataParallel(workers))
     assert parsed.zero_optimization_stage == recipe.training.zero_stage
@@ -40,7 +40,7 @@ def test_the_memory_that_a_recipe_states_is_the_estimate(path):
         assert stated is None
         return
     recipe = load_settings(Recipe, path)
-    estimate = worker_memory(recipe, recipe.cluster.workers).total / 1e9
+    estimate = worker_memory(recipe, recipe.cluster.max_workers).total / 1e9
     assert float(stated[1]) == pytest.approx(estimate, rel=0.1)
 
 
@@ -48,7 +48,7 @@ def test_the_papers_batch_is_131072_tokens_on_128_gpus():
     for name in ("esm1_t34_ur50s", "esm1b_t33_650m"):
         recipe = load_settings(Recipe, ROOT / f"jobs/recipes/{name}.yaml")
         assert recipe.stream.batch_rows * recipe.stream.row_tokens == 131_072
-        assert recipe.cluster.workers == 128
+        assert recipe.cluster.max_workers == 128
 
 
 @pytest.mark.parametrize(

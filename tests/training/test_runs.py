@@ -6,15 +6,16 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from offline_wandb import read_run
+from small_runs import EVERY, STEPS, as_recipe, losses, make_recipe, run_to_the_end
 from transformers import EsmForMaskedLM
 
-from raptide.config import parse_settings
 from raptide.errors import (
     CheckpointError,
     ConfigError,
@@ -24,65 +25,10 @@ from raptide.errors import (
 )
 from raptide.inference.engine import Engine
 from raptide.model.bundle import read_weights
+from raptide.training.audit import audited_steps
 from raptide.training.estimate import checkpoint_bytes
 from raptide.training.export import read_model, read_zero_weights
-from raptide.training.recipe import Recipe
 from raptide.training.trainer import load_resumed, prepare_run, pretrain
-
-STEPS = 24
-EVERY = 6
-
-
-def make_recipe(corpus, **training):
-    tree = {
-        "name": "test",
-        "corpus": str(corpus.path),
-        "stream": {"row_tokens": 256, "crop_tokens": 128, "batch_rows": 10, "seed": 3},
-        "model": {"layers": 2, "width": 64, "heads": 4},
-        "optimizer": {"lr": 1e-3, "warmup_steps": 10},
-        "training": {
-            "steps": STEPS,
-            "micro_batch_rows": 2,
-            "precision": "fp32",
-            "zero_stage": 2,
-            **training,
-        },
-        "cluster": {"workers": 2, "device": "cpu"},
-        "checkpoint": {"every_steps": EVERY, "keep": 10},
-        "evaluation": {"every_steps": EVERY, "blocks": 1},
-        "tracking": {"log_every": 1, "audit": True},
-    }
-    return tree
-
-
-def as_recipe(tree, **cluster):
-    return parse_settings(Recipe, tree | {"cluster": tree["cluster"] | cluster}, source="test")
-
-
-def run_to_the_end(recipe, folder, *, resume=False):
-    return pretrain(recipe, prepare_run(recipe, folder, resume=resume), folder)
-
-
-def losses(run):
-    """Loss of each step, a step redone counted by its last occurrence."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return {line["trainer/global_step"]: line["train/loss"] for line in lines}
-
-
-def audited_rows(run):
-    """Row ids of each step over all ranks, a step redone counted by its last attempt."""
-    steps = {}
-    for file in sorted((run / "audit").glob("rank-*.jsonl")):
-        for line in map(json.loads, file.read_text().splitlines()):
-            steps.setdefault(line["step"], {}).setdefault(line["attempt"], []).extend(line["rows"])
-    return {step: attempts[max(attempts)] for step, attempts in sorted(steps.items())}
-
-
-@pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):
-    """Two workers, ZeRO-2, never interrupted."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    return run_to_the_end(as_recipe(make_recipe(corpus)), folder)
 
 
 def test_a_run_leaves_what_it_promises(whole):
@@ -110,8 +56,11 @@ def test_the_model_learns_and_the_baselines_are_sane(whole):
 
 
 def test_each_packed_row_is_used_once(whole):
-    rows = [tuple(row) for rows in audited_rows(whole.folder).values() for row in rows]
-    assert len(rows) == len(set(rows)) == STEPS * 10
+    ids = [row[:3] for rows in audited_steps(whole.folder).values() for row in rows]
+    assert len(ids) == len(set(ids)) == STEPS * 10
+    assert (whole.audit.steps, whole.audit.rows) == (STEPS, STEPS * 10)
+    assert (whole.audit.attempts, whole.audit.redone_steps) == (1, 0)
+    assert json.loads((whole.folder / "audit.json").read_text()) == asdict(whole.audit)
 
 
 def test_the_bundle_opens_in_transformers_and_in_the_engine(whole):
@@ -142,7 +91,7 @@ def test_a_finished_run_is_neither_resumed_nor_overwritten_silently(whole, corpu
         prepare_run(recipe, whole.folder)
     with pytest.raises(ConfigError, match="no run folder"):
         prepare_run(recipe, whole.folder.parent, replace=True)
-    gone = recipe.model_copy(update={"corpus": "gone"})
+    gone = as_recipe(make_recipe(corpus) | {"corpus": "gone"})
     with pytest.raises(CorpusError, match="no finished corpus"):
         prepare_run(gone, whole.folder, replace=True)
     assert whole.bundle.exists(), "a replacement that was refused has deleted the run"
@@ -213,7 +162,10 @@ def test_killed_workers_change_nothing(whole, corpus, tmp_path):
     (killed,) = results
     assert (2, STEPS) in logged(killed.folder), "a kill came too late to interrupt anything"
     assert abs(killed.heldout_ece.all_chosen - whole.heldout_ece.all_chosen) < 1e-4
-    assert audited_rows(killed.folder) == audited_rows(whole.folder)
+    assert audited_steps(killed.folder) == audited_steps(whole.folder)
+    assert killed.audit.digest == whole.audit.digest
+    assert killed.audit.attempts == 3
+    assert 1 <= killed.audit.longest_redone < 2 * EVERY, "a save may have been on its way"
     same = [(r.bundle / "model.safetensors").read_bytes() for r in (killed, whole)]
     assert same[0] == same[1], "the weights differ in at least one bit"
 

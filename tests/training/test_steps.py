@@ -13,7 +13,7 @@ from raptide.data.stream import Cursor, GlobalBatch
 from raptide.model.config import ModelSettings
 from raptide.model.transformer import Esm
 from raptide.training.batches import share_bounds
-from raptide.training.worker import train_step
+from raptide.training.step import train_step
 
 
 class PlainEngine:

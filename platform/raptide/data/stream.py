@@ -4,10 +4,14 @@
 
 A global batch is `batch_rows` packed rows. Which rows, and what is in them, is a pure function of
 the stream's fingerprint and a cursor; workers, data tasks and restarts change nothing.
+
+Where several corpora are mixed (mixture.py), a round of places stands for an epoch.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import platform
@@ -23,7 +27,8 @@ from pydantic import Field
 
 from raptide.alphabet import ALPHABETS
 from raptide.data.corpus import Corpus
-from raptide.data.rows import PackedRows, RowSettings, block_order, pack_block
+from raptide.data.mixture import Mixture
+from raptide.data.rows import PackedRows, RowSettings, Sampling, block_order, pack_block
 from raptide.errors import CorpusError
 
 STREAM_VERSION = 1
@@ -32,6 +37,9 @@ STREAM_VERSION = 1
 PLAN_TASKS = 1 << 14
 """Data tasks in one Ray Data plan, at most: 34 G residues, so that the seam between two plans is
 rare, and few enough that the plan itself costs nothing. One plan spans epochs."""
+
+SEED_STEP = 0x9E3779B97F4A7C15
+"""Between the seeds of two sources; the first has the stream's own."""
 
 TASK_RESIDUES = 1 << 21
 """Residues one data task prepares, about: enough that a task is worth its overhead."""
@@ -80,48 +88,79 @@ class GlobalBatch:
         """Residues to predict, over all rows."""
         return sum(int(np.count_nonzero(a != PAD)) for a in self.rows.targets)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows, padding left out."""
+        return sum(int(lengths.sum()) for lengths in self.rows.segments)
+
 
 PAD = ALPHABETS["esm-33"].pad
 assert all(alphabet.pad == PAD for alphabet in ALPHABETS.values())
 
 
 @dataclass(frozen=True)
+class Source:
+    """A corpus that a stream reads."""
+
+    path: str
+    digest: str
+    weight: float = 1.0
+    """Its share of the residues, against those of the others."""
+
+    def open(self) -> Corpus:
+        """The corpus, once it is sure to be the one that was planned with.
+
+        Raises:
+            CorpusError: another corpus lies at its path, on this node.
+        """
+        corpus = Corpus.open(self.path)
+        if corpus.digest != self.digest:
+            raise CorpusError(
+                f"{self.path} has digest {corpus.digest[:16]} on {platform.node()}, but the run "
+                f"was planned with {self.digest[:16]}; all nodes must see one corpus."
+            )
+        return corpus
+
+
+@dataclass(frozen=True)
 class StreamPlan:
     """Everything that fixes the stream; plain and small, so it travels to any process."""
 
-    corpus_path: str
-    corpus_digest: str
+    sources: tuple[Source, ...]
     settings: StreamSettings
     alphabet: str
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the run before."""
         settings = self.settings.model_dump(exclude={"lookahead_mb"})
+        mixed = {"mixture": self._mixture} if len(self.sources) > 1 else {}
         return {
             "stream_version": STREAM_VERSION,
             "corpus_digest": self.corpus_digest,
             "alphabet": self.alphabet,
+            **mixed,
             **settings,
         }
 
-    def open_corpus(self) -> Corpus:
-        """The corpus, once it is sure to be the one that was planned with.
+    @property
+    def corpus_digest(self) -> str:
+        """The corpus's digest; of several a digest over theirs and their weights."""
+        if len(self.sources) == 1:
+            return self.sources[0].digest
+        return hashlib.sha256(json.dumps(self._mixture).encode()).hexdigest()
 
-        Raises:
-            CorpusError: another corpus lies at its path, on this node.
-        """
-        corpus = Corpus.open(self.corpus_path)
-        if corpus.digest != self.corpus_digest:
-            raise CorpusError(
-                f"{self.corpus_path} has digest {corpus.digest[:16]} on {platform.node()}, but the "
-                f"run was planned with {self.corpus_digest[:16]}; all nodes must see one corpus."
-            )
-        return corpus
+    @property
+    def _mixture(self) -> list[list[Any]]:
+        return [[source.digest, source.weight] for source in self.sources]
 
     def training_blocks(self, corpus: Corpus) -> list[dict[str, Any]]:
-        """The blocks in use, in corpus order."""
+        """The blocks of a corpus that are in use, in its order."""
         blocks = corpus.blocks("train")
         return blocks[: math.ceil(self.settings.fraction * len(blocks) - 1e-9)]
+
+    def source_seed(self, index: int) -> int:
+        """The seed of one source: no two draw the same random bits."""
+        return (self.settings.seed + index * SEED_STEP) % 2**63
 
 
 def global_batches(plan: StreamPlan, cursor: Cursor, count: int) -> Iterator[GlobalBatch]:
@@ -144,22 +183,50 @@ def global_batches(plan: StreamPlan, cursor: Cursor, count: int) -> Iterator[Glo
 
 def prepare_rows(plan: StreamPlan, epoch: int, position: int) -> PackedRows:
     """The packed rows of one place in the stream; runs in Ray Data's tasks and in tests."""
-    corpus, blocks = _open(plan)
-    index = int(_order(plan.settings.seed, epoch, len(blocks))[position])
+    opened = _open(plan)
+    place = opened.mixture.locate(epoch * opened.mixture.epoch_places + position)
+    blocks = opened.blocks[place.source]
+    seed = plan.source_seed(place.source)
+    index = int(_order(seed, place.epoch, len(blocks))[place.position])
+    block = opened.corpora[place.source].read_block(blocks[index])
     alphabet = ALPHABETS[plan.alphabet]
-    block = corpus.read_block(blocks[index])
-    return pack_block(block, plan.settings, alphabet, plan.settings.seed, epoch, index)
+    return pack_block(block, plan.settings, alphabet, seed, place.epoch, index)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A plan's corpora as one process has opened them."""
+
+    corpora: list[Corpus]
+    blocks: list[list[dict[str, Any]]]
+    mixture: Mixture
+    block_residues: float
+    """Residues that a place in the stream gives out, on the average."""
 
 
 @lru_cache(maxsize=4)
-def _open(plan: StreamPlan) -> tuple[Corpus, list[dict[str, Any]]]:
-    corpus = plan.open_corpus()
-    return corpus, plan.training_blocks(corpus)
+def _open(plan: StreamPlan) -> _Opened:
+    corpora = [source.open() for source in plan.sources]
+    blocks = [plan.training_blocks(corpus) for corpus in corpora]
+    drawn = [
+        drawn_residues(corpus, used, plan.settings.sampling)
+        for corpus, used in zip(corpora, blocks, strict=True)
+    ]
+    weights = [source.weight for source in plan.sources]
+    mixture = Mixture.of(list(map(len, blocks)), drawn, weights)
+    return _Opened(corpora, blocks, mixture, mixture.mean(drawn))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _order(seed: int, epoch: int, num_blocks: int) -> np.ndarray:
     return block_order(seed, epoch, num_blocks)
+
+
+def drawn_residues(corpus: Corpus, blocks: list[dict[str, Any]], sampling: Sampling) -> float:
+    """Residues that one of the blocks gives out in an epoch, about."""
+    counts = corpus.manifest["counts"]["train"]
+    share = 1.0 if sampling == "all" else counts["clusters"] / max(counts["sequences"], 1)
+    return share * sum(block["residues"] for block in blocks) / max(len(blocks), 1)
 
 
 def _packed_tables(plan: StreamPlan, cursor: Cursor, tokens: int) -> Iterator[pa.Table]:
@@ -168,20 +235,19 @@ def _packed_tables(plan: StreamPlan, cursor: Cursor, tokens: int) -> Iterator[pa
     A plan has as many blocks as `tokens` tokens should take, so that nothing is prepared in vain;
     where that falls short (crops, members of other lengths), the next plan goes on.
     """
-    blocks = _open(plan)[1]
-    num_blocks = len(blocks)
-    block_residues = sum(block["residues"] for block in blocks) / num_blocks
-    task_blocks = max(1, round(TASK_RESIDUES / block_residues))
-    plan_blocks = min(int(tokens / block_residues) + 2, PLAN_TASKS * task_blocks)
+    opened = _open(plan)
+    epoch_places = opened.mixture.epoch_places
+    task_blocks = max(1, round(TASK_RESIDUES / opened.block_residues))
+    plan_blocks = min(int(tokens / opened.block_residues) + 2, PLAN_TASKS * task_blocks)
     _configure_ray_data(plan)
-    first = cursor.epoch * num_blocks + cursor.block
+    first = cursor.epoch * epoch_places + cursor.block
     while True:
         # A map before `repartition` would turn its streaming form into a barrier, so the first
         # place is added in `prepare`.
         # A generator: only out of those does Ray Data let our own errors through.
         def prepare(ids: dict[str, np.ndarray], first: int = first) -> Iterator[pa.Table]:
             places = (ids["id"] + first).tolist()
-            yield pa.concat_tables([_prepare_table(plan, p, num_blocks) for p in places])
+            yield pa.concat_tables([_prepare_table(plan, p, epoch_places) for p in places])
 
         dataset = ray.data.range(plan_blocks, override_num_blocks=min(4, plan_blocks))
         dataset = dataset.repartition(target_num_rows_per_block=task_blocks)
@@ -201,8 +267,8 @@ def _configure_ray_data(plan: StreamPlan) -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
-def _prepare_table(plan: StreamPlan, place: int, num_blocks: int) -> pa.Table:
-    epoch, position = divmod(place, num_blocks)
+def _prepare_table(plan: StreamPlan, place: int, epoch_places: int) -> pa.Table:
+    epoch, position = divmod(place, epoch_places)
     return _to_table(prepare_rows(plan, epoch, position), epoch, position)
 
 

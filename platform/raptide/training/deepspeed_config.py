@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from raptide.errors import ConfigError
 from raptide.training.recipe import Recipe
 
 
@@ -13,7 +14,7 @@ def deepspeed_config(
     """The configuration of one engine.
 
     Args:
-        device: "cpu" or "cuda"; the fused Adam exists only on the latter.
+        device: "cpu" or "cuda"; DeepSpeed's own fused Adam exists only on the latter.
         load_universal: the engine will load a checkpoint converted to the universal format.
     """
     training, optimizer = recipe.training, recipe.optimizer
@@ -25,6 +26,7 @@ def deepspeed_config(
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
     if training.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": device == "cuda"}
+    fused_by_torch = {"fused": True} if optimizer.fused and device == "cpu" else {}
     return {
         "train_micro_batch_size_per_gpu": training.micro_batch_rows,
         "gradient_accumulation_steps": accumulation,
@@ -37,7 +39,8 @@ def deepspeed_config(
                 "betas": [optimizer.beta1, optimizer.beta2],
                 "eps": optimizer.eps,
                 "weight_decay": optimizer.weight_decay,
-                "torch_adam": device == "cpu",
+                "torch_adam": device == "cpu" or not optimizer.fused,
+                **fused_by_torch,
             },
         },
         "gradient_clipping": optimizer.clip_norm,
@@ -46,3 +49,20 @@ def deepspeed_config(
         "checkpoint": {"load_universal": load_universal},
         "steps_per_print": 2**31,
     }
+
+
+def check_deepspeed(recipe: Recipe, device: str) -> None:
+    """Let DeepSpeed check the configuration it will get.
+
+    Raises:
+        ConfigError: it takes offence at something.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(deepspeed_config(recipe, workers=1, device=device))
+    except (AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"DeepSpeed does not take the recipe's training settings ({reason}); change them."
+        ) from None

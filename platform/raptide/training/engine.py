@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import logging
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +16,7 @@ from raptide.model.transformer import Esm
 from raptide.training.checkpoint import ZERO, ZERO_TAG, SavedCheckpoint, find_bundle
 from raptide.training.deepspeed_config import deepspeed_config
 from raptide.training.recipe import Recipe, TrainingSettings
-from raptide.training.scratch import scratch_folder
+from raptide.training.scratch import made_once
 
 
 def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoint | None) -> Any:
@@ -67,32 +62,21 @@ def needs_conversion(saved: SavedCheckpoint, workers: int) -> bool:
     return stage > 0 and saved.manifest["workers"] != workers
 
 
-def load_state(engine: Any, saved: SavedCheckpoint, workers: int, scratch: Path) -> None:
+def load_state(engine: Any, saved: SavedCheckpoint, workers: int) -> None:
     """Load weights and optimizer state, converted first if the number of workers has changed."""
-    folder, tag = saved.fetch(scratch) / ZERO, ZERO_TAG
+    folder, tag = saved.fetch() / ZERO, ZERO_TAG
     if needs_conversion(saved, workers):
-        converted = _convert_once_per_node(folder, saved)
+        source = folder / ZERO_TAG
+        converted = made_once(
+            saved.manifest["wandb_run_id"],
+            "universal",
+            saved.key,
+            lambda target: _convert(source, target, saved),
+        )
         folder, tag = converted.parent, converted.name
     path, _ = engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
     assert path is not None, f"DeepSpeed found nothing in {folder}"
     dist.barrier()
-
-
-def _convert_once_per_node(folder: Path, saved: SavedCheckpoint) -> Path:
-    """DeepSpeed's universal form of a checkpoint, kept until the run converts another one."""
-    key = hashlib.sha256(json.dumps(saved.manifest["files"], sort_keys=True).encode()).hexdigest()
-    cache = scratch_folder(saved.manifest["wandb_run_id"], "universal")
-    target = cache / f"{saved.name}-{key[:16]}"
-    with (cache / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            for other in cache.glob("*-*"):
-                shutil.rmtree(other)
-            # A name of its own: the conversion of a killed worker may still be writing.
-            partial = Path(tempfile.mkdtemp(prefix="partial-", dir=cache))
-            _convert(folder / ZERO_TAG, partial / target.name, saved)
-            (partial / target.name).rename(target)
-    return target
 
 
 def _convert(source: Path, target: Path, saved: SavedCheckpoint) -> None:

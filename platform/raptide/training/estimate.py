@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -159,30 +160,101 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     return per_parameter * count_parameters(recipe.model)
 
 
-def describe_run(recipe: Recipe, plan: StreamPlan, corpus: Corpus) -> str:
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether torch found no memory, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def explain_memory(recipe: Recipe, workers: int, rank: int) -> str:
+    """One sentence for a worker that ran out of memory: what it holds, and what to lower."""
+    memory = asdict(worker_memory(recipe, workers))
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
+    return (
+        f"Rank {rank} ran out of memory; by the estimate it holds {sum(memory.values()) / 1e9:.2f} "
+        f"GB ({parts}) and what DeepSpeed and the device's own software take: "
+        f"{_what_to_lower(recipe, memory)}."
+    )
+
+
+def _what_to_lower(recipe: Recipe, memory: dict[str, float]) -> str:
+    training = recipe.training
+    if memory["activations"] >= max(memory.values()):
+        if not training.checkpoint_activations:
+            return "resume with training.checkpoint_activations=true"
+        if training.micro_batch_rows > 1:
+            return f"resume with training.micro_batch_rows={training.micro_batch_rows // 2}"
+    if training.zero_stage > 0 and not training.offload_optimizer:
+        return "resume with training.offload_optimizer=true, or with more cluster.workers"
+    if training.zero_stage == 3 and not training.offload_parameters:
+        return "resume with training.offload_parameters=true, or with more cluster.workers"
+    return "use more cluster.workers with training.zero_stage=3, or GPUs with more memory"
+
+
+def describe_run(recipe: Recipe, plan: StreamPlan) -> str:
     """The plan of a run, for people."""
-    stream, training, workers = recipe.stream, recipe.training, recipe.cluster.workers
-    model, epoch = recipe.model, epoch_size(plan, corpus)
-    memory = worker_memory(recipe, workers)
-    step_tokens = stream.batch_rows * stream.row_tokens
+    stream, training = recipe.stream, recipe.training
+    model, step_tokens = recipe.model, stream.batch_rows * stream.row_tokens
     tokens = training.steps * step_tokens
+    described = [
+        (
+            "model",
+            f"{model.family}, {model.layers} layers of {model.width}, "
+            f"{count_parameters(model):,} parameters, "
+            + (f"from {recipe.init_from}" if recipe.init_from else "fresh"),
+        ),
+        *_describe_corpora(plan, tokens),
+        (
+            "a step",
+            f"{stream.batch_rows} rows of {stream.row_tokens}: {step_tokens:,} tokens; "
+            + ", or ".join(
+                f"{workers} workers, {recipe.accumulation(workers)} times "
+                f"{training.micro_batch_rows} rows"
+                for workers in _sizes(recipe)
+            ),
+        ),
+        ("the run", f"{training.steps:,} steps, at most {tokens:,} tokens"),
+        *(("a worker", _describe_memory(recipe, workers)) for workers in _sizes(recipe)),
+        (
+            "checkpoints",
+            f"{training.steps // recipe.checkpoint.every_steps} of about "
+            f"{checkpoint_bytes(recipe) / 1e9:.2f} GB, the newest {recipe.checkpoint.keep} kept, "
+            f"in {recipe.checkpoint.storage or 'the run folder'}",
+        ),
+        (
+            "evaluations",
+            f"{training.steps // recipe.evaluation.every_steps} on {recipe.evaluation.blocks} "
+            "held-out blocks, "
+            + ("beside the training" if recipe.evaluation.asynchronous else "by the workers"),
+        ),
+        ("DeepSpeed", f"ZeRO {training.zero_stage}, {training.precision}, its own check passed"),
+    ]
+    return "\n".join(f"  {name:12} {what}" for name, what in described)
+
+
+def _sizes(recipe: Recipe) -> list[int]:
+    """The fewest and the most workers."""
+    return sorted(set(recipe.cluster.workers))
+
+
+def _describe_corpora(plan: StreamPlan, tokens: int) -> Iterator[tuple[str, str]]:
+    total = sum(source.weight for source in plan.sources)
+    for source in plan.sources:
+        corpus, share = source.open(), source.weight / total
+        epoch = epoch_size(plan, corpus)
+        mixed = f", {share:.1%} of the tokens" if len(plan.sources) > 1 else ""
+        yield "corpus", f"{source.path}, digest {source.digest[:16]}, every file verified{mixed}"
+        yield (
+            "an epoch",
+            f"{epoch.sequences:,.0f} sequences ({plan.settings.sampling}), about "
+            f"{epoch.tokens:,.0f} tokens; the run takes "
+            f"{tokens * share / max(epoch.tokens, 1):.2f} epochs",
+        )
+
+
+def _describe_memory(recipe: Recipe, workers: int) -> str:
+    memory = worker_memory(recipe, workers)
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in asdict(memory).items())
-    described = {
-        "model": f"{model.family}, {model.layers} layers of {model.width}, "
-        f"{count_parameters(model):,} parameters, "
-        + (f"from {recipe.init_from}" if recipe.init_from else "fresh"),
-        "corpus": f"{recipe.corpus}, digest {corpus.digest[:16]}, every file verified",
-        "an epoch": f"{epoch.sequences:,.0f} sequences ({stream.sampling}), "
-        f"about {epoch.tokens:,.0f} tokens",
-        "a step": f"{stream.batch_rows} rows of {stream.row_tokens}: {step_tokens:,} tokens; "
-        f"{workers} workers, {recipe.accumulation(workers)} times {training.micro_batch_rows} rows",
-        "the run": f"{training.steps:,} steps, at most {tokens:,} tokens, "
-        f"{tokens / max(epoch.tokens, 1):.2f} epochs",
-        "a worker": f"{memory.total / 1e9:.2f} GB ({parts}; ZeRO {training.zero_stage}, "
-        f"{training.precision}), and what DeepSpeed and the device's own software take",
-        "checkpoints": f"{training.steps // recipe.checkpoint.every_steps} of about "
-        f"{checkpoint_bytes(recipe) / 1e9:.2f} GB, the newest {recipe.checkpoint.keep} kept",
-        "evaluations": f"{training.steps // recipe.evaluation.every_steps} on "
-        f"{recipe.evaluation.blocks} held-out blocks",
-    }
-    return "\n".join(f"  {name:12} {what}" for name, what in described.items())
+    return (
+        f"{memory.total / 1e9:.2f} GB with {workers} workers ({parts}), and what DeepSpeed and the "
+        "device's own software take"
+    )

@@ -5,7 +5,7 @@ vocabulary (Rives et al., 2021): 1 is perfect, 25 is uniform over the residue le
 
 A tenth of the chosen residues stay as they are, and a model soon learns to copy what it sees: that
 alone takes the ECE of all chosen residues from 17.3 to about 14.9. It is measured a second time on
-the residues that were shown as `<mask>`, where nothing can be copied.
+the residues that were shown as `<mask>`, where nothing can be copied; so is the accuracy.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import numpy as np
 import ray
 import torch
 import torch.distributed as dist
+from torch.nn.functional import cross_entropy
 
-from raptide.alphabet import ALPHABETS, FIRST_RESIDUE, RESIDUES
+from raptide.alphabet import ALPHABETS, FIRST_RESIDUE, RESIDUES, Alphabet
 from raptide.data.corpus import Corpus
 from raptide.data.rows import PackedRows, draw_members, pack_block
 from raptide.data.stream import StreamPlan
 from raptide.errors import CorpusError, plain_errors
+from raptide.model.packed import Packed
 from raptide.training.batches import micro_batches, share_bounds
 from raptide.training.recipe import EvaluationSettings
 
@@ -45,6 +47,32 @@ class Ece:
     def of_sums(cls, nats: Sequence[float], targets: Sequence[float]) -> Ece:
         """From the summed nats and the number of residues, of all chosen and of the masked."""
         return cls(*(math.exp(n / max(t, 1)) for n, t in zip(nats, targets, strict=True)))
+
+
+LENGTHS = (128, 256, 512)
+"""Residues up to which a protein, or a crop of one, belongs to a bucket; the last is open."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found."""
+
+    ece: Ece
+
+    accuracy: float
+    """Share of the residues shown as `<mask>` whose letter was the most likely."""
+
+    by_length: dict[str, float]
+    """ECE of all chosen residues in proteins of each length, such as `129-256`, in residues."""
+
+    def metrics(self) -> dict[str, float]:
+        """As they are logged."""
+        return {
+            "eval/ece": self.ece.all_chosen,
+            "eval/ece_masked": self.ece.masked_only,
+            "eval/accuracy_masked": self.accuracy,
+            **{f"eval/ece_length/{name}": ece for name, ece in self.by_length.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -94,21 +122,23 @@ def heldout_rows(plan: StreamPlan, settings: EvaluationSettings) -> PackedRows:
     """Packed rows of the representatives of held-out clusters, from a fixed number of blocks.
 
     Raises:
-        CorpusError: the corpus holds nothing out.
+        CorpusError: a corpus holds nothing out.
     """
-    corpus = plan.open_corpus()
-    blocks = corpus.blocks("heldout")[: settings.blocks]
-    if not blocks:
-        raise CorpusError(
-            f"{plan.corpus_path} has no held-out clusters to evaluate on; build it again with a "
-            "larger --holdout-fraction."
-        )
     rows = plan.settings.model_copy(update={"sampling": "representatives"})
     alphabet = ALPHABETS[plan.alphabet]
-    packed = [
-        pack_block(corpus.read_block(block), rows, alphabet, settings.seed, 0, index)
-        for index, block in enumerate(blocks)
-    ]
+    packed = []
+    for source in plan.sources:
+        corpus = source.open()
+        blocks = corpus.blocks("heldout")[: settings.blocks]
+        if not blocks:
+            raise CorpusError(
+                f"{source.path} has no held-out clusters to evaluate on; build it again with a "
+                "larger --holdout-fraction."
+            )
+        packed += [
+            pack_block(corpus.read_block(block), rows, alphabet, settings.seed, 0, index)
+            for index, block in enumerate(blocks)
+        ]
     return PackedRows(
         np.concatenate([part.tokens for part in packed]),
         np.concatenate([part.targets for part in packed]),
@@ -117,59 +147,102 @@ def heldout_rows(plan: StreamPlan, settings: EvaluationSettings) -> PackedRows:
 
 
 class HeldoutEvaluator:
-    """Measures held-out ECE with all workers, each on its share of the rows."""
+    """Measures held-out ECE, with each of several workers on its share of the rows or alone."""
 
     def __init__(
-        self, rows: PackedRows, plan: StreamPlan, micro_rows: int, rank: int, workers: int
+        self, rows: PackedRows, plan: StreamPlan, micro_rows: int, rank: int = 0, workers: int = 1
     ) -> None:
         accumulation = -(-len(rows.tokens) // (workers * micro_rows))
-        self._rows = rows
+        self._rows, self._workers = rows, workers
         self._alphabet = ALPHABETS[plan.alphabet]
         self._bounds = share_bounds(len(rows.tokens), rank, workers, micro_rows, accumulation)
 
-    def measure(self, engine: Any) -> Ece:
-        """Held-out ECE of a DeepSpeed engine; every rank calls it and gets the same numbers."""
-        engine.eval()
-        nats = torch.zeros(2, dtype=torch.float64, device=engine.device)
-        targets = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    def measure(self, model: Any, device: torch.device) -> Evaluation:
+        """Evaluate a model or a DeepSpeed engine; every rank calls it and gets the same numbers."""
+        model.eval()
+        # Of all chosen, of the masked, of each length: targets and nats; and the right ones.
+        sums = torch.zeros(2, 3 + len(LENGTHS), dtype=torch.float64, device=device)
+        right = torch.zeros(1, dtype=torch.float64, device=device)
         with torch.no_grad():
-            for micro in micro_batches(self._rows, self._bounds, self._alphabet, engine.device):
-                loss = engine(micro.packed, micro.targets_T).double()
-                shown = micro.packed.tokens_T[micro.targets_T >= 0]
-                masked = shown == self._alphabet.mask
-                nats += torch.stack([loss.sum(), loss[masked].sum()])
-                targets += torch.stack([torch.ones_like(loss).sum(), masked.double().sum()])
-        engine.train()
-        dist.all_reduce(nats)
-        dist.all_reduce(targets)
-        return Ece.of_sums(nats.tolist(), targets.tolist())
+            for micro in micro_batches(self._rows, self._bounds, self._alphabet, device):
+                at = micro.targets_T >= 0
+                targets = micro.targets_T[at]
+                logits = model(micro.packed)[at].float()
+                nats = cross_entropy(logits, targets, reduction="none").double()
+                masked = micro.packed.tokens_T[at] == self._alphabet.mask
+                groups = torch.stack(
+                    [
+                        torch.ones_like(masked),
+                        masked,
+                        *_in_buckets(micro.packed, self._alphabet)[:, at],
+                    ]
+                ).double()
+                sums += torch.stack([groups.sum(1), groups @ nats])
+                right += ((logits.argmax(-1) == targets) & masked).sum()
+        model.train()
+        if self._workers > 1:
+            dist.all_reduce(sums)
+            dist.all_reduce(right)
+        targets, nats = sums.tolist()
+        return Evaluation(
+            ece=Ece.of_sums(nats[:2], targets[:2]),
+            accuracy=right.item() / max(targets[1], 1),
+            by_length={
+                name: math.exp(n / t)
+                for name, n, t in zip(_bucket_names(), nats[2:], targets[2:], strict=True)
+                if t
+            },
+        )
+
+
+def _in_buckets(packed: Packed, alphabet: Alphabet) -> torch.Tensor:
+    """Which length bucket each token's sequence belongs to, [buckets, T] bool."""
+    limits = torch.tensor(LENGTHS, device=packed.tokens_T.device) + alphabet.num_specials
+    bucket_T = torch.bucketize(packed.lengths_B, limits)[packed.sequence_T]
+    return bucket_T == torch.arange(len(LENGTHS) + 1, device=bucket_T.device)[:, None]
+
+
+def _bucket_names() -> list[str]:
+    starts = [1, *(limit + 1 for limit in LENGTHS)]
+    closed = [f"{a}-{b}" for a, b in zip(starts, LENGTHS, strict=False)]
+    return [*closed, f"{starts[-1]}-"]
 
 
 def unigram_ece(plan: StreamPlan, rows: PackedRows) -> Ece:
     """ECE of predicting each held-out target by its letter's share of the training residues.
 
-    The training split is counted under the sampling in use (epoch 0), by Ray Data; one is added to
-    each letter's count, so that a letter unseen in training is not impossible.
+    The training split is counted under the sampling in use (epoch 0), by Ray Data, and several
+    corpora are added up by their weights; one is added to each letter's count, so that a letter
+    unseen in training is not impossible.
     """
-    blocks = plan.training_blocks(plan.open_corpus())
-
-    def count(places: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        corpus = plan.open_corpus()
-        yield {"counts": np.stack([_count_block(plan, corpus, blocks[i]) for i in places["id"]])}
-
-    tasks = min(len(blocks), 256)
-    counted = ray.data.range(len(blocks), override_num_blocks=tasks).map_batches(count)
-    with plain_errors():
-        seen = np.sum([batch["counts"].sum(0) for batch in counted.iter_batches()], axis=0) + 1
-    nats = -np.log(seen / seen.sum())
+    seen = [_count_training(plan, index) for index in range(len(plan.sources))]
+    weights = [source.weight for source in plan.sources]
+    shares = np.array(weights) @ [counts / counts.sum() for counts in seen] / sum(weights)
+    nats = -np.log(shares)
     masked = rows.tokens == ALPHABETS[plan.alphabet].mask
     asked = [_letters(rows.targets), _letters(rows.targets[masked])]
     return Ece.of_sums([float(each @ nats) for each in asked], [each.sum() for each in asked])
 
 
-def _count_block(plan: StreamPlan, corpus: Corpus, row: dict[str, Any]) -> np.ndarray:
+def _count_training(plan: StreamPlan, index: int) -> np.ndarray:
+    """How often each letter occurs in the training residues of a source, plus one, [27] int64."""
+    source = plan.sources[index]
+    blocks = plan.training_blocks(source.open())
+
+    def count(places: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        corpus = source.open()
+        counts = [_count_block(plan, index, corpus, blocks[i]) for i in places["id"]]
+        yield {"counts": np.stack(counts)}
+
+    tasks = min(len(blocks), 256)
+    counted = ray.data.range(len(blocks), override_num_blocks=tasks).map_batches(count)
+    with plain_errors():
+        return np.sum([batch["counts"].sum(0) for batch in counted.iter_batches()], axis=0) + 1
+
+
+def _count_block(plan: StreamPlan, index: int, corpus: Corpus, row: dict[str, Any]) -> np.ndarray:
     block = corpus.read_block(row)
-    members = draw_members(block, plan.settings.sampling, plan.settings.seed, 0)
+    members = draw_members(block, plan.settings.sampling, plan.source_seed(index), 0)
     chosen = np.zeros(len(block.residue_splits) - 1, bool)
     chosen[members] = True
     return _letters(block.residues[np.repeat(chosen, np.diff(block.residue_splits))])

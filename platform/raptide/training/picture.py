@@ -19,14 +19,15 @@ def draw_run(folder: Path, unigram_ece: float) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = map(json.loads, (folder / METRICS).read_text().splitlines())
+    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     last = {line[STEP]: line for line in lines}
     steps = {step: last[step] for step in sorted(last)}
     figure, axes = pyplot.subplots(figsize=(8, 4.5), constrained_layout=True)
     axes.plot(
         list(steps), [s["train/ece"] for s in steps.values()], color=TRAINING, label="training"
     )
-    measured = {step: line["eval/ece"] for step, line in steps.items() if "eval/ece" in line}
+    eces = {line["eval/step"]: line["eval/ece"] for line in lines if "eval/ece" in line}
+    measured = {step: eces[step] for step in sorted(eces)}
     axes.plot(
         list(measured), list(measured.values()), color=HELDOUT, marker="o", ms=4, label="held out"
     )

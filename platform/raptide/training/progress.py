@@ -23,17 +23,14 @@ LINE_EVERY_S = 15.0
 
 
 class Board:
-    """Holds the newest state of a run; lives with the driver, through restarts of the workers."""
+    """What workers and driver of a run tell each other; lives through restarts of the workers."""
 
     def __init__(self) -> None:
         self._state: dict[str, Any] = {}
-        self._attempts = 0
+        self._warnings: list[str] = []
         self._mistake: RaptideError | None = None
-
-    def begin_attempt(self) -> int:
-        """How often the workers have started; 1 for the first time, 0 if they should give up."""
-        self._attempts += 1
-        return 0 if self._mistake else self._attempts
+        self._answers: dict[tuple[int, str], dict[int, Any]] = {}
+        self._evaluations: dict[str, Any] = {}
 
     def give_up(self, mistake: RaptideError) -> None:
         """Keep an error that no restart can mend."""
@@ -43,10 +40,37 @@ class Board:
         return self._mistake
 
     def post(self, state: dict[str, Any]) -> None:
+        """Replace a part of what the live line shows."""
         self._state = {**self._state, **state}
 
-    def read(self) -> dict[str, Any]:
-        return self._state
+    def warn(self, sentence: str) -> None:
+        """Say something once, above the live line."""
+        self._warnings.append(sentence)
+
+    def read(self) -> tuple[dict[str, Any], list[str]]:
+        """The newest state, and all that was ever warned of."""
+        return self._state, self._warnings
+
+    def sent(
+        self, attempt: int, name: str, rank: int, files: dict[str, str], problem: str | None
+    ) -> None:
+        """A rank has sent its files of a checkpoint, or could not."""
+        if (attempt, name) not in self._answers:
+            self._answers = {(attempt, name): {}}  # only one is ever on its way
+        self._answers[attempt, name][rank] = (files, problem)
+
+    def answers(self, attempt: int, name: str) -> dict[int, tuple[dict[str, str], str | None]]:
+        """What the ranks have sent so far."""
+        return self._answers.get((attempt, name), {})
+
+    def add_evaluation(self, name: str, evaluation: Any) -> None:
+        """A checkpoint was evaluated beside the training."""
+        self._evaluations[name] = evaluation
+
+    def take_evaluations(self) -> dict[str, Any]:
+        """Evaluations that were not taken yet, by the checkpoint's name, oldest first."""
+        taken, self._evaluations = self._evaluations, {}
+        return taken
 
 
 BoardActor = ray.remote(num_cpus=0)(Board)
@@ -67,11 +91,16 @@ def shown(board: Any, total_steps: int) -> Iterator[None]:
 
 
 def _states(board: Any, stop: threading.Event) -> Iterator[dict[str, Any]]:
-    """The board's state twice a second, and once more at the end."""
+    """The board's state twice a second, and once more at the end; prints new warnings itself."""
+    warned = 0
     while True:
         last = stop.wait(POLL_S)
         try:
-            yield ray.get(board.read.remote(), timeout=POLL_S)
+            state, warnings = ray.get(board.read.remote(), timeout=POLL_S)
+            for sentence in warnings[warned:]:
+                tqdm.write(f"Warning: {sentence}", file=sys.stderr)
+            warned = len(warnings)
+            yield state
         except ray.exceptions.GetTimeoutError:
             pass  # a busy machine; the next look will do
         except ray.exceptions.RayError:

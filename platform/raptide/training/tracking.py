@@ -56,8 +56,8 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log(record)
 
-    def link(self, kind: Literal["corpus", "model"], name: str, path: Path, **facts: Any) -> None:
-        """Draw the lineage: corpus to run, run to model, as artifacts that refer to files.
+    def link(self, kind: Literal["corpus", "model"], name: str, uri: str, **facts: Any) -> None:
+        """Draw the lineage: corpus to run, run to model, as artifacts that refer to a URI.
 
         Offline W&B cannot look up what a run uses, so there the corpus counts as made by it.
         """
@@ -66,7 +66,7 @@ class Tracker:
         import wandb
 
         artifact = wandb.Artifact(f"{kind}-{name}", kind, metadata=facts)
-        artifact.add_reference(path.as_uri(), checksum=False)
+        artifact.add_reference(uri, checksum=False)
         if kind == "corpus" and not self._wandb.offline:  # not exercised without a network
             self._wandb.use_artifact(artifact)
         else:

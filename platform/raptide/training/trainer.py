@@ -12,36 +12,42 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 import ray.data
 import ray.train
 import yaml
+from pyarrow.fs import FileType
+from ray.train import ValidationConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raptide.cluster import DATA_CPUS, joins_cluster
+from raptide.cluster import DATA_CPUS, joins_cluster, on_this_node
 from raptide.data.corpus import Corpus
-from raptide.data.stream import StreamPlan
+from raptide.data.stream import Source, StreamPlan
 from raptide.errors import CheckpointError, ConfigError, CorpusError, plain_errors
 from raptide.model.bundle import read_weights
 from raptide.model.config import ModelSettings
+from raptide.training.audit import Audit, write_audit
 from raptide.training.checkpoint import (
-    CHECKPOINTS,
     MODEL,
+    RUN_INFO,
     SavedCheckpoint,
     Storage,
     find_bundle,
     forget_ray_snapshot,
+    local_checkpoint,
     newest_checkpoint,
 )
 from raptide.training.heldout import UNIFORM_ECE, Ece, Evaluations, heldout_rows, unigram_ece
 from raptide.training.picture import draw_run
 from raptide.training.progress import BoardActor, shown
-from raptide.training.recipe import Recipe
+from raptide.training.recipe import CorpusShare, Recipe
 from raptide.training.tracking import METRICS
+from raptide.training.validation import CheckpointEvaluation
 from raptide.training.worker import Run, train_worker
 
-RECIPE, RUN_INFO, RESULT = "recipe.yaml", "run.json", "result.json"
+RECIPE, RESULT = "recipe.yaml", "result.json"
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,9 @@ class RunResult:
     wandb_offline: bool
     """Whether W&B files wait in the run folder to be synced."""
 
+    audit: Audit | None
+    """What the run's audit comes to, if it was kept."""
+
     @property
     def bundle(self) -> Path:
         return self.checkpoint / MODEL
@@ -72,20 +81,22 @@ def prepare_run(
 
     Raises:
         ConfigError: a new run's folder exists, or `replace` would delete something else; the
-            weights to start from have another shape.
+            weights to start from have another shape; the storage is of no known kind.
         BundleError: there are no weights to start from.
         CorpusError: the corpus is missing or damaged, or has nothing to train or evaluate on.
         CheckpointError: the run cannot go on with these settings, or has no good checkpoint.
     """
-    corpus = Corpus.open(recipe.corpus)
+    corpora = [Corpus.open(share.path) for share in recipe.corpus]
     plan = StreamPlan(
-        corpus_path=str(corpus.path.resolve()),
-        corpus_digest=corpus.digest,
+        sources=tuple(
+            Source(str(corpus.path.resolve()), corpus.digest, share.weight)
+            for corpus, share in zip(corpora, recipe.corpus, strict=True)
+        ),
         settings=recipe.stream,
         alphabet=recipe.model.alphabet.name,
     )
     if resume:
-        saved = newest_checkpoint(Storage.of(folder / CHECKPOINTS))
+        saved = newest_checkpoint(Storage.of_run(folder))
         if saved is None:
             raise CheckpointError(
                 f"{folder} has no checkpoint that counts; start the run anew with --replace."
@@ -103,14 +114,17 @@ def prepare_run(
                 f"{folder} is no run folder (no {RECIPE} in it), so it is not replaced; choose "
                 "another --output."
             )
+    if recipe.checkpoint.storage is not None:
+        Storage.at(recipe.checkpoint.storage)
     if recipe.init_from is not None:
         _refuse_other_start(recipe, recipe.init_from)
-    if not plan.training_blocks(corpus):
-        raise CorpusError(
-            f"{recipe.corpus} has no clusters to train on; build it again with more sequences or a "
-            "smaller --holdout-fraction."
-        )
-    corpus.verify()
+    for corpus in corpora:
+        if not plan.training_blocks(corpus):
+            raise CorpusError(
+                f"{corpus.path} has no clusters to train on; build it again with more sequences or "
+                "a smaller --holdout-fraction."
+            )
+        corpus.verify()
     heldout_rows(plan, recipe.evaluation)
     return plan
 
@@ -144,12 +158,13 @@ def pretrain(recipe: Recipe, plan: StreamPlan, folder: Path, *, replace: bool = 
     if replace or not (folder / RUN_INFO).exists():
         baseline = unigram_ece(plan, heldout_rows(plan, recipe.evaluation))
         if replace:
-            shutil.rmtree(folder, ignore_errors=True)
-        _write_run_info(folder, baseline)
+            _delete_run(folder)
+        _write_run_info(folder, recipe, baseline)
     info = json.loads((folder / RUN_INFO).read_text())
-    kept = recipe.model_dump() | {"corpus": plan.corpus_path}
-    (folder / RECIPE).write_text(yaml.safe_dump(kept, sort_keys=False))
-    board = BoardActor.remote()
+    corpora = [{"path": source.path, "weight": source.weight} for source in plan.sources]
+    kept = recipe.model_copy(update={"corpus": tuple(CorpusShare(**c) for c in corpora)})
+    (folder / RECIPE).write_text(yaml.safe_dump(kept.model_dump(), sort_keys=False))
+    board = BoardActor.options(scheduling_strategy=on_this_node()).remote()
     run = Run(
         recipe=recipe,
         plan=plan,
@@ -169,21 +184,36 @@ def pretrain(recipe: Recipe, plan: StreamPlan, folder: Path, *, replace: bool = 
 
 def _fit(run: Run) -> None:
     recipe, device = run.recipe, run.device
-    forget_ray_snapshot(Path(run.folder) / CHECKPOINTS)
-    resources = {"CPU": recipe.cluster.cpus_per_worker, **({"GPU": 1} if device == "cuda" else {})}
+    cluster = recipe.cluster
+    storage = Storage.of_run(Path(run.folder))
+    forget_ray_snapshot(storage)
+    accelerator = {"GPU": 1.0} if device == "cuda" else {}
+    evaluation = CheckpointEvaluation(recipe, run.plan, device, run.board)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"run": run},
-        torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if device == "cuda" else "gloo",
+            timeout_s=int(2 * cluster.hang_timeout_s) + 60,  # ours comes first
+        ),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=recipe.cluster.workers,
+            num_workers=cluster.workers if cluster.elastic else cluster.max_workers,
             use_gpu=device == "cuda",
-            resources_per_worker=resources,
+            resources_per_worker={
+                "CPU": cluster.cpus_per_worker,
+                **accelerator,
+                **cluster.worker_resources,
+            },
+            elastic_resize_monitor_interval_s=cluster.resize_check_s,
         ),
         run_config=ray.train.RunConfig(
-            name=CHECKPOINTS,
-            storage_path=run.folder,
-            failure_config=ray.train.FailureConfig(max_failures=recipe.cluster.max_failures),
+            name=Path(storage.path).name,
+            storage_path=str(Path(storage.path).parent),
+            storage_filesystem=storage.filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+        ),
+        validation_config=ValidationConfig(
+            fn=evaluation, ray_remote_kwargs={"num_cpus": 1, "num_gpus": accelerator.get("GPU", 0)}
         ),
     )
     with plain_errors():
@@ -194,7 +224,7 @@ def _fit(run: Run) -> None:
 
 
 def _result(run: Run, folder: Path, baseline: Ece) -> RunResult:
-    saved = newest_checkpoint(Storage.of(folder / CHECKPOINTS), only=f"{MODEL}/")
+    saved = newest_checkpoint(Storage.of_run(folder), only=f"{MODEL}/")
     patience = run.recipe.evaluation.patience
     if saved is None or (
         saved.step < run.recipe.training.steps
@@ -204,7 +234,7 @@ def _result(run: Run, folder: Path, baseline: Ece) -> RunResult:
     metrics = (folder / METRICS).read_text().splitlines()
     return RunResult(
         folder=folder,
-        checkpoint=folder / CHECKPOINTS / saved.name,
+        checkpoint=local_checkpoint(folder, saved),
         step=saved.step,
         tokens=saved.manifest["tokens"],
         heldout_ece=Ece(**saved.manifest["heldout_ece"]),
@@ -212,6 +242,7 @@ def _result(run: Run, folder: Path, baseline: Ece) -> RunResult:
         uniform_ece=UNIFORM_ECE,
         tokens_per_s=statistics.median(json.loads(m)["speed/tokens_per_s"] for m in metrics),
         wandb_offline=any((folder / "wandb").glob("offline-run-*")),
+        audit=write_audit(folder) if run.recipe.tracking.audit else None,
     )
 
 
@@ -257,7 +288,7 @@ def _choose_device(recipe: Recipe) -> str:
     A cluster that was joined may still grow, so there Ray waits for what the workers need.
     """
     total = ray.cluster_resources()
-    workers, cluster = recipe.cluster.workers, recipe.cluster
+    workers, cluster = recipe.cluster.min_workers, recipe.cluster
     gpus, cpus = total.get("GPU", 0), total.get("CPU", 0)
     device = cluster.device
     if device == "auto":
@@ -278,11 +309,35 @@ def _choose_device(recipe: Recipe) -> str:
     return device
 
 
-def _write_run_info(folder: Path, baseline: Ece) -> None:
+def _write_run_info(folder: Path, recipe: Recipe, baseline: Ece) -> None:
     """Keep what stays the same through all restarts of a run; makes the folder of a new one."""
     folder.mkdir(parents=True, exist_ok=True)
-    info = {"wandb_run_id": uuid.uuid4().hex[:12], "unigram_ece": asdict(baseline)}
+    run_id = uuid.uuid4().hex[:12]
+    info = {
+        "wandb_run_id": run_id,
+        "unigram_ece": asdict(baseline),
+        "checkpoints": _storage_uri(recipe, run_id),
+    }
     (folder / RUN_INFO).write_text(json.dumps(info) + "\n")
+
+
+def _storage_uri(recipe: Recipe, run_id: str) -> str | None:
+    """Where a new run's checkpoints go, a folder of its own; None for the run folder."""
+    uri = recipe.checkpoint.storage
+    if uri is None:
+        return None
+    parts = urlsplit(uri)  # options may stand behind the path: s3://bucket/runs?region=…
+    return parts._replace(path=f"{parts.path.rstrip('/')}/{recipe.name}-{run_id}").geturl()
+
+
+def _delete_run(folder: Path) -> None:
+    """Delete an earlier run, with its checkpoints wherever they lie."""
+    if not folder.exists():
+        return
+    storage = Storage.of_run(folder)
+    if storage.filesystem.get_file_info(storage.path).type == FileType.Directory:
+        storage.filesystem.delete_dir(storage.path)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def code_version() -> str:

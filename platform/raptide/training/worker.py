@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import resource
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-import torch
-import torch.distributed as dist
 from ray.train.collective import broadcast_from_rank_zero
 
 from raptide.alphabet import ALPHABETS
+from raptide.cluster import on_this_node
 from raptide.data.corpus import MANIFEST, Corpus
 from raptide.data.feeder import BatchReader, FeederActor
 from raptide.data.stream import Cursor, GlobalBatch, StreamPlan
-from raptide.errors import RaptideError, TrainingDiverged
+from raptide.errors import CheckpointUnsaved, OutOfMemory, RaptideError
 from raptide.model.bundle import write_bundle
 from raptide.model.weights import Weights
-from raptide.training.batches import empty_micro_batch, micro_batches, share_bounds
+from raptide.training.audit import AuditWriter
+from raptide.training.batches import share_bounds
 from raptide.training.checkpoint import (
-    CHECKPOINTS,
     MODEL,
     SavedCheckpoint,
     Storage,
+    amend_manifest,
+    checkpoint_step,
     newest_checkpoint,
-    save_checkpoint,
 )
 from raptide.training.engine import build_engine, full_state, load_state
-from raptide.training.estimate import peak_flops, step_flops
-from raptide.training.heldout import Evaluations, HeldoutEvaluator, heldout_rows
+from raptide.training.estimate import (
+    checkpoint_bytes,
+    explain_memory,
+    peak_flops,
+    ran_out_of_memory,
+)
+from raptide.training.heldout import Evaluation, Evaluations, HeldoutEvaluator, heldout_rows
+from raptide.training.metrics import loss_metrics, memory_gb, speed_metrics
 from raptide.training.recipe import Recipe, learning_rate
+from raptide.training.saving import CheckpointWriter
 from raptide.training.scratch import scratch_folder
+from raptide.training.step import train_step
 from raptide.training.tracking import Tracker, resolve_mode
+from raptide.training.watch import HangWatch, LossWatch, describe_hang
+
+LOOK_EVERY_S = 5.0
+"""Seconds between two looks at what goes on beside the steps: preemption notices, evaluations."""
+
+ATTEMPTS = "attempts"
+"""File of a run that says how often its workers were started."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +74,8 @@ def train_worker(config: dict[str, Any]) -> None:
     run: Run = config["run"]
     os.environ["DS_ACCELERATOR"] = run.device
     rank = ray.train.get_context().get_world_rank()
-    attempt = ray.get(run.board.begin_attempt.remote()) if rank == 0 else None
-    attempt = broadcast_from_rank_zero(attempt)
-    if attempt == 0:  # Ray Train restarts after any error; this one no restart can mend
+    attempt = broadcast_from_rank_zero(_begin_attempt(run) if rank == 0 else None)
+    if attempt is None:  # Ray Train restarts after any error; this one no restart can mend
         return
     try:
         with ExitStack() as stack:
@@ -72,6 +83,25 @@ def train_worker(config: dict[str, Any]) -> None:
     except RaptideError as error:
         ray.get(run.board.give_up.remote(error))
         raise
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        workers = ray.train.get_context().get_world_size()
+        mistake = OutOfMemory(explain_memory(run.recipe, workers, rank))
+        ray.get(run.board.give_up.remote(mistake))
+        raise mistake from error
+
+
+def _begin_attempt(run: Run) -> int | None:
+    """How often the workers of this run have started, or None if they should give up."""
+    if ray.get(run.board.mistake.remote()) is not None:
+        return None
+    file = Path(run.folder) / ATTEMPTS
+    attempt = int(file.read_text()) + 1 if file.exists() else 1
+    file.write_text(f"{attempt}\n")
+    if (hang := describe_hang(Path(run.folder), attempt - 1)) is not None:
+        run.board.warn.remote(hang)
+    return attempt
 
 
 class Worker:
@@ -82,6 +112,12 @@ class Worker:
         self._run = run
         self._recipe = run.recipe
         self._rank, self._workers = context.get_world_rank(), context.get_world_size()
+        self._attempt = attempt
+        folder = Path(run.folder)
+        timeout_s = self._recipe.cluster.hang_timeout_s
+        watch = HangWatch(folder, self._rank, attempt, timeout_s)
+        self._hang_watch = stack.enter_context(closing(watch))
+        self._loss_watch = LossWatch(self._recipe.training.max_nonfinite_steps)
         self._alphabet = ALPHABETS[run.plan.alphabet]
         self._bounds = share_bounds(
             self._recipe.stream.batch_rows,
@@ -90,20 +126,10 @@ class Worker:
             self._recipe.training.micro_batch_rows,
             self._recipe.accumulation(self._workers),
         )
-        self._attempt = attempt
-        self._scratch = scratch_folder(run.run_id, f"rank-{self._rank:05d}", empty=True)
         self._post(phase="loading DeepSpeed")
-        saved = self._choose_checkpoint()
-        self._engine = build_engine(self._recipe, self._workers, run.device, saved)
-        self._step, self._tokens, cursor = 0, 0, Cursor()
-        self._nonfinite_steps = 0
-        self._heldout = Evaluations()
-        if saved is not None:
-            load_state(self._engine, saved, self._workers, self._scratch)
-            self._heldout = Evaluations.of_manifest(saved.manifest)
-            self._step, self._tokens = saved.step, saved.manifest["tokens"]
-            cursor = saved.cursor
+        cursor = self._load()
         self._reader = self._start_stream(cursor)
+        self._writer = self._prepare_saving(context.get_local_world_size())
         self._evaluator = HeldoutEvaluator(
             heldout_rows(run.plan, self._recipe.evaluation),
             run.plan,
@@ -112,98 +138,162 @@ class Worker:
             self._workers,
         )
         self._peak_flops = peak_flops(self._recipe, run.device)
+        self._looked = time.monotonic()
+        self._leaving: set[str] = set()
+        self._save_at_once = False
+        self._evaluated: list[dict[str, float]] = []
         self._tracker = self._start_tracking(stack)
-        self._audit = self._open_audit(stack)
+        self._audit = None
+        if self._recipe.tracking.audit:
+            writer = AuditWriter(folder, self._rank, attempt)
+            self._audit = stack.enter_context(closing(writer))
 
     def train(self) -> None:
         """All steps that are left."""
         recipe = self._recipe
-        patience = recipe.evaluation.patience
-        if self._heldout.is_over(patience):
+        if self._improves_no_more:
             return
-        self._post(phase="training", step=self._step)
+        self._post(phase=f"training on {self._workers}", step=self._step)
         self._step_began = time.perf_counter()
         for batch in self._reader.batches(recipe.training.steps - self._step):
-            metrics = self._timed_step(batch)
-            last = self._step == recipe.training.steps
-            self._refuse_divergence(last)
-            if last or self._step % recipe.evaluation.every_steps == 0:
-                ece = self._evaluator.measure(self._engine)
-                self._heldout = self._heldout.after(ece, self._step)
-                metrics |= {"eval/ece": ece.all_chosen, "eval/ece_masked": ece.masked_only}
-                self._post(heldout_ece=ece.all_chosen)
-                last = last or self._heldout.is_over(patience)
-            due = last or self._step % recipe.checkpoint.every_steps == 0
-            if due and not self._nonfinite_steps:  # else the weights may be no numbers any more
-                metrics |= self._save(batch.next_cursor, metrics["train/loss"])
-            if last and self._tracker:
-                self._link_model()
-            special = "eval/ece" in metrics or "speed/checkpoint_s" in metrics
-            if self._tracker and (special or self._step % recipe.tracking.log_every == 0):
-                self._tracker.log(self._step, metrics)
+            metrics, stop = self._timed_step(batch)
+            last = stop or self._step == recipe.training.steps
+            evaluate = last or self._step % recipe.evaluation.every_steps == 0
+            if evaluate and not recipe.evaluation.asynchronous:
+                evaluation = self._evaluator.measure(self._engine, self._engine.device)
+                self._take(evaluation, self._step)
+                last = last or self._improves_no_more
+            self._loss_watch.refuse_divergence(self._step, last=last)
+            if last or self._save_at_once or self._step % recipe.checkpoint.every_steps == 0:
+                metrics |= self._save(batch.next_cursor, metrics["train/loss"], evaluate)
+            if last:
+                self._finish()
+            self._log(metrics)
             if last:
                 return
+            self._hang_watch.progress()
             self._step_began = time.perf_counter()
 
-    def _timed_step(self, batch: GlobalBatch) -> dict[str, float]:
+    def _load(self) -> Cursor:
+        """Build the engine, go on from the newest checkpoint; returns the place in the stream."""
+        saved = self._choose_checkpoint()
+        self._engine = build_engine(self._recipe, self._workers, self._run.device, saved)
+        self._step, self._tokens = 0, 0
+        self._heldout = Evaluations()
+        if saved is None:
+            return Cursor()
+        load_state(self._engine, saved, self._workers)
+        self._heldout = Evaluations.of_manifest(saved.manifest)
+        self._step, self._tokens = saved.step, saved.manifest["tokens"]
+        return saved.cursor
+
+    def _timed_step(self, batch: GlobalBatch) -> tuple[dict[str, float], bool]:
+        """One step: its metrics, and whether the run should end with it."""
         recipe = self._recipe
         rate = learning_rate(recipe.optimizer, self._step + 1, recipe.training.steps)
-        result = train_step(self._engine, batch, self._bounds, rate, self._alphabet, self._workers)
-        loss = result.loss
+        result = train_step(
+            self._engine,
+            batch,
+            self._bounds,
+            rate,
+            self._alphabet,
+            self._workers,
+            look=self._rank == 0 and time.monotonic() - self._looked > LOOK_EVERY_S,
+            stop=self._rank == 0 and self._improves_no_more,
+        )
         self._step += 1
-        self._nonfinite_steps = self._nonfinite_steps + 1 if result.left_out else 0
-        self._write_audit(batch)
-        tokens = int(sum(s.sum() for s in batch.rows.segments))
-        self._tokens += tokens
+        self._tokens += batch.num_tokens
+        if self._loss_watch.see(result):
+            self._warn(f"The loss jumped to {result.loss:.3f} in step {self._step}.")
+        if self._audit is not None:
+            self._audit.write(self._step, batch, self._bounds[0][0], self._bounds[-1][1])
         step_s = time.perf_counter() - self._step_began
         metrics = {
-            "train/loss": loss,
-            "train/ece": math.exp(min(loss, 50.0)),
-            "train/lr": rate,
-            "train/nonfinite_targets": result.left_out,
+            **loss_metrics(result, rate, self._engine.get_global_grad_norm()),
+            "train/spikes": self._loss_watch.spikes,
             "progress/tokens": self._tokens,
             "progress/epoch": batch.next_cursor.epoch,
-            "speed/step_s": step_s,
-            "speed/tokens_per_s": tokens / step_s,
-            "speed/data_wait_fraction": self._reader.last_wait_s / step_s,
-            "speed/padding_percent": 100 * (1 - tokens / batch.rows.tokens.size),
-            "system/memory_gb": _memory_gb(self._run.device),
+            **speed_metrics(recipe, batch, step_s, self._reader.last_wait_s, self._workers),
+            "system/memory_gb": memory_gb(self._run.device),
             "system/workers": self._workers,
             "system/restarts": self._attempt - 1,
-            **self._arithmetic(batch, step_s),
         }
-        if (norm := self._engine.get_global_grad_norm()) is not None:  # not at stage 0 in fp32
-            metrics["train/grad_norm"] = float(norm)
-        self._post(
-            step=self._step, loss=loss, step_s=step_s, tokens_per_s=metrics["speed/tokens_per_s"]
-        )
-        return metrics
-
-    def _refuse_divergence(self, last: bool) -> None:
-        streak = self._nonfinite_steps
-        if streak >= self._recipe.training.max_nonfinite_steps or (last and streak):
-            raise TrainingDiverged(
-                f"The loss was NaN or infinite in {streak} steps in a row, up to step "
-                f"{self._step}; resume from the last checkpoint with a lower optimizer.lr or a "
-                "longer warm-up."
-            )
-
-    def _link_model(self) -> None:
-        assert self._tracker is not None
-        folder = Path(self._run.folder) / CHECKPOINTS / f"step-{self._step:08d}" / MODEL
-        self._tracker.link(
-            "model", self._run.run_id, folder, step=self._step, **self._heldout.to_manifest()
-        )
-
-    def _arithmetic(self, batch: GlobalBatch, step_s: float) -> dict[str, float]:
-        """What each worker computes a second, and its share of what the device could (MFU)."""
-        each = step_flops(self._recipe.model, batch) / step_s / self._workers
-        metrics = {"speed/model_tflops": each / 1e12}
         if self._peak_flops is not None:
-            metrics["speed/mfu"] = each / self._peak_flops
-        return metrics
+            metrics["speed/mfu"] = metrics["speed/model_tflops"] * 1e12 / self._peak_flops
+        speed = metrics["speed/tokens_per_s"]
+        self._post(step=self._step, loss=result.loss, step_s=step_s, tokens_per_s=speed)
+        if result.look:
+            self._look()
+        return metrics, result.stop
 
-    def _save(self, cursor: Cursor, loss: float) -> dict[str, float]:
+    def _look(self) -> None:
+        """At what has gone on beside the steps; every rank calls it in the same step."""
+        self._looked = time.monotonic()
+        notice = ray.train.get_preemption_info()
+        leaving = set(notice.preempted_node_ids) if notice else set()
+        if leaving - self._leaving:
+            self._leaving |= leaving
+            self._save_at_once = True
+            self._warn(f"A node is to go away: saving a checkpoint after step {self._step}.")
+        self._refuse_unsaved()
+        self._take_evaluations()
+
+    def _refuse_unsaved(self) -> None:
+        unsaved = self._writer.problem
+        if unsaved is not None and self._recipe.checkpoint.when_unsaved == "stop":
+            raise CheckpointUnsaved(unsaved)
+
+    def _take(self, evaluation: Evaluation, step: int) -> None:
+        """Count an evaluation of this step, or of an earlier one."""
+        self._heldout = self._heldout.after(evaluation.ece, step)
+        self._evaluated.append(evaluation.metrics() | {"eval/step": step})
+        self._post(heldout_ece=evaluation.ece.all_chosen)
+
+    def _take_evaluations(self) -> None:
+        """Count those of checkpoints that have ended beside the training."""
+        if self._rank != 0 or not self._recipe.evaluation.asynchronous:
+            return
+        for name, evaluation in ray.get(self._run.board.take_evaluations.remote()).items():
+            self._writer.unevaluated.discard(name)
+            if evaluation is not None:
+                self._take(evaluation, checkpoint_step(name))
+                amend_manifest(Storage.of_ray_train(), name, self._heldout.to_manifest())
+
+    @property
+    def _improves_no_more(self) -> bool:
+        return self._heldout.is_over(self._recipe.evaluation.patience)
+
+    def _finish(self) -> None:
+        """Wait for what is on its way, and point W&B at the model."""
+        self._writer.wait()
+        self._refuse_unsaved()
+        if self._rank == 0 and self._recipe.evaluation.asynchronous:
+            self._post(phase="evaluating")
+            ray.train.get_all_reported_checkpoints()  # returns once all are evaluated
+            self._take_evaluations()
+        saved = None
+        if self._tracker is not None:
+            saved = newest_checkpoint(Storage.of_ray_train(), only=f"{MODEL}/")
+        if saved is not None and self._tracker is not None:
+            facts = {"step": saved.step, **self._heldout.to_manifest()}
+            self._tracker.link("model", self._run.run_id, f"{saved.uri}/{MODEL}", **facts)
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        if self._tracker is not None:
+            if self._writer.last_seconds is not None:
+                metrics["speed/checkpoint_s"] = self._writer.last_seconds
+                self._writer.last_seconds = None
+            due = self._step % self._recipe.tracking.log_every == 0
+            if due or self._evaluated or "speed/checkpoint_stall_s" in metrics:
+                for evaluation in self._evaluated or [{}]:
+                    self._tracker.log(self._step, metrics | evaluation)
+        self._evaluated.clear()
+
+    def _save(self, cursor: Cursor, loss: float, evaluate: bool) -> dict[str, float]:
+        """Save what this step has come to, unless its loss says that it is no numbers any more."""
+        if self._loss_watch.nonfinite_steps:
+            return {}
+        self._hang_watch.progress()
         started = time.perf_counter()
         run, recipe = self._run, self._recipe
         manifest = {
@@ -223,21 +313,30 @@ class Worker:
         lineage = {name: value for name, value in manifest.items() if name != "cursor"}
         inv_freq = getattr(self._engine.module, "inv_freq", None)
         weights = Weights(recipe.model, state, inv_freq, lineage=lineage)
-        save_checkpoint(
+        self._writer.save(
             self._engine,
             manifest,
             lambda folder: write_bundle(folder, weights),
-            scratch=self._scratch,
-            keep=recipe.checkpoint.keep,
-            keep_best=recipe.checkpoint.keep_best,
+            evaluate=evaluate and recipe.evaluation.asynchronous,
         )
-        return {"speed/checkpoint_s": time.perf_counter() - started}
+        if self._save_at_once:  # the notice may be short
+            self._writer.wait()
+            self._save_at_once = False
+        return {"speed/checkpoint_stall_s": time.perf_counter() - started}
+
+    def _prepare_saving(self, workers_here: int) -> CheckpointWriter:
+        recipe, run = self._recipe, self._run
+        scratch = scratch_folder(run.run_id, f"rank-{self._rank:05d}", empty=True)
+        share = checkpoint_bytes(recipe) / self._workers
+        return CheckpointWriter(
+            recipe.checkpoint, run.board, self._attempt, scratch, workers_here * share
+        )
 
     def _choose_checkpoint(self) -> SavedCheckpoint | None:
         """The newest checkpoint that counts, as rank 0 sees it."""
         saved = None
         if self._rank == 0:
-            saved = newest_checkpoint(Storage.of_ray_train())
+            saved = newest_checkpoint(Storage.of_ray_train(), skipped=self._warn)
         saved = broadcast_from_rank_zero(saved)
         if saved is not None:
             zero_stage = self._recipe.training.zero_stage
@@ -249,7 +348,8 @@ class Worker:
         feeder = None
         if self._rank == 0:
             left = self._recipe.training.steps - self._step
-            feeder = FeederActor.remote(self._run.plan, cursor, left, self._workers)
+            here = FeederActor.options(scheduling_strategy=on_this_node())
+            feeder = here.remote(self._run.plan, cursor, left, self._workers)
         self._feeder = broadcast_from_rank_zero(feeder)  # kept: a feeder nobody holds is ended
         return BatchReader(self._feeder, self._recipe.cluster.data_timeout_s)
 
@@ -257,98 +357,37 @@ class Worker:
         if self._rank != 0:
             return None
         run, recipe = self._run, self._recipe
-        corpus = run.plan.open_corpus()
-        facts = corpus_facts(corpus)
+        corpora = [source.open() for source in run.plan.sources]
+        facts = [corpus_facts(corpus) for corpus in corpora]
         config = recipe.model_dump() | {
-            "corpus_manifest": facts,
+            "corpus_manifest": facts[0] if len(facts) == 1 else facts,
             "code_version": run.code_version,
             "workers": self._workers,
         }
-        tracker = Tracker(
-            recipe.tracking,
-            Path(run.folder),
-            mode=resolve_mode(recipe.tracking),
-            run_id=run.run_id,
-            name=recipe.name,
-            config=config,
+        tracker = stack.enter_context(
+            Tracker(
+                recipe.tracking,
+                Path(run.folder),
+                mode=resolve_mode(recipe.tracking),
+                run_id=run.run_id,
+                name=recipe.name,
+                config=config,
+            )
         )
-        tracker.link("corpus", corpus.digest[:16], corpus.path.resolve() / MANIFEST, **facts)
-        return stack.enter_context(tracker)
-
-    def _open_audit(self, stack: ExitStack) -> Any:
-        if not self._recipe.tracking.audit:
-            return None
-        folder = Path(self._run.folder) / "audit"
-        folder.mkdir(exist_ok=True)
-        return stack.enter_context((folder / f"rank-{self._rank:05d}.jsonl").open("a"))
-
-    def _write_audit(self, batch: GlobalBatch) -> None:
-        if self._audit is not None:
-            rows = batch.row_ids[self._bounds[0][0] : self._bounds[-1][1]]
-            line = {"step": self._step, "attempt": self._attempt, "rows": rows.tolist()}
-            self._audit.write(json.dumps(line) + "\n")
-            self._audit.flush()
+        for corpus, known in zip(corpora, facts, strict=True):
+            uri = (corpus.path.resolve() / MANIFEST).as_uri()
+            tracker.link("corpus", corpus.digest[:16], uri, **known)
+        return tracker
 
     def _post(self, **state: Any) -> None:
         if self._rank == 0:
             self._run.board.post.remote(state)
 
+    def _warn(self, sentence: str) -> None:
+        if self._rank == 0:
+            self._run.board.warn.remote(sentence)
+
 
 def corpus_facts(corpus: Corpus) -> dict[str, Any]:
     """What a corpus's manifest says, without its lists of files."""
     return {k: v for k, v in corpus.manifest.items() if k not in ("shards", "inputs")}
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one update came to, over all workers."""
-
-    loss: float
-    """Mean over the targets, in nats; NaN if none was finite."""
-
-    left_out: int
-    """Targets in micro-batches whose loss was NaN or infinite."""
-
-
-def train_step(
-    engine: Any,
-    batch: GlobalBatch,
-    bounds: list[tuple[int, int]],
-    rate: float,
-    alphabet: Any,
-    workers: int,
-) -> StepResult:
-    """One update on a global batch.
-
-    The loss of a micro-batch is a sum, scaled so that the whole step is the mean over the targets
-    of the global batch, whatever the number of workers: DeepSpeed divides gradients by workers and
-    by accumulation, which the factor takes back. A micro-batch whose loss is not finite gives way
-    to an empty one: every worker goes on with equally many passes, and the update leaves it out.
-    """
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-    targets = max(batch.num_targets, 1)
-    factor = workers * len(bounds) / targets
-    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for micro in micro_batches(batch.rows, bounds, alphabet, engine.device):
-        losses = engine(micro.packed, micro.targets_T)
-        loss = losses.sum()
-        if not torch.isfinite(loss):
-            total[1] += len(losses)
-            nothing = empty_micro_batch(alphabet, engine.device)
-            loss = engine(nothing.packed, nothing.targets_T).sum()
-        else:
-            total[0] += loss.detach()
-        engine.backward(loss * factor)
-        engine.step()
-    dist.all_reduce(total)
-    nats, left_out = total.tolist()
-    kept = targets - left_out
-    return StepResult(nats / kept if kept > 0 else math.nan, int(left_out))
-
-
-def _memory_gb(device: str) -> float:
-    """Peak memory of this worker: of the GPU, or resident on a CPU."""
-    if device == "cuda":  # not exercised without a GPU
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

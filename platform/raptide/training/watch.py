@@ -1,0 +1,107 @@
+"""Trouble that is seen early: losses that are no numbers, spikes, ranks that hang."""
+
+from __future__ import annotations
+
+import faulthandler
+import statistics
+from collections import deque
+from pathlib import Path
+
+from raptide.errors import TrainingDiverged
+from raptide.training.step import StepResult
+
+HANGS = "hangs"
+
+WINDOW, LEAST = 64, 16
+"""Losses that a new one is compared with, and how many there must be."""
+
+SPIKE = 10.0
+"""Deviations from the median of the window at which a loss is a spike, and the smallest deviation
+that is reckoned with: five percent of a nat."""
+
+LEAST_DEVIATION = 0.05
+
+
+class LossWatch:
+    """Looks at the loss of each step; the same on every rank."""
+
+    def __init__(self, max_nonfinite_steps: int) -> None:
+        self._max_nonfinite_steps = max_nonfinite_steps
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+        self.nonfinite_steps = 0
+        """Steps in a row, up to the last, with a loss that is NaN or infinite."""
+        self.spikes = 0
+        """Spikes since the workers have started."""
+
+    def see(self, result: StepResult) -> bool:
+        """Take one step into account; whether its loss is a spike.
+
+        A spike lies ten median absolute deviations above the median of the last 64 losses. It is
+        reported, not acted upon.
+        """
+        if result.left_out:
+            self.nonfinite_steps += 1
+            return False
+        self.nonfinite_steps = 0
+        spiked = len(self._recent) >= LEAST and result.loss > self._limit()
+        self.spikes += spiked
+        self._recent.append(result.loss)
+        return spiked
+
+    def _limit(self) -> float:
+        middle = statistics.median(self._recent)
+        deviation = statistics.median(abs(loss - middle) for loss in self._recent)
+        return middle + SPIKE * max(deviation, LEAST_DEVIATION)
+
+    def refuse_divergence(self, step: int, *, last: bool) -> None:
+        """
+        Raises:
+            TrainingDiverged: too many losses in a row are no numbers, or the last of all is none.
+        """
+        streak = self.nonfinite_steps
+        if streak >= self._max_nonfinite_steps or (last and streak):
+            raise TrainingDiverged(
+                f"The loss was NaN or infinite in {streak} steps in a row, up to step {step}; "
+                "resume from the last checkpoint with a lower optimizer.lr or a longer warm-up."
+            )
+
+
+class HangWatch:
+    """Writes the stacks of all threads to a file and ends the process if nothing goes on.
+
+    It works on even where a thread hangs in native code and holds Python's lock. When one rank
+    hangs the others soon wait for it, so every rank that can write leaves its stacks.
+    """
+
+    def __init__(self, run: Path, rank: int, attempt: int, timeout_s: float) -> None:
+        (run / HANGS).mkdir(exist_ok=True)
+        self._path = run / HANGS / f"attempt-{attempt:03d}-rank-{rank:05d}.txt"
+        self._file = self._path.open("w")
+        self._timeout_s = timeout_s
+        self.progress()
+
+    def progress(self) -> None:
+        """Something went on: start to count anew."""
+        faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=self._file)
+
+    def close(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._file.close()
+        if self._path.stat().st_size == 0:
+            self._path.unlink()
+
+
+def describe_hang(run: Path, attempt: int) -> str | None:
+    """One sentence if ranks of an earlier attempt hung, else None."""
+    hung = []
+    for file in sorted((run / HANGS).glob(f"attempt-{attempt:03d}-rank-*.txt")):
+        if file.stat().st_size:
+            hung.append(file)
+        else:  # its worker was killed
+            file.unlink()
+    if not hung:
+        return None
+    return (
+        f"{len(hung)} workers stood still and were ended; {hung[0].parent} holds the stacks of "
+        f"attempt {attempt}: look for the rank that does not wait for the others."
+    )
