@@ -33,12 +33,16 @@ def records(file: Path) -> Iterator[Any]:
             yield record
 
 
-def read_run(
-    folder: Path,
-) -> tuple[str, dict[str, Any], list[dict[str, Any]], list[tuple[str, str, list[str]]]]:
-    """Run id, config, history and artifacts (kind, name, what it refers to) of the one offline run
-    in a `wandb/` folder."""
-    (file,) = folder.glob("offline-run-*/run-*.wandb")
+Run = tuple[str, dict[str, Any], list[dict[str, Any]], list[tuple[str, str, list[str]]]]
+"""Run id, config, history, and artifacts: kind, name, what it refers to."""
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """What each start of a run has left in its `wandb/` folder, in order."""
+    return [read_file(file) for file in sorted(folder.glob("offline-run-*/run-*.wandb"))]
+
+
+def read_file(file: Path) -> Run:
     run_id, config, history, artifacts = "", {}, [], []
     for record in records(file):
         kind = record.WhichOneof("record_type")

@@ -7,6 +7,7 @@ section by section.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,7 +111,8 @@ def _first_problem(cls: type[BaseModel], error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if isinstance(problem["input"], dict):
         return f"`{field}`: {message}"
-    return f"`{field}` is {problem['input']!r}: {message[:1].lower()}{message[1:]}."
+    value = re.sub(r"//[^/]*@", "//…@", repr(problem["input"]))  # a URI may hold keys
+    return f"`{field}` is {value}: {message[:1].lower()}{message[1:]}."
 
 
 def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:

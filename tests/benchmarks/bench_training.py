@@ -5,17 +5,24 @@
 
 - Preparation alone, one core: draw, crop, mask and pack blocks that are in memory, rows of 4,096
   tokens; reading and decompressing are not counted. Packing efficiency is that of these rows.
-- The stream, all cores: from the Parquet shards to global batches, through Ray Data.
+- The stream, all cores: from the Parquet shards to global batches, through Ray Data. And the part
+  of it that is one process at any size, the feeder: what it hands out with its rows ready in
+  memory, in tokens and, to one reader, in batches.
 - Training steps of one ESM-2 shape in fp32 on the same proteins, each peer in a process of its own,
   in turn, all cores; tokens are unpadded ones, and figures medians over the rounds:
   raptide (jobs/pretrain_model.py with one worker: Ray Train, DeepSpeed, stream, W&B offline), a
   bare PyTorch loop over raptide's model and rows, and transformers' EsmForMaskedLM on padded
   batches of as many sequences, in file order and sorted by length.
+- A checkpoint of a 35 M model: how long training stands still for it, against how long one takes
+  until it counts with no training beside it, which is the cost of a save that everything waits for.
+- Resume: from the start of the command to the first step that is logged, at 1% and at 90% of an
+  epoch, with a model so small that the time is Ray's, DeepSpeed's and the stream's.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -26,6 +33,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ray
 from machine import publish
 from synthetic_proteins import write_proteins
 
@@ -33,14 +41,34 @@ from raptide.alphabet import ESM_33
 from raptide.cluster import ray_session
 from raptide.data.build import BuildSettings, build_corpus
 from raptide.data.corpus import Corpus
+from raptide.data.feeder import BatchReader, Feeder
 from raptide.data.rows import RowSettings, pack_block
-from raptide.data.stream import Cursor, Source, StreamPlan, StreamSettings, global_batches
+from raptide.data.stream import (
+    Cursor,
+    GlobalBatch,
+    Source,
+    StreamPlan,
+    StreamSettings,
+    _split_tables,
+    _to_batch,
+    _to_table,
+    global_batches,
+    prepare_rows,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("raptide", "ray", "torch", "deepspeed", "transformers", "numpy", "pyarrow")
-PEERS = ("raptide", "bare loop", "transformers, file order", "transformers, sorted")
+PEERS = {
+    "raptide": None,
+    "bare loop": "vs_bare_loop",
+    "transformers, file order": "vs_transformers_file_order",
+    "transformers, sorted": "vs_transformers_sorted",
+}
+"""Who trains, and the name of the ratio of raptide's speed to theirs."""
+
 ROW_TOKENS = 1024
-LOG_EVERY = 1
+PARTS = ("stream", "steps", "checkpoint", "resume")
+RESUME_PROTEINS = 20_000
 
 
 def main() -> None:
@@ -52,6 +80,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="packed rows of 1,024 tokens in a step")
     parser.add_argument("--steps", type=int, default=6, help="steps of each peer in a round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -60,28 +89,38 @@ def main() -> None:
 
 
 def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
-    fasta = scratch / "proteins.fasta"
-    write_proteins(fasta, args.proteins)
+    report: dict[str, Any] = {"ratios": {}, "preset": args.preset}
+    ratios = report["ratios"]
     with ray_session(num_cpus=len(os.sched_getaffinity(0))):
-        corpus = build_corpus([fasta], scratch / "corpus", BuildSettings())
-        prepared = measure_preparation(corpus, args.rounds)
-        streamed = measure_stream(corpus)
-    steps = measure_steps(scratch, corpus, args)
-    speed = {name: statistics.median(rounds) for name, rounds in steps["tokens_per_s"].items()}
-    ours = speed["raptide"]
-    return {
-        "ratios": {
-            "prepare_tokens_per_s": prepared["tokens_per_s"],
-            "stream_tokens_per_s": streamed,
-            "packing_efficiency": prepared["efficiency"],
-            "data_wait_fraction": statistics.median(steps["data_wait_fraction"]),
-            "vs_transformers_file_order": ours / speed["transformers, file order"],
-            "vs_transformers_sorted": ours / speed["transformers, sorted"],
-            "vs_bare_loop": ours / speed["bare loop"],
-        },
-        "preset": args.preset,
-        "tokens_per_s": steps["tokens_per_s"],
-    }
+        corpus = synthetic_corpus(scratch, args.proteins)
+        few = synthetic_corpus(scratch, RESUME_PROTEINS)
+        if "stream" in args.parts:
+            prepared = measure_preparation(corpus, args.rounds)
+            ratios["prepare_tokens_per_s"] = prepared["tokens_per_s"]
+            ratios["stream_tokens_per_s"] = measure_stream(corpus)
+            ratios["packing_efficiency"] = prepared["efficiency"]
+            report["feeder"] = measure_feeder(corpus)
+    if "steps" in args.parts:
+        steps = measure_steps(scratch, corpus, args)
+        speed = {name: statistics.median(rounds) for name, rounds in steps["tokens_per_s"].items()}
+        ratios["data_wait_fraction"] = statistics.median(steps["data_wait_fraction"])
+        for name, ratio in PEERS.items():
+            if ratio is not None:
+                ratios[ratio] = speed["raptide"] / speed[name]
+        report["tokens_per_s"] = steps["tokens_per_s"]
+    if "checkpoint" in args.parts:
+        report["checkpoint"] = measure_checkpoint(scratch, corpus)
+        stall, whole = (report["checkpoint"][name] for name in ("stall_s", "alone_s"))
+        ratios["checkpoint_stall_vs_sync"] = statistics.median(stall) / whole
+    if "resume" in args.parts:
+        report["resume_s"] = measure_resume(scratch, few)
+    return report
+
+
+def synthetic_corpus(scratch: Path, proteins: int) -> Corpus:
+    fasta = scratch / f"{proteins}.fasta"
+    write_proteins(fasta, proteins)
+    return build_corpus([fasta], scratch / f"corpus-{proteins}", BuildSettings())
 
 
 def measure_preparation(corpus: Corpus, rounds: int) -> dict[str, float]:
@@ -100,16 +139,50 @@ def measure_preparation(corpus: Corpus, rounds: int) -> dict[str, float]:
 
 def measure_stream(corpus: Corpus) -> float:
     """Unpadded tokens per second of global batches, after the first one."""
-    settings = StreamSettings(row_tokens=ROW_TOKENS, batch_rows=1024)
-    plan = StreamPlan((Source(str(corpus.path), corpus.digest),), settings, "esm-33")
-    count = 50
-    tokens = 0
-    batches = global_batches(plan, Cursor(), count)
+    count, tokens = 50, 0
+    batches = global_batches(plan_of(corpus, batch_rows=1024), Cursor(), count)
     next(batches)
     started = time.perf_counter()
     for batch in batches:
-        tokens += sum(int(fill.sum()) for fill in batch.rows.segments)
+        tokens += batch.num_tokens
     return tokens / (time.perf_counter() - started)
+
+
+class ReadyFeeder(Feeder):
+    """A feeder that hands out one batch again and again, so that nothing but handing out counts."""
+
+    def __init__(self, batch: GlobalBatch, num_readers: int) -> None:
+        self._batches = itertools.repeat(batch)
+        self._num_readers = num_readers
+        self._produced = 0
+        self._kept = {}
+        self._failure = None
+
+
+def measure_feeder(corpus: Corpus) -> dict[str, float]:
+    """Unpadded tokens per second of cutting alone, and calls per second of the actor."""
+    plan = plan_of(corpus, batch_rows=128)
+    tables = [_to_table(prepare_rows(plan, 0, place), 0, place) for place in range(2)]
+    tokens, started = 0, time.perf_counter()
+    while time.perf_counter() - started < 5:
+        batch, _ = _split_tables(tables, 128)
+        cut = _to_batch(batch, ROW_TOKENS)
+        ray.put(cut)
+        tokens += cut.num_tokens
+    seconds = time.perf_counter() - started
+    feeder = ray.remote(num_cpus=0)(ReadyFeeder).remote(cut, 1)
+    reader = BatchReader(feeder, timeout_s=60)
+    calls, began = 2000, 0.0
+    for index, _ in enumerate(reader.batches(calls)):
+        if index == 99:
+            began = time.perf_counter()
+    calls_per_s = (calls - 100) / (time.perf_counter() - began)
+    return {"tokens_per_s": tokens / seconds, "calls_per_s": calls_per_s}
+
+
+def plan_of(corpus: Corpus, batch_rows: int) -> StreamPlan:
+    settings = StreamSettings(row_tokens=ROW_TOKENS, batch_rows=batch_rows)
+    return StreamPlan((Source(str(corpus.path), corpus.digest),), settings, "esm-33")
 
 
 def measure_steps(scratch: Path, corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
@@ -130,30 +203,84 @@ def measure_steps(scratch: Path, corpus: Corpus, args: argparse.Namespace) -> di
 
 def run_raptide(folder: Path, corpus: Corpus, args: argparse.Namespace) -> tuple[float, float]:
     """A real run of one worker; its first step, which warms up, does not count."""
-    recipe = folder.with_suffix(".yaml")
     steps = args.steps + 1
-    tree = {
-        "name": "bench",
-        "corpus": str(corpus.path),
-        "stream": {"row_tokens": ROW_TOKENS, "batch_rows": args.rows},
-        "model": {"preset": args.preset},
-        "training": {"steps": steps, "micro_batch_rows": args.rows, "precision": "fp32"},
-        "cluster": {"workers": 1, "device": "cpu", "cpus_per_worker": os.cpu_count()},
-        "evaluation": {"every_steps": steps, "blocks": 1},
-        "checkpoint": {"every_steps": steps},
-        "tracking": {"mode": "offline", "log_every": LOG_EVERY},
-    }
-    recipe.write_text(json.dumps(tree))  # YAML reads JSON
-    subprocess.run(
-        [sys.executable, ROOT / "jobs/pretrain_model.py", "--config", recipe, "--output", folder],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())},
-    )
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    tree = recipe_of(corpus, args.preset, args.rows, steps)
+    lines = run_job(folder, tree)
     measured = [line for line in lines if 1 < line["trainer/global_step"] <= steps]
     speed = statistics.median(line["speed/tokens_per_s"] for line in measured)
     return speed, statistics.median(line["speed/data_wait_fraction"] for line in measured)
+
+
+def recipe_of(corpus: Corpus, preset: str, rows: int, steps: int) -> dict[str, Any]:
+    return {
+        "name": "bench",
+        "corpus": str(corpus.path),
+        "stream": {"row_tokens": ROW_TOKENS, "batch_rows": rows},
+        "model": {"preset": preset},
+        "training": {"steps": steps, "micro_batch_rows": rows, "precision": "fp32"},
+        "cluster": {"workers": 1, "device": "cpu", "cpus_per_worker": os.cpu_count()},
+        "evaluation": {"every_steps": steps, "blocks": 1},
+        "checkpoint": {"every_steps": steps},
+        "tracking": {"mode": "offline", "log_every": 1},
+    }
+
+
+def run_job(folder: Path, tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run jobs/pretrain_model.py to its end; the metrics of all its steps."""
+    recipe = folder.with_suffix(".yaml")
+    recipe.write_text(json.dumps(tree))  # YAML reads JSON
+    assert start_job("--config", recipe, "--output", folder).wait() == 0
+    return read_metrics(folder)
+
+
+def start_job(*arguments: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, ROOT / "jobs/pretrain_model.py", *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())},
+    )
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    whole_lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]
+    return [json.loads(line) for line in whole_lines]
+
+
+def measure_checkpoint(scratch: Path, corpus: Corpus) -> dict[str, Any]:
+    """Seconds that training stood still for each checkpoint, and what the last took, alone."""
+    tree = recipe_of(corpus, "esm2_t12_35M", rows=1, steps=12)
+    tree["checkpoint"] = {"every_steps": 4}
+    folder = scratch / "checkpoints"
+    lines = run_job(folder, tree)
+    *beside, last = [line for line in lines if "speed/checkpoint_stall_s" in line]
+    newest = max((folder / "checkpoints").glob("step-*"))
+    return {
+        "bytes": sum(file.stat().st_size for file in newest.rglob("*") if file.is_file()),
+        "stall_s": [line["speed/checkpoint_stall_s"] for line in beside],
+        "alone_s": last["speed/checkpoint_s"],
+    }
+
+
+def measure_resume(scratch: Path, corpus: Corpus) -> dict[str, float]:
+    """Seconds from the start of the command to its first step, by the place in the epoch."""
+    rows, folder = 32, scratch / "resumed"
+    epoch = corpus.manifest["counts"]["train"]["residues"] / (rows * ROW_TOKENS)
+    found = {}
+    for place in (0.01, 0.9):
+        steps = max(1, round(place * epoch))
+        if not found:
+            tree = recipe_of(corpus, "esm2_t6_8M", rows, steps)
+            run_job(folder, tree | {"model": {"layers": 1, "width": 16, "heads": 2}})
+        else:
+            assert start_job("--resume", folder, f"training.steps={steps}").wait() == 0
+        began = time.perf_counter()
+        job = start_job("--resume", folder, f"training.steps={steps + 3}")
+        while read_metrics(folder)[-1]["trainer/global_step"] == steps:
+            time.sleep(0.1)
+        found[f"{place:.0%}"] = time.perf_counter() - began
+        assert job.wait() == 0
+        assert read_metrics(folder)[-1]["progress/epoch"] == 0
+    return found
 
 
 def run_peer(name: str, corpus: Corpus, args: argparse.Namespace) -> float:
@@ -169,9 +296,25 @@ def run_peer(name: str, corpus: Corpus, args: argparse.Namespace) -> float:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    print(f"\nTraining steps of {report['preset']}, unpadded tokens a second, every round")
-    for name, rounds in report["tokens_per_s"].items():
-        print(f"  {name:26}" + "".join(f"{speed:10,.0f}" for speed in rounds))
+    if "tokens_per_s" in report:
+        print(f"\nTraining steps of {report['preset']}, unpadded tokens a second, every round")
+        for name, rounds in report["tokens_per_s"].items():
+            print(f"  {name:26}" + "".join(f"{speed:10,.0f}" for speed in rounds))
+    if "checkpoint" in report:
+        found = report["checkpoint"]
+        stalls = ", ".join(f"{seconds:.2f}" for seconds in found["stall_s"])
+        print(
+            f"A checkpoint of {found['bytes'] / 1e9:.2f} GB: training stood still for {stalls} s; "
+            f"alone it took {found['alone_s']:.2f} s"
+        )
+    if "feeder" in report:
+        found = report["feeder"]
+        print(
+            f"The feeder alone: {found['tokens_per_s']:,.0f} tokens/s cut, "
+            f"{found['calls_per_s']:,.0f} batches/s handed out"
+        )
+    for place, seconds in report.get("resume_s", {}).items():
+        print(f"Resume at {place} of an epoch: first step after {seconds:.1f} s")
     for name, ratio in report["ratios"].items():
         print(f"  {name:34} {ratio:16,.3f}")
     print(json.dumps(report["machine"]))

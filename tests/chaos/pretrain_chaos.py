@@ -92,9 +92,18 @@ def proteome_corpus(folder: Path) -> Corpus:
 
 
 def chaos_recipe(
-    corpus: Corpus, steps: int, zero_stage: int, workers: tuple[int, int], **training: Any
+    corpus: Corpus,
+    steps: int,
+    zero_stage: int,
+    workers: tuple[int, int],
+    *,
+    anywhere: bool = False,
 ) -> Recipe:
-    """A tiny model in fp32, whose steps say exactly what they trained on."""
+    """A tiny model in fp32, whose steps say exactly what they trained on.
+
+    Args:
+        anywhere: workers need no node of their own.
+    """
     tree = {
         "name": "chaos",
         "corpus": str(corpus.path),
@@ -107,12 +116,11 @@ def chaos_recipe(
             "precision": "fp32",
             "zero_stage": zero_stage,
             "zero3_keep_whole_below": 0,
-            **training,
         },
         "cluster": {
             "workers": list(workers),
             "device": "cpu",
-            "worker_resources": {TRAINER: 1},
+            "worker_resources": {} if anywhere else {TRAINER: 1},
             "resize_check_s": 5,
             "max_failures": -1,
         },

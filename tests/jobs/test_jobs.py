@@ -142,6 +142,35 @@ def test_a_typing_error_costs_no_earlier_corpus_or_run(demo):
     assert Corpus.open(folder / "corpora/demo").manifest["counts"]["train"]["clusters"] == 1876
 
 
+def test_a_dry_run_prints_the_plan_and_trains_nothing(demo):
+    folder, _ = demo
+    recipe = ["--config", ROOT / "jobs/recipes/demo.yaml", "--output", "runs/dry"]
+    settings = ["corpus=corpora/demo", "cluster.workers=[1,4]", "evaluation.asynchronous=true"]
+    every = ["evaluation.every_steps=100"]
+    done = job("pretrain_model.py", *recipe, "--dry-run", *settings, *every, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "every file verified",
+        "1876 sequences (representatives), about",
+        "or 4 workers, 1 times 4 rows",
+        "300 steps, at most 2,457,600 tokens",
+        "with 1 workers (weights",
+        "with 4 workers (weights",
+        "3 of about 0.02 GB, the newest 2 kept, in the run folder",
+        "3 on 4 held-out blocks, beside the training",
+        "ZeRO 2, fp32, its own check passed",
+    ):
+        assert part in done.stdout.replace("1,876", "1876"), done.stdout
+    assert not (folder / "runs/dry").exists()
+    shard = next((folder / "corpora/demo").glob("heldout-*.parquet"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    damaged = job("pretrain_model.py", *recipe, "--dry-run", *settings, *every, cwd=folder)
+    shard.write_bytes(content)
+    assert damaged.returncode == 2
+    assert f"{shard.name} is damaged" in damaged.stderr
+
+
 def test_sigterm_ends_a_job_and_its_ray(demo, tmp_path):
     """Ray installs a handler of its own, which must not win."""
     script = str(ROOT / "jobs/pretrain_model.py")

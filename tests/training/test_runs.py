@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from offline_wandb import read_run
+from offline_wandb import read_runs
 from small_runs import EVERY, STEPS, as_recipe, losses, make_recipe, run_to_the_end
 from transformers import EsmForMaskedLM
 
@@ -70,8 +70,20 @@ def test_the_bundle_opens_in_transformers_and_in_the_engine(whole):
     assert engine.embed(["MKTAYIAKQR"]).shape == (1, 64)
 
 
+CHARTS = {
+    *("train/loss", "train/ece", "train/grad_norm", "train/lr"),
+    *("train/nonfinite_targets", "train/spikes"),
+    *("progress/tokens", "progress/epoch"),
+    *("speed/step_s", "speed/tokens_per_s", "speed/padded_tokens_per_s"),
+    *("speed/padding_percent", "speed/data_wait_fraction", "speed/model_tflops"),
+    *("speed/checkpoint_s", "speed/checkpoint_stall_s"),
+    *("system/memory_gb", "system/workers", "system/restarts"),
+    *("eval/ece", "eval/ece_masked", "eval/accuracy_masked", "eval/ece_length/1-128"),
+}
+
+
 def test_wandb_holds_the_run_and_its_lineage_under_its_stable_id(whole, corpus):
-    run_id, config, history, artifacts = read_run(whole.folder / "wandb")
+    ((run_id, config, history, artifacts),) = read_runs(whole.folder / "wandb")
     assert run_id == json.loads((whole.folder / "run.json").read_text())["wandb_run_id"]
     assert config["model"]["width"] == 64
     assert config["corpus_manifest"]["digest"] == corpus.digest
@@ -81,7 +93,7 @@ def test_wandb_holds_the_run_and_its_lineage_under_its_stable_id(whole, corpus):
         ("model", f"model-{run_id}", sorted(file.as_uri() for file in whole.bundle.iterdir())),
     ]
     assert [row["trainer/global_step"] for row in history] == list(range(1, STEPS + 1))
-    assert {"train/loss", "train/lr", "train/grad_norm", "speed/tokens_per_s"} <= set(history[0])
+    assert set(history[-1]) >= CHARTS
     assert history[-1]["eval/ece"] == pytest.approx(whole.heldout_ece.all_chosen)
 
 
@@ -127,8 +139,10 @@ def test_a_resume_with_another_stream_or_model_is_refused(whole, corpus):
         prepare_run(other_model, whole.folder, resume=True)
 
 
-def kill_a_worker(run: Path, *, restarts: int, at_step: int, which: int) -> None:
-    """SIGKILL one training worker once the run, after so many restarts, has logged a step."""
+def signal_a_worker(
+    run: Path, number: signal.Signals, *, restarts: int, at_step: int, which: int
+) -> None:
+    """Signal one training worker once the run, after so many restarts, has logged a step."""
     deadline = time.monotonic() + 240
     while (restarts, at_step) not in logged(run):
         assert time.monotonic() < deadline, "the run never got that far"
@@ -138,7 +152,7 @@ def kill_a_worker(run: Path, *, restarts: int, at_step: int, which: int) -> None
         for process in psutil.process_iter(["cmdline"])  # None for one that is just ending
         if process.info["cmdline"] and "ray::RayTrainWorker" in process.info["cmdline"][0]
     ]
-    os.kill(sorted(workers)[which], signal.SIGKILL)
+    os.kill(sorted(workers)[which], number)
 
 
 def logged(run: Path) -> set[tuple[int, int]]:
@@ -149,15 +163,16 @@ def logged(run: Path) -> set[tuple[int, int]]:
     return {(row["system/restarts"], row["trainer/global_step"]) for row in rows}
 
 
-def test_killed_workers_change_nothing(whole, corpus, tmp_path):
+def test_killed_and_hanging_workers_change_nothing(whole, corpus, tmp_path):
     results = []
-    recipe = as_recipe(make_recipe(corpus))
+    recipe = as_recipe(make_recipe(corpus), hang_timeout_s=40)
     thread = threading.Thread(
         target=lambda: results.append(run_to_the_end(recipe, tmp_path / "run"))
     )
     thread.start()
-    kill_a_worker(tmp_path / "run", restarts=0, at_step=EVERY + 2, which=0)
-    kill_a_worker(tmp_path / "run", restarts=1, at_step=2 * EVERY, which=-1)
+    run = tmp_path / "run"
+    signal_a_worker(run, signal.SIGKILL, restarts=0, at_step=EVERY + 2, which=0)
+    signal_a_worker(run, signal.SIGSTOP, restarts=1, at_step=2 * EVERY, which=-1)
     thread.join()
     (killed,) = results
     assert (2, STEPS) in logged(killed.folder), "a kill came too late to interrupt anything"
@@ -168,6 +183,14 @@ def test_killed_workers_change_nothing(whole, corpus, tmp_path):
     assert 1 <= killed.audit.longest_redone < 2 * EVERY, "a save may have been on its way"
     same = [(r.bundle / "model.safetensors").read_bytes() for r in (killed, whole)]
     assert same[0] == same[1], "the weights differ in at least one bit"
+    (stack,) = (run / "hangs").iterdir()  # the other worker was stopped, and could not write
+    assert "all_reduce" in stack.read_text(), "it did not wait for the one that was stopped"
+    tracked = read_runs(run / "wandb")
+    info = json.loads((run / "run.json").read_text())
+    assert [run_id for run_id, *_ in tracked] == 3 * [info["wandb_run_id"]]
+    steps = [[row["trainer/global_step"] for row in history] for _, _, history, _ in tracked]
+    assert [sorted(each) for each in steps] == steps
+    assert steps[-1][-1] == STEPS
 
 
 def test_a_damaged_block_ends_the_run_at_once_with_its_name(corpus, tmp_path):

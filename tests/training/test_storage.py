@@ -134,6 +134,6 @@ def test_a_full_disk_stops_the_run_or_not_and_the_last_good_checkpoint_stays(cor
         assert [info.base_name for info in listed(saved.storage)] == [saved.name], "nothing half"
         saved.storage.filesystem.delete_dir(saved.storage.path)
         tree["checkpoint"]["when_unsaved"] = "stop"
-        with pytest.raises(CheckpointUnsaved, match="step-00000012 could not be saved .*No space"):
+        with pytest.raises(CheckpointUnsaved, match=r"step-00000012 could not be saved .*No space"):
             run_to_the_end(as_recipe(tree), tmp_path / "stops")
         assert newest_checkpoint(Storage.of_run(tmp_path / "stops")).step == EVERY

@@ -24,7 +24,7 @@ def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoi
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    model = _build_model(recipe, fresh=saved is None)
+    model = build_model(recipe, fresh=saved is None)
     model.checkpoint_activations = recipe.training.checkpoint_activations
     if recipe.training.compile:
         model.compile_tokenwise()
@@ -43,7 +43,7 @@ def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoi
     return engine
 
 
-def _build_model(recipe: Recipe, *, fresh: bool) -> Esm:
+def build_model(recipe: Recipe, *, fresh: bool) -> Esm:
     """The model, with the weights it starts from unless a checkpoint will bring others."""
     model = Esm(recipe.model).initialise(recipe.training.seed)
     if recipe.init_from is None:

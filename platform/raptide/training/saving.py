@@ -1,7 +1,8 @@
 """Saving: DeepSpeed writes to local scratch while training waits, all else goes on behind it.
 
-save()     every rank writes its shards to scratch, rank 0 the bundle too
-_send()    in Ray Train's upload thread: hash the files and copy them to the storage
+save()     every rank writes its shards to scratch
+_send()    in Ray Train's upload thread: rank 0 writes the bundle; hash the files and copy them to
+           the storage
 _finish()  once every rank has sent its files, rank 0 writes the manifest: now it counts
 """
 
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train import CheckpointUploadMode
+from safetensors import SafetensorError
 
 from raptide.training.checkpoint import (
     CHUNK,
@@ -63,6 +66,7 @@ class CheckpointWriter:
         self._needed_bytes = needed_bytes
         self._storage = Storage.of_ray_train()
         self._manifest: dict[str, Any] = {}
+        self._write_bundle: Callable[[], None] | None = None
         self._idle = threading.Event()
         self._idle.set()
         self.unevaluated: set[str] = set()
@@ -84,7 +88,7 @@ class CheckpointWriter:
 
         Args:
             manifest: what rank 0 writes, without `files`.
-            write_bundle: called with the bundle's folder on rank 0.
+            write_bundle: called with the bundle's folder on rank 0, while training goes on.
             evaluate: let Ray Train evaluate the checkpoint once it is there.
         """
         self.wait()
@@ -96,8 +100,9 @@ class CheckpointWriter:
         folder = self._scratch / name
         shutil.rmtree(folder, ignore_errors=True)
         engine.save_checkpoint(str(folder / ZERO), tag=ZERO_TAG, save_latest=False)
+        self._write_bundle = None
         if dist.get_rank() == 0:
-            write_bundle(folder / MODEL)
+            self._write_bundle = partial(write_bundle, folder / MODEL)
             discard(self._storage, name)  # what an interrupted save has left
             if evaluate:
                 self.unevaluated.add(name)
@@ -132,8 +137,10 @@ class CheckpointWriter:
         problem = None
         try:
             try:
+                if self._write_bundle is not None:
+                    self._write_bundle()
                 files = send_folder(Path(local.path), self._storage, name)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 problem = f"rank {rank}: {error}"
             ray.get(self._board.sent.remote(self._attempt, name, rank, files, problem))
             if rank == 0:
