@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import signal
@@ -94,6 +95,7 @@ def training_processes() -> Iterator[int]:
 @contextmanager
 def moving_cluster(nodes: int) -> Iterator[MovingCluster]:
     """A cluster for the length of a block, with a token of its own."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as scratch:
         token = Path(scratch) / "token"
         token.write_text(secrets.token_hex(32))

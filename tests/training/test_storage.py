@@ -93,8 +93,10 @@ def test_a_run_goes_on_from_a_bucket_past_a_damaged_checkpoint(whole, stored, ca
     )
     assert resumed.step == STEPS // 2 + 2
     assert resumed.audit.redone_steps == EVERY
-    audit, curve = audited_steps(whole.folder), losses(whole.folder)
-    assert audited_steps(run.folder) == {step: audit[step] for step in range(1, resumed.step + 1)}
+    audit, curve = dict(audited_steps(whole.folder)), losses(whole.folder)
+    assert dict(audited_steps(run.folder)) == {
+        step: audit[step] for step in range(1, resumed.step + 1)
+    }
     for step, loss in losses(run.folder).items():
         assert loss == pytest.approx(curve[step], abs=1e-4)
 

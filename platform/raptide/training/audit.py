@@ -9,11 +9,14 @@ A step that was redone after a restart counts by its last attempt.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Any
 
 from raptide.data.stream import GlobalBatch
 
@@ -29,6 +32,8 @@ class AuditWriter:
     def __init__(self, run: Path, rank: int, attempt: int) -> None:
         (run / AUDIT).mkdir(exist_ok=True)
         self._file = (run / AUDIT / f"rank-{rank:05d}.jsonl").open("a")
+        if self._file.tell():
+            self._file.write("\n")  # ends the half line that a killed worker may have left
         self._attempt = attempt
 
     def write(self, step: int, batch: GlobalBatch, first: int, last: int) -> None:
@@ -70,34 +75,40 @@ class Audit:
     """The most steps that one restart did again."""
 
 
-def audited_steps(run: Path) -> dict[int, list[AuditedRow]]:
-    """The rows of each step in the order of the global batch, by the last attempt at it."""
-    last: dict[int, tuple[int, list[AuditedRow]]] = {}
-    for line in _lines(run):
-        attempt, rows = last.get(line["step"], (0, []))
-        if line["attempt"] > attempt:
-            attempt, rows = line["attempt"], []
-        if line["attempt"] == attempt:
-            last[line["step"]] = attempt, rows + [tuple(row) for row in line["rows"]]
-    return {step: last[step][1] for step in sorted(last)}
+def audited_steps(run: Path) -> Iterator[tuple[int, list[AuditedRow]]]:
+    """The rows of each step in the order of the global batch, by the last attempt at it.
+
+    For runs that have ended: each attempt goes on from a step that is no earlier than where the one
+    before went on from, so the lines that count lie in order in every file.
+    """
+    last = {step: max(attempts) for step, attempts in _attempts(run).items()}
+    ranks = (
+        (line for line in _lines(file) if line["attempt"] == last[line["step"]])
+        for file in _files(run)
+    )
+    merged = heapq.merge(*ranks, key=_step)  # equal steps come in the order of the ranks
+    for step, lines in groupby(merged, key=_step):
+        yield step, [tuple(row) for line in lines for row in line["rows"]]
 
 
 def write_audit(run: Path) -> Audit:
     """Read the audit of a finished run and write its summary."""
-    steps = audited_steps(run)
-    digest = hashlib.sha256(json.dumps(list(steps.items())).encode()).hexdigest()
+    digest, rows, steps = hashlib.sha256(), 0, 0
+    for step in audited_steps(run):
+        digest.update(json.dumps(step).encode())
+        rows, steps = rows + len(step[1]), steps + 1
     ends: dict[int, tuple[int, int]] = {}  # first and last step of each attempt
-    for line in _lines(run):
-        first, end = ends.get(line["attempt"], (line["step"], 0))
-        ends[line["attempt"]] = min(first, line["step"]), max(end, line["step"])
+    for done, attempts in _attempts(run).items():
+        for attempt in attempts:
+            first, end = ends.get(attempt, (done, done))
+            ends[attempt] = min(first, done), max(end, done)
     redone = [
-        max(0, ends[before][1] - ends[after][0] + 1)
-        for before, after in zip(sorted(ends), sorted(ends)[1:], strict=False)
+        max(0, ends[before][1] - ends[after][0] + 1) for before, after in pairwise(sorted(ends))
     ]
     audit = Audit(
-        steps=len(steps),
-        rows=sum(map(len, steps.values())),
-        digest=digest,
+        steps=steps,
+        rows=rows,
+        digest=digest.hexdigest(),
         attempts=len(ends),
         redone_steps=sum(redone),
         longest_redone=max(redone, default=0),
@@ -106,15 +117,28 @@ def write_audit(run: Path) -> Audit:
     return audit
 
 
-def _lines(run: Path) -> Iterator[dict]:
-    """Every line that was written whole, rank by rank; a killed worker may leave a half one."""
-    for file in sorted((run / AUDIT).glob("rank-*.jsonl")):
-        by_attempt: dict[int, list[dict]] = defaultdict(list)
-        for text in file.read_text().splitlines():
+def _attempts(run: Path) -> dict[int, set[int]]:
+    """The attempts at each step, over all ranks."""
+    attempts: dict[int, set[int]] = defaultdict(set)
+    for file in _files(run):
+        for line in _lines(file):
+            attempts[line["step"]].add(line["attempt"])
+    return attempts
+
+
+def _files(run: Path) -> list[Path]:
+    return sorted((run / AUDIT).glob("rank-*.jsonl"))
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Every line that was written whole; a killed worker may leave a half one."""
+    with file.open() as lines:
+        for text in lines:
             try:
-                line = json.loads(text)
+                yield json.loads(text)
             except ValueError:
                 continue
-            by_attempt[line["attempt"]].append(line)
-        for attempt in sorted(by_attempt):
-            yield from by_attempt[attempt]
+
+
+def _step(line: dict[str, Any]) -> int:
+    return line["step"]
