@@ -25,11 +25,11 @@ os.environ |= {
     "WANDB_MODE": "offline",
 }
 
-import psutil  # noqa: E402
 import ray  # noqa: E402
 from ray._raylet import GcsClient  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 from ray.core.generated import autoscaler_pb2  # noqa: E402
+from training_processes import training_processes  # noqa: E402
 
 
 class MovingCluster:
@@ -74,7 +74,7 @@ class MovingCluster:
 
     def kill_worker(self, which: int) -> bool:
         """SIGKILL one training process; whether there was one."""
-        workers = sorted(training_processes())
+        workers = training_processes()
         if not workers:
             return False
         os.kill(workers[which % len(workers)], signal.SIGKILL)
@@ -83,13 +83,6 @@ class MovingCluster:
     def shutdown(self) -> None:
         ray.shutdown()
         self._cluster.shutdown()
-
-
-def training_processes() -> Iterator[int]:
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"]  # None for one that is just ending
-        if command and "ray::RayTrainWorker" in command[0]:
-            yield process.pid
 
 
 @contextmanager

@@ -9,11 +9,18 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from offline_wandb import read_runs
-from small_runs import EVERY, STEPS, as_recipe, losses, make_recipe, run_to_the_end
+from small_runs import (
+    EVERY,
+    STEPS,
+    as_recipe,
+    losses,
+    make_recipe,
+    run_to_the_end,
+)
+from training_processes import training_processes
 from transformers import EsmForMaskedLM
 
 from raptide.errors import (
@@ -147,12 +154,7 @@ def signal_a_worker(
     while (restarts, at_step) not in logged(run):
         assert time.monotonic() < deadline, "the run never got that far"
         time.sleep(0.02)
-    workers = [
-        process.pid
-        for process in psutil.process_iter(["cmdline"])  # None for one that is just ending
-        if process.info["cmdline"] and "ray::RayTrainWorker" in process.info["cmdline"][0]
-    ]
-    os.kill(sorted(workers)[which], number)
+    os.kill(training_processes()[which], number)
 
 
 def logged(run: Path) -> set[tuple[int, int]]:
