@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import venv
 from collections.abc import Iterator
@@ -37,9 +38,9 @@ STOP_S = 60.0
 ROLES = {
     "proxy": ("ProxyActor", "HAProxyManager", "haproxy"),
     "gateway": ("ServeReplica:raptide:Gateway",),
-    "engine": ("ServeReplica:raptide:Replica",),
+    "engine": ("ServeReplica:raptide:",),
 }
-"""How Raptide's processes are called, as their command lines begin."""
+"""How Raptide's processes are called, as their command lines begin; the first that fits counts."""
 
 
 class Server:
@@ -94,25 +95,29 @@ def raptide_server(model: Path, scratch: Path, *, haproxy: str | None = None) ->
         "PYTHONPATH": str(ROOT),
     }
     name = "raptide"
-    if haproxy is not None:
-        name = "raptide, HAProxy"
-        # Serve adds the node's id of 56 letters, and a socket's path may have 97.
-        place = scratch.parent / f"hp{port}"
-        place.mkdir()
-        env |= {
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy,
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(place / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(place / "admin.sock"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(place),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(place / "server-state"),
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-            "RAY_SERVE_HAPROXY_NBTHREAD": str(CORES),
-        }
     command = [str(Path(sys.executable).parent / "serve"), "run", str(file)]
-    with _serving(name, command, port, scratch, "/readyz", env) as server:
-        yield server
+    # Serve adds the node's id of 56 letters, and a socket's path may have 97.
+    with tempfile.TemporaryDirectory(prefix="hp") as place:
+        if haproxy is not None:
+            name = "raptide, HAProxy"
+            env |= _haproxy_settings(haproxy, place)
+        with _serving(name, command, port, scratch, "/readyz", env) as server:
+            yield server
+
+
+def _haproxy_settings(binary: str, folder: str) -> dict[str, str]:
+    """Serve's HAProxy mode, with files and ports of its own."""
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": binary,
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(CORES),
+    }
 
 
 @contextmanager
@@ -180,6 +185,10 @@ class EngineAlone:
         self._process.stdin.write(json.dumps(sequences) + "\n")
         self._process.stdin.flush()
         return self._read()
+
+    def cpu_s(self) -> float:
+        """CPU seconds so far."""
+        return sum(psutil.Process(self._process.pid).cpu_times()[:2])
 
     def __enter__(self) -> EngineAlone:
         return self

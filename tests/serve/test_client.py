@@ -10,12 +10,14 @@ from dataclasses import replace
 import numpy as np
 import psutil
 import pytest
+import torch
 from ray import serve as ray_serve
 
 from raptide import Client, ConfigError, SequenceError
 from raptide.inference.engine import Engine
 from raptide.model.bundle import write_bundle
 from raptide.model.config import ModelSettings
+from raptide.model.contacts import ContactHead
 from raptide.model.transformer import Esm
 from raptide.model.weights import Weights
 from serve.app import build
@@ -27,8 +29,9 @@ VARIANTS = ["K2A", "K2A:Q9E", "M1G"]
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     model = Esm(ModelSettings(layers=2, width=32, heads=4)).initialise(1)
+    head = ContactHead(torch.linspace(-1, 1, 8)[None], torch.zeros(1))
     folder = tmp_path_factory.mktemp("bundle")
-    write_bundle(folder, replace(Weights.of(model), lineage={"step": 5}))
+    write_bundle(folder, replace(Weights.of(model), lineage={"step": 5}, contact_head=head))
     return folder
 
 
@@ -76,6 +79,33 @@ def test_scores_are_the_engines(client, engine, method):
     assert_same(found, engine.score_sequences(SEQUENCES, method))
 
 
+@pytest.mark.parametrize("pooling", ["mean", "residue"])
+@pytest.mark.parametrize("layers", [[0], [0, -1], [2, 1, 0]])
+def test_layers_are_the_engines(client, engine, pooling, layers):
+    found = client.embed(SEQUENCES, pooling, layers)
+    assert_same(found, engine.embed(SEQUENCES, layers, pooling))
+
+
+@pytest.mark.parametrize("method", ["wt-marginals", "masked-marginals", "pseudo-ppl"])
+def test_variants_are_the_engines(client, engine, method):
+    variants = [*VARIANTS, "Q9E", "R10W"]
+    found = client.score_variants(SEQUENCES[0], variants, method)
+    assert_same(found, engine.score_variants(SEQUENCES[0], variants, method))
+    assert client.score_variants(SEQUENCES[0], []).shape == (0,)
+
+
+@pytest.mark.parametrize("method", ["wt-marginals", "masked-marginals"])
+def test_a_scan_is_the_engines(client, engine, method):
+    assert_same(client.scan(SEQUENCES[0], method), engine.scan(SEQUENCES[0], method))
+
+
+@pytest.mark.parametrize("name", ["contacts", "logits"])
+def test_tables_are_the_engines(client, engine, name):
+    expected = getattr(engine, name)(SEQUENCES)
+    assert_same(getattr(client, name)(SEQUENCES), expected)
+    assert_same(list(getattr(client, name)(iter(SEQUENCES))), expected)
+
+
 def test_a_generator_gives_a_generator(client, engine):
     results = client.embed(each for each in SEQUENCES * 5)
     assert not isinstance(results, list | np.ndarray)
@@ -93,6 +123,10 @@ def test_the_model_is_described(client, engine):
 def test_what_the_endpoint_refuses_is_the_engines_error(client, url):
     with pytest.raises(SequenceError, match=r"^Sequence 4: at most 500 residues .* 501"):
         client.embed(["MK"] * 4 + ["A" * 501])
+    with pytest.raises(SequenceError, match=r"expects A at position 2, but .* K there"):
+        client.score_variants(SEQUENCES[0], ["A2K"])
+    with pytest.raises(ConfigError, match="layer 9"):
+        client.embed(["MK"], layers=[9])
     with pytest.raises(ConfigError, match="pooling"):
         client.embed(["MK"], pooling="max")
     with Client(url, model="other") as other, pytest.raises(ConfigError, match="'other'"):
