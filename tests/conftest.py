@@ -16,6 +16,8 @@ from processes import no_orphans
 from raptide.data.build import BuildSettings, build_corpus
 from raptide.data.corpus import Corpus
 
+pytest_plugins = ["endpoints"]  # fixtures of tests/serve
+
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ["WANDB_MODE"] = "offline"
