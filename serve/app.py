@@ -2,40 +2,129 @@
 
     serve run serve.app:build model=runs/demo
     serve run serve.app:build model=runs/demo/checkpoints/step-00000400/model replicas=2 dtype=bf16
+    serve run serve/config.yaml
 
-The endpoint listens on 127.0.0.1:8000; docs at /docs. Settings: serve/settings.py.
+The endpoint listens on 127.0.0.1:8000; docs at /docs. Settings: serve/settings.py. How to secure,
+scale, update and watch it: docs/serving.md.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from ray import serve
+from ray.serve.config import (
+    AutoscalingConfig,
+    AutoscalingPolicy,
+    RequestRouterConfig,
+)
+from ray.serve.schema import LoggingConfig
 
 from raptide.config import parse_settings
 from raptide.training.checkpoint import find_bundle
 from serve.gateway import Gateway
 from serve.replica import Replica
-from serve.settings import ServeSettings
+from serve.routing import TokenRouter
+from serve.scaling import TokenScaling
+from serve.settings import ModelSettings, ServeSettings
 
-ONGOING_REQUESTS = 256
-"""Requests a gateway or a replica works on at once; the batcher needs many to fill its batches."""
+ONGOING_REQUESTS = 1024
+"""Requests a gateway or a replica works on at once. The batcher needs many to fill its batches;
+what limits them is their tokens."""
+
+QUEUED_REQUESTS = 4096
+"""Requests that wait at a gateway while there is no replica, or all have their hands full."""
+
+LOGS = LoggingConfig(encoding="JSON", enable_access_log=False)
+"""One line of JSON a request, written by the gateway (serve/guard.py)."""
+
+SURGE_PERCENT = 25
+"""Replicas, of all, that an update starts before it stops as many old ones; at least one."""
+
+METRICS_INTERVAL_S = 1.0
+"""How often replicas report their tokens to the autoscaler (Serve's default is 10)."""
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
-    """The application; `arguments` are the fields of `ServeSettings`."""
-    settings = parse_settings(ServeSettings, arguments, source="serve arguments")
-    settings = settings.model_copy(update={"model": str(find_bundle(Path(settings.model)))})
-    replica = serve.deployment(
-        Replica,
-        num_replicas=settings.replicas,
-        max_ongoing_requests=ONGOING_REQUESTS,
-        ray_actor_options={"num_cpus": 1, "num_gpus": settings.gpus_per_replica},
-    ).bind(settings)
+    """The application; `arguments` are the fields of `ServeSettings`.
+
+    Raises:
+        ConfigError, BundleError: a setting is wrong, or there is no such model.
+    """
+    return compose(parse_settings(ServeSettings, arguments, source="serve arguments"))
+
+
+def compose(settings: ServeSettings, replica: type = Replica) -> serve.Application:
+    """The application; `replica` is the class that answers."""
+    models = [
+        model.model_copy(update={"path": str(find_bundle(Path(model.path)))})
+        for model in settings.model_settings()
+    ]
+    handles = {model.name: _replicas(model, replica) for model in models}
     gateway = serve.deployment(
         Gateway,
+        num_replicas=settings.gateways,
         max_ongoing_requests=ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 0},
+        health_check_period_s=5,
+        health_check_timeout_s=15,
+        graceful_shutdown_timeout_s=60,
+        max_surge_percent=100,
+        max_constructor_retry_count=3,
+        logging_config=LOGS,
     )
-    return gateway.bind(settings, replica)
+    # The paths stay out of its arguments, so that a new checkpoint replaces replicas alone.
+    known = [model.model_copy(update={"path": ""}) for model in models]
+    return gateway.bind(settings.gateway_settings(), known, handles)
+
+
+def _replicas(model: ModelSettings, replica: type) -> serve.Application:
+    """The deployment of one model.
+
+    An update starts new replicas before it stops old ones (surge); a constructor that raises, as it
+    does for a model that does not answer as its bundle says, leaves the old ones serving.
+    """
+    scale: dict[str, Any] = {"num_replicas": model.replicas}
+    if model.max_replicas is not None:
+        scale = {"autoscaling_config": _autoscaling(model, model.max_replicas)}
+    # One core passed from thread to thread by spinning starves gateway and proxy beside it.
+    threads = str(max(1, math.floor(model.cpus_per_replica)))
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}
+    return serve.deployment(
+        replica,
+        name=f"replica-{model.name}",
+        max_ongoing_requests=ONGOING_REQUESTS,
+        max_queued_requests=QUEUED_REQUESTS,
+        ray_actor_options={
+            "num_cpus": model.cpus_per_replica,
+            "num_gpus": model.gpus_per_replica,
+            "runtime_env": {"env_vars": environment},
+        },
+        request_router_config=RequestRouterConfig(request_router_class=TokenRouter),
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=60,
+        max_surge_percent=SURGE_PERCENT,
+        max_constructor_retry_count=3,
+        logging_config=LOGS,
+        **scale,
+    ).bind(model)
+
+
+def _autoscaling(model: ModelSettings, max_replicas: int) -> AutoscalingConfig:
+    policy = AutoscalingPolicy(
+        policy_function=TokenScaling,
+        policy_kwargs={"target_tokens": model.target_tokens_per_replica},
+    )
+    return AutoscalingConfig(
+        min_replicas=model.min_replicas,
+        initial_replicas=max(1, model.min_replicas),
+        max_replicas=max_replicas,
+        upscale_delay_s=model.upscale_delay_s,
+        downscale_delay_s=model.downscale_delay_s,
+        metrics_interval_s=METRICS_INTERVAL_S,
+        look_back_period_s=2 * METRICS_INTERVAL_S,
+        policy=policy,
+    )

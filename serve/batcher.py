@@ -1,124 +1,253 @@
-"""Batch sequences of many requests by token budget: oldest first, nobody overtaken for long.
+"""Batches pieces of work of many requests by token budget: oldest first, nobody starves.
 
-A batch begins with the oldest waiting sequence and is filled with the next ones in line that still
-fit, so that a long sequence is never pushed back by short ones.
+A batch begins with the oldest waiting piece and is filled with the next ones of its kind that still
+fit. So a long protein is never pushed back by short ones: it waits for what was queued before it,
+and at most one batch more.
+
+Batches are formed and computed in one thread of the batcher's own, so that the next batch is ready
+the moment one ends, however busy the event loop is with answers.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from raptide.errors import RaptideError
 
-Kind = tuple[str, str]
-"""What is asked of a sequence: the call and its option, e.g. ("embed", "mean")."""
+Kind = Hashable
+"""What is asked of a piece; only pieces of one kind share a batch."""
+
+LOOKAHEAD = 64
+"""Pieces that may be passed over for being too large before a batch is closed."""
 
 
 class QueueFull(RaptideError):
-    """The replica has as many tokens waiting as it may; try again later."""
+    """As many tokens wait as may; try again later."""
+
+
+class DeadlinePassed(RaptideError):
+    """The time allowed was over before the answer was computed."""
 
 
 @dataclass(eq=False)
 class Waiting:
-    """One sequence of one request."""
+    """One piece of one request."""
 
-    sequence: str
-    tokens: int
-    """Tokens it takes to compute, over all its forward passes."""
     kind: Kind
-    """What is asked of it; only sequences of one kind share a batch."""
+    payload: Any
+    tokens: int
+    deadline: float
+    """`time.monotonic()` after which nobody wants the answer."""
+    order: int
     answer: asyncio.Future[Any] = field(repr=False)
 
 
+@dataclass
+class Batch:
+    """What was computed together, for whoever measures."""
+
+    tokens: int
+    pieces: int
+    seconds: float
+
+
+@dataclass
+class Answers:
+    """The answers to one `submit`, in order, and where the time went."""
+
+    values: list[Any]
+    queue_s: float
+    """From `submit` until the first piece was taken up."""
+    compute_s: float
+    """From then until the last piece was done, other requests' batches in between included."""
+
+
 class TokenBatcher:
-    """Runs `compute(kind, sequences) -> answers`, one batch at a time, for many callers.
+    """Runs `compute(kind, payloads) -> answers`, one batch at a time, for many callers.
 
     Args:
-        max_batch_tokens: tokens in a batch; a longer sequence goes alone.
+        compute: called in the batcher's thread.
+        max_batch_tokens: tokens in a batch; a larger piece goes alone.
         max_queued_tokens: waiting tokens beyond which `submit` refuses.
+        observe: called with each batch after it was computed.
     """
 
     def __init__(
         self,
-        compute: Callable[[Kind, list[str]], Awaitable[list[Any]]],
+        compute: Callable[[Any, list[Any]], Sequence[Any]],
         max_batch_tokens: int,
         max_queued_tokens: int,
+        observe: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
         self._compute = compute
         self._max_batch_tokens = max_batch_tokens
         self._max_queued_tokens = max_queued_tokens
-        self._queue: list[Waiting] = []
-        self._arrived = asyncio.Event()
-        self._runner: asyncio.Task[None] | None = None
+        self._observe = observe
+        self._lines: dict[Kind, OrderedDict[int, Waiting]] = {}
+        self._changed = threading.Condition()
+        self._arrivals = 0
+        self._queued_tokens = 0
+        self._running_tokens = 0
+        self._tokens_per_s = 0.0
+        self._closed = False
+        threading.Thread(target=self._run, name="batcher", daemon=True).start()
 
     @property
     def queued_tokens(self) -> int:
-        return sum(item.tokens for item in self._queue)
+        """Tokens that wait; those being computed do not count."""
+        return self._queued_tokens
 
-    async def submit(self, kind: Kind, sequences: list[str]) -> list[Any]:
-        """Answers in the order of `sequences`.
+    @property
+    def pending_tokens(self) -> int:
+        """Tokens that wait or are being computed."""
+        return self._queued_tokens + self._running_tokens
+
+    @property
+    def drain_s(self) -> float:
+        """Seconds until what waits now will be done, at the recent speed; 0 before any."""
+        return self.pending_tokens / self._tokens_per_s if self._tokens_per_s else 0.0
+
+    async def submit(
+        self, kind: Kind, pieces: Sequence[tuple[Any, int]], deadline: float = float("inf")
+    ) -> Answers:
+        """Answers to `pieces` (payload, tokens), in order. Cancelled callers leave at once.
 
         Raises:
             QueueFull: too many tokens wait already.
+            DeadlinePassed: `deadline` (as `time.monotonic()`) came first.
         """
-        costs = [tokens_to_compute(kind[1], len(sequence)) for sequence in sequences]
-        needed = sum(costs)
-        if self._queue and self.queued_tokens + needed > self._max_queued_tokens:
-            raise QueueFull("Too many residues are waiting; try again in a second.")
-        if self._runner is None:
-            self._runner = asyncio.create_task(self._run())
+        arrived = time.monotonic()
         loop = asyncio.get_running_loop()
-        items = [
-            Waiting(sequence, cost, kind, loop.create_future())
-            for sequence, cost in zip(sequences, costs, strict=True)
-        ]
-        self._queue += items
-        self._arrived.set()
+        items = self._enqueue(kind, pieces, deadline, loop)
         try:
-            return await asyncio.gather(*(item.answer for item in items))
-        finally:  # a caller that left, or whose neighbour failed, leaves the queue
-            gone = set(items)
-            self._queue = [item for item in self._queue if item not in gone]
+            async with asyncio.timeout(max(0.0, min(deadline - arrived, 1e9))):
+                results = await asyncio.gather(*(item.answer for item in items))
+        except TimeoutError:
+            raise DeadlinePassed("The time allowed was over; allow more, or send less.") from None
+        finally:
+            self._leave(items)
+        started = [start for start, _ in results] or [arrived]
+        return Answers(
+            [value for _, value in results],
+            queue_s=min(started) - arrived,
+            compute_s=time.monotonic() - min(started),
+        )
 
-    async def _run(self) -> None:
+    def close(self) -> None:
+        """Stop after the batch being computed; what waits is never answered."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _enqueue(
+        self,
+        kind: Kind,
+        pieces: Sequence[tuple[Any, int]],
+        deadline: float,
+        loop: asyncio.AbstractEventLoop,
+    ) -> list[Waiting]:
+        if not pieces:
+            return []
+        needed = sum(tokens for _, tokens in pieces)
+        with self._changed:
+            if self._queued_tokens and self._queued_tokens + needed > self._max_queued_tokens:
+                raise QueueFull("Too many residues are waiting; try again shortly.")
+            line = self._lines.setdefault(kind, OrderedDict())
+            items = []
+            for payload, tokens in pieces:
+                self._arrivals += 1
+                item = Waiting(
+                    kind, payload, tokens, deadline, self._arrivals, loop.create_future()
+                )
+                line[item.order] = item
+                items.append(item)
+            self._queued_tokens += needed
+            self._changed.notify()
+        return items
+
+    def _leave(self, items: list[Waiting]) -> None:
+        """Take out what still waits: its caller has left, or a neighbour has failed."""
+        with self._changed:
+            for item in items:
+                self._remove(item)
+
+    def _remove(self, item: Waiting) -> None:
+        """Take an item off its line, if it is still there."""
+        line = self._lines.get(item.kind)
+        if line is None or line.pop(item.order, None) is None:
+            return
+        self._queued_tokens -= item.tokens
+        if not line:
+            del self._lines[item.kind]
+
+    def _run(self) -> None:
         while True:
-            await self._arrived.wait()
-            batch = self._next_batch()
-            if not batch:
-                self._arrived.clear()
-                continue
-            try:
-                answers = await self._compute(batch[0].kind, [item.sequence for item in batch])
-            except Exception as error:
-                for item in batch:
-                    if not item.answer.done():
-                        item.answer.set_exception(error)
-                continue
-            for item, answer in zip(batch, answers, strict=True):
-                if not item.answer.done():
-                    item.answer.set_result(answer)
+            with self._changed:
+                while not self._lines and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                batch = self._next_batch()
+                self._running_tokens = sum(item.tokens for item in batch)
+            if batch:
+                self._answer(batch)
+            self._running_tokens = 0
+
+    def _answer(self, batch: list[Waiting]) -> None:
+        started = time.monotonic()
+        outcome: Exception | Sequence[Any]
+        try:
+            outcome = self._compute(batch[0].kind, [item.payload for item in batch])
+        except Exception as error:
+            outcome = error
+        seconds = time.monotonic() - started
+        tokens = sum(item.tokens for item in batch)
+        speed = tokens / max(seconds, 1e-6)
+        self._tokens_per_s += (speed - self._tokens_per_s) * (0.1 if self._tokens_per_s else 1.0)
+        try:
+            loop = batch[0].answer.get_loop()
+            loop.call_soon_threadsafe(_deliver, batch, outcome, started)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            return
+        self._observe(Batch(tokens, len(batch), seconds))
 
     def _next_batch(self) -> list[Waiting]:
-        """The oldest sequence and those behind it that fit; taken off the queue."""
-        if not self._queue:
-            return []
-        kind = self._queue[0].kind
-        room = max(self._max_batch_tokens, self._queue[0].tokens)
-        batch = []
-        for item in self._queue:
-            if item.kind == kind and item.tokens <= room:
+        """The oldest piece and those of its kind behind it that fit; taken off the queue."""
+        now = time.monotonic()
+        line = min(self._lines.values(), key=lambda line: next(iter(line)))
+        batch: list[Waiting] = []
+        late: list[Waiting] = []
+        room, passed_over = 0, 0
+        for item in line.values():
+            if item.deadline < now:
+                late.append(item)
+            elif not batch:
+                batch.append(item)
+                room = self._max_batch_tokens - item.tokens
+            elif item.tokens <= room:
                 batch.append(item)
                 room -= item.tokens
-            if room <= 0:
+            else:
+                passed_over += 1
+            if room <= 0 < len(batch) or passed_over > LOOKAHEAD:
                 break
-        taken = set(batch)
-        self._queue = [item for item in self._queue if item not in taken]
+        for item in (*late, *batch):  # the callers of the late ones time out by themselves
+            self._remove(item)
         return batch
 
 
-def tokens_to_compute(option: str, residues: int) -> int:
-    """Tokens of one pass, times a pass per residue where each is masked in turn (pseudo-ppl)."""
-    return (residues + 2) * (residues if option == "pseudo-ppl" else 1)
+def _deliver(batch: list[Waiting], outcome: Exception | Sequence[Any], started: float) -> None:
+    """Runs in the event loop, once a batch."""
+    for index, item in enumerate(batch):
+        if item.answer.done():
+            continue
+        if isinstance(outcome, Exception):
+            item.answer.set_exception(outcome)
+        else:
+            item.answer.set_result((started, outcome[index]))

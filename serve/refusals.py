@@ -1,60 +1,115 @@
-"""Errors as clients see them: a status and `{"error": {"type", "message", "param"}}`."""
+"""Errors as clients see them: a status and `{"error": {"type", "message", "param"}}`.
+
+type             status
+invalid_request  400 404 405 413 415 422   put it right
+authentication   401                       give a valid key
+overloaded       429                       the queue is full: Retry-After says when
+rate_limit       429                       the key's residues per minute are used up, likewise
+unavailable      503                       no replica answers: try again
+deadline         504                       allow more time, or send less
+internal         500                       report it
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException as StarletteHTTPException
-
-from serve.schemas import ErrorDetail, ErrorResponse
-
-RETRY_AFTER_S = 1
+from starlette.exceptions import HTTPException
 
 
-def refusal(param: str, message: str, status: int = 422) -> HTTPException:
-    """What to raise for a request that breaks a rule."""
-    detail = {"type": "invalid_request", "message": message, "param": param}
-    return HTTPException(status, detail=detail)
+class Refusal(Exception):
+    """A request that gets no answer, and why."""
+
+    def __init__(
+        self,
+        status: int,
+        kind: str,
+        message: str,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"type": self.kind, "message": self.message, "param": self.param}}
+
+    def headers(self) -> dict[str, str]:
+        headers = {}
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if self.status == 413:
+            headers["Connection"] = "close"  # or the client goes on sending what nobody reads
+        return headers
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, headers=self.headers())
 
 
-def overloaded() -> HTTPException:
-    """What to raise when the queue is full."""
-    return HTTPException(
-        429,
-        detail={"type": "overloaded", "message": "The queue is full; try again shortly."},
-        headers={"Retry-After": str(RETRY_AFTER_S)},
+def invalid(param: str | None, message: str, status: int = 422) -> Refusal:
+    """A request that breaks a rule."""
+    return Refusal(status, "invalid_request", message, param)
+
+
+def overloaded(retry_after_s: float) -> Refusal:
+    return Refusal(
+        429, "overloaded", "The queue is full; try again shortly.", retry_after_s=retry_after_s
+    )
+
+
+def too_late(timeout_s: float) -> Refusal:
+    return Refusal(
+        504,
+        "deadline",
+        f"The answer was not ready within {timeout_s:g} s; allow more, or send less at once.",
+    )
+
+
+def unavailable() -> Refusal:
+    return Refusal(503, "unavailable", "No replica answers; try again shortly.", retry_after_s=1.0)
+
+
+def internal() -> Refusal:
+    return Refusal(
+        500,
+        "internal",
+        "The request failed inside the server; try again, and report it if it persists.",
     )
 
 
 def register(api: FastAPI) -> None:
     """Give every error of `api` the one shape."""
 
-    @api.exception_handler(StarletteHTTPException)
-    async def http_error(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        detail: Any = error.detail
-        if not isinstance(detail, dict):
-            detail = {"type": "error", "message": str(detail)}
-        return _answer(error.status_code, detail, error.headers)
+    @api.exception_handler(Refusal)
+    async def refused(request: Request, error: Refusal) -> JSONResponse:
+        return error.response()
+
+    @api.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        answer = invalid(None, f"{error.detail}.", error.status_code).response()
+        answer.headers.update(error.headers or {})
+        return answer
 
     @api.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        problem: Any = error.errors()[0]
-        # The last parts of a place may be pydantic's names for the branches of a union.
-        if problem["type"] == "json_invalid":
-            problem = {"loc": ("body",), "msg": f"broken JSON ({problem['ctx']['error']})"}
-        field = str([*problem["loc"], "body"][1])
-        message = f"`{field}`: {problem['msg'][:1].lower()}{problem['msg'][1:]}."
-        return _answer(422, {"type": "invalid_request", "message": message, "param": field})
-
-    @api.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        message = "The request failed inside the server; try again, and report it if it persists."
-        return _answer(500, {"type": "internal", "message": message})
+    async def misfit(request: Request, error: RequestValidationError) -> JSONResponse:
+        return invalid(*describe(error.errors()[0])).response()
 
 
-def _answer(status: int, detail: dict[str, Any], headers: Any = None) -> JSONResponse:
-    body = ErrorResponse(error=ErrorDetail(**detail))
-    return JSONResponse(body.model_dump(), status, headers=headers)
+def describe(problem: Any) -> tuple[str, str]:
+    """The field that one of pydantic's complaints is about, and a sentence without its value."""
+    if problem["type"] == "json_invalid":
+        return "body", f"`body`: broken JSON ({problem['ctx']['error']})."
+    # The last parts of a place may be pydantic's names for the branches of a union.
+    field = str([*problem["loc"], "body"][1])
+    message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+    return field, f"`{field}`: {message[:1].lower()}{message[1:]}."

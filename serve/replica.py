@@ -3,38 +3,80 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from functools import partial
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from raptide.inference.engine import Engine
-from serve.batcher import Kind, QueueFull, TokenBatcher
-from serve.settings import ServeSettings
+from raptide.alphabet import encode_residues
+from raptide.errors import SequenceError
+from raptide.inference.engine import CONTACT_RESIDUES, Engine
+from raptide.inference.scoring import (
+    log_likelihood,
+    log_softmax,
+    score_changes,
+    score_substitutions,
+)
+from raptide.inference.variants import Substitution, parse_variant
+from raptide.model.check import verify_check
+from raptide.model.tensor_files import digest_weights
+from serve.batcher import Answers, Batch, DeadlinePassed, QueueFull, TokenBatcher
+from serve.calls import SPECIALS, Ask, Description, Done, Refused, Work
+from serve.metrics import ReplicaMetrics
+from serve.settings import ModelSettings
+
+SWITCH_S = 0.0005
+"""How long the event loop may keep the interpreter from the thread that computes (Python's default
+is ten times that, which the next layer would wait for)."""
+
+Pieces = list[tuple[Any, int]]
 
 
 class Replica:
-    """Embeds and scores; requests share batches."""
+    """One model on one device; requests share its batches.
 
-    def __init__(self, settings: ServeSettings) -> None:
+    The constructor does not return before the model has answered as its bundle says, so that no
+    request ever reaches weights that are damaged or another model's.
+    """
+
+    def __init__(self, settings: ModelSettings) -> None:
+        sys.setswitchinterval(SWITCH_S)
+        self._settings = settings
         self._engine = Engine.load(
-            settings.model, dtype=settings.dtype, max_batch_tokens=settings.max_batch_tokens
+            settings.path, dtype=settings.dtype, max_batch_tokens=settings.max_batch_tokens
         )
+        self._verified = verify_check(Path(settings.path), self._engine.model)
+        self._weights = digest_weights(Path(settings.path))[:16]
+        step = self._engine.lineage.get("step")
+        self._step = step if isinstance(step, int) else None
+        self._metrics = ReplicaMetrics(settings.name, settings.max_batch_tokens)
         self._batcher = TokenBatcher(
-            self._compute, settings.max_batch_tokens, settings.max_queued_tokens
+            self._compute, settings.max_batch_tokens, settings.max_queued_tokens, self._observe
         )
-        self.check_health()
 
-    def check_health(self) -> None:
-        """Serve's probe: the model must answer with numbers."""
-        assert np.isfinite(self._engine.embed(["M"])).all(), "the model answers with NaN"
+    async def run(self, work: Work) -> Done | Refused:
+        """Answer, or say why not; never raises for what a client did."""
+        deadline = time.monotonic() + work.timeout_s
+        try:
+            residues = [self._read(index, s, work.ask) for index, s in enumerate(work.sequences)]
+            plan = _Plan(work, residues, self._settings.max_batch_tokens)
+        except _Unfit as unfit:
+            return Refused("input", str(unfit), unfit.index)
+        try:
+            answers = await self._batcher.submit(plan.kind, plan.pieces, deadline)
+        except QueueFull:
+            return Refused("full", retry_after_s=max(1, round(self._batcher.drain_s)))
+        except DeadlinePassed:
+            return Refused("deadline")
+        finally:
+            self._metrics.queued(self._batcher.queued_tokens)
+        self._metrics.request(answers)
+        return self._done(plan, answers)
 
-    async def probe(self) -> None:
-        """Returns once the model has answered, beside whatever is being computed."""
-        await asyncio.to_thread(self.check_health)
-
-    def describe(self) -> dict[str, Any]:
+    async def describe(self) -> Description:
         """What /v1/models says."""
         model = self._engine.model
         return {
@@ -43,28 +85,153 @@ class Replica:
             "parameters": sum(p.numel() for p in model.parameters()),
             "dtype": self._engine.dtype,
             "max_residues": self._engine.max_residues,
+            "tokens": list(self._engine.tokens),
+            "weights": self._weights,
+            "verified": self._verified,
             "lineage": self._engine.lineage,
         }
 
-    async def embed(self, sequences: list[str], pooling: str) -> list[np.ndarray] | None:
-        """One fp32 array a sequence; None if the queue is full."""
-        return await self._submit(("embed", pooling), sequences)
+    async def probe(self) -> None:
+        """Returns once the model has answered, beside whatever is being computed."""
+        await asyncio.to_thread(self._answer_with_numbers)
 
-    async def score(self, sequences: list[str], method: str) -> list[float] | None:
-        """One mean log likelihood a sequence; None if the queue is full."""
-        scores = await self._submit(("score", method), sequences)
-        return scores and [float(score) for score in scores]
+    async def check_health(self) -> None:
+        """Serve's probe: the model must answer with numbers."""
+        await self.probe()
 
-    async def _submit(self, kind: Kind, sequences: list[str]) -> list[Any] | None:
-        try:
-            return await self._batcher.submit(kind, sequences)
-        except QueueFull:
-            return None
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For the autoscaling policy (serve/scaling.py)."""
+        return {"pending_tokens": float(self._batcher.pending_tokens)}
 
-    async def _compute(self, kind: Kind, sequences: list[str]) -> list[Any]:
-        calls: dict[str, Callable[..., Any]] = {
-            "embed": partial(self._engine.embed, sequences, (-1,)),
-            "score": partial(self._engine.score_sequences, sequences),
-        }
-        call, option = kind
-        return list(await asyncio.to_thread(calls[call], option))
+    async def process(self) -> dict[str, Any]:
+        """Who this is: for tests that kill replicas or weigh them."""
+        import os
+
+        import psutil
+
+        memory = psutil.Process().memory_full_info()
+        return {"pid": os.getpid(), "uss": memory.uss, "pss": memory.pss, "rss": memory.rss}
+
+    def _answer_with_numbers(self) -> None:
+        if not np.isfinite(self._engine.embed(["M"])).all():
+            raise RuntimeError("The model answers with something that is no number.")
+
+    def _read(self, index: int, sequence: str, ask: Ask) -> np.ndarray:
+        """Residue ids, or a refusal for what this model cannot do."""
+        last = self._engine.model.settings.layers
+        for layer in ask.layers if ask.call == "embed" else ():
+            if not -last - 1 <= layer <= last:
+                raise _Unfit(
+                    f"This model has layers 0 to {last} (or -1 to {-last - 1}), but layer {layer} "
+                    "was asked for.",
+                    index,
+                )
+        longest = self._engine.max_residues
+        if ask.call == "contacts":
+            longest = min(longest, CONTACT_RESIDUES)
+            if self._engine.model.contact_head is None:
+                raise _Unfit("This model has no contact head; ask another model.", index)
+        residues = encode_residues(sequence)
+        if len(residues) > longest:
+            raise _Unfit(
+                f"at most {longest} residues are taken by this model, but {len(residues)} were "
+                "given; cut it into domains.",
+                index,
+            )
+        return residues
+
+    def _compute(self, kind: tuple[Any, ...], payloads: list[Any]) -> Sequence[Any]:
+        """One batch, in the batcher's thread."""
+        if kind[0] == "embed":
+            _, pooling, layers = kind
+            return list(self._engine.embed(payloads, layers, pooling))
+        if kind[0] == "logits":
+            return self._engine.logits(payloads)
+        if kind[0] == "contacts":
+            return self._engine.contacts(payloads)
+        return self._engine.masked_log_p(payloads)
+
+    def _done(self, plan: _Plan, answers: Answers) -> Done:
+        arrays = plan.finish(answers.values)
+        return Done(arrays, self._weights, self._step, answers.queue_s, answers.compute_s)
+
+    def _observe(self, batch: Batch) -> None:
+        self._metrics.batch(batch)
+        self._metrics.queued(self._batcher.queued_tokens)
+
+
+class _Unfit(Exception):
+    """The work does not fit the model; shown to the client."""
+
+    def __init__(self, message: str, index: int = 0) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+class _Plan:
+    """Cuts work into the batcher's pieces, and makes answers of their results.
+
+    Everything comes down to four kinds: embeddings, logits, contacts, and masked passes, which are
+    cut so that a piece never exceeds a batch: a long protein's pseudo-ppl takes turns with others.
+    """
+
+    def __init__(self, work: Work, residues: list[np.ndarray], budget: int) -> None:
+        self._ask = ask = work.ask
+        self._residues = residues
+        self._changes: list[list[Substitution]] = []
+        if ask.call == "variants":
+            self._changes = [_parse(index, v, residues[0]) for index, v in enumerate(work.variants)]
+        self.kind: tuple[Any, ...]
+        if ask.call == "embed":
+            self.kind = ("embed", ask.pooling, ask.layers)
+        elif ask.call == "contacts":
+            self.kind = ("contacts",)
+        else:
+            self.kind = ("masked",) if ask.masks else ("logits",)
+        self._positions = [self._wanted(each) for each in residues]
+        self.pieces: Pieces = []
+        for sequence, positions in zip(work.sequences, self._positions, strict=True):
+            tokens = len(sequence) + SPECIALS
+            if not ask.masks:
+                self.pieces.append((sequence, tokens))
+                continue
+            size = max(1, budget // tokens)
+            for start in range(0, len(positions), size):
+                some = positions[start : start + size]
+                self.pieces.append(((sequence, some), tokens * len(some)))
+
+    def _wanted(self, residues: np.ndarray) -> np.ndarray:
+        """Positions whose log probabilities matter."""
+        if self._ask.call != "variants":
+            return np.arange(len(residues))
+        return np.unique([each.position for change in self._changes for each in change]).astype(int)
+
+    def finish(self, values: list[Any]) -> Sequence[np.ndarray]:
+        """One array a sequence."""
+        if self._ask.call in ("embed", "contacts", "logits"):
+            return values
+        tables = self._masked(values) if self._ask.masks else self._unmasked(values)
+        pairs = zip(tables, self._residues, strict=True)
+        if self._ask.call == "scan":
+            return [score_substitutions(table, residues) for table, residues in pairs]
+        if self._ask.call == "score":
+            return [np.array(log_likelihood(t, residues) / len(residues)) for t, residues in pairs]
+        rows = dict(zip(self._positions[0].tolist(), tables[0], strict=True))
+        return [score_changes(self._changes, rows)]
+
+    def _unmasked(self, values: list[np.ndarray]) -> list[np.ndarray]:
+        wanted = zip(values, self._positions, strict=True)
+        return [log_softmax(logits[positions]) for logits, positions in wanted]
+
+    def _masked(self, values: list[np.ndarray]) -> list[np.ndarray]:
+        """The rows of each sequence, out of its pieces."""
+        rows = np.concatenate(values)
+        ends = np.cumsum([len(positions) for positions in self._positions])
+        return np.split(rows, ends[:-1])
+
+
+def _parse(index: int, variant: str, residues: np.ndarray) -> list[Substitution]:
+    try:
+        return parse_variant(variant, residues)
+    except SequenceError as error:
+        raise _Unfit(str(error), index) from None

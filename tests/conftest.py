@@ -20,6 +20,8 @@ from raptide.data.corpus import Corpus
 if TYPE_CHECKING:
     from raptide.training.trainer import RunResult
 
+pytest_plugins = ["endpoints"]  # fixtures of tests/serve
+
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ["WANDB_MODE"] = "offline"

@@ -16,6 +16,7 @@ def test_public_names():
     assert sorted(raptide.__all__) == [
         "BundleError",
         "CheckpointError",
+        "Client",
         "ConfigError",
         "Corpus",
         "CorpusError",
@@ -24,6 +25,7 @@ def test_public_names():
         "InputError",
         "RaptideError",
         "SequenceError",
+        "ServiceError",
         "StreamStalled",
     ]
     assert all(getattr(raptide, name) is not None for name in raptide.__all__)
@@ -45,8 +47,12 @@ def test_layers_hold():
     subprocess.run([f"{sys.prefix}/bin/lint-imports"], cwd=ROOT, check=True)
 
 
-def test_the_data_layer_needs_no_torch():
-    code = "import sys, raptide.data.stream; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    ("module", "unneeded"),
+    [("raptide.data.stream", {"torch"}), ("raptide.client", {"torch", "ray", "fastapi"})],
+)
+def test_a_layer_loads_no_heavy_library_it_does_not_need(module, unneeded):
+    code = f"import sys, {module}; sys.exit(bool({unneeded} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -1,8 +1,8 @@
 """Raptide: train protein language models on a Ray cluster and serve them from it.
 
-    from raptide import Corpus, Engine
+    from raptide import Client, Corpus, Engine
 
-Both are loaded on first use: data tasks need no torch, and the engine needs no Ray.
+They are loaded on first use: data tasks and clients need no torch, and the engine needs no Ray.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from raptide.errors import (
     InputError,
     RaptideError,
     SequenceError,
+    ServiceError,
     StreamStalled,
 )
 
 if TYPE_CHECKING:
+    from raptide.client import Client
     from raptide.data.corpus import Corpus
     from raptide.inference.engine import Engine
 
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BundleError",
     "CheckpointError",
+    "Client",
     "ConfigError",
     "Corpus",
     "CorpusError",
@@ -39,10 +42,15 @@ __all__ = [
     "InputError",
     "RaptideError",
     "SequenceError",
+    "ServiceError",
     "StreamStalled",
 ]
 
-_HOMES = {"Corpus": "raptide.data.corpus", "Engine": "raptide.inference.engine"}
+_HOMES = {
+    "Client": "raptide.client",
+    "Corpus": "raptide.data.corpus",
+    "Engine": "raptide.inference.engine",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@
     │   ├── BundleError        a model folder: missing or misfit tensors
     │   └── CheckpointError    nothing to resume from, or another stream than before
     ├── FetchError             a download broke off for good, or arrived damaged
+    ├── ServiceError           an endpoint cannot be reached, stays full or fails
     ├── StreamStalled          no batch arrived in time
     ├── TrainingDiverged       the loss is no number any more
     ├── CheckpointUnsaved      a checkpoint could not be saved, and the recipe says to stop then
@@ -62,6 +63,10 @@ class CheckpointError(InputError):
 
 class FetchError(RaptideError):
     """A file could not be downloaded whole."""
+
+
+class ServiceError(RaptideError):
+    """An endpoint cannot be reached, stays full or fails."""
 
 
 class StreamStalled(RaptideError):

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/synthetic_proteins.py 500000 proteins.fasta
 
-Lengths are log-normal (median 250, mean 331 residues, cut at 10 and 35,000), residues independent
-with the frequencies of Swiss-Prot, 60 a line. Only the amount is like UniRef: no two proteins are
-related, so zstd finds nothing but the frequencies. The first records can be put into one cluster.
+They are those of raptide.data.synthetic, cut at 10 and 35,000 residues, 60 a line. No two proteins
+are related, so zstd finds nothing but the frequencies. The first records can be put into one
+cluster.
 """
 
 from __future__ import annotations
@@ -16,18 +16,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-MEDIAN, SIGMA = 250, 0.75
-SHORTEST, LONGEST = 10, 35_000
+from raptide.data.synthetic import draw_lengths, draw_letters
+
 LINE = 60
 BATCH = 10_000
-
-LETTERS = "ARNDCQEGHILKMFPSTWYV"
-PERCENT = np.fromstring(
-    "8.25 5.53 4.06 5.45 1.37 3.93 6.75 7.07 2.27 5.96 "
-    "9.66 5.84 2.42 3.86 4.70 6.56 5.34 1.08 2.92 6.87",
-    sep=" ",
-)
-"""How often each letter occurs, about as UniProt states it for Swiss-Prot."""
 
 
 def write_proteins(path: Path, count: int, *, one_cluster: int = 0, seed: int = 1) -> int:
@@ -40,22 +32,17 @@ def write_proteins(path: Path, count: int, *, one_cluster: int = 0, seed: int = 
     residues = 0
     with path.open("wb") as file, tqdm(total=count, unit=" proteins", desc=path.name) as bar:
         for first in range(0, count, BATCH):
-            lengths = _lengths(rng, min(BATCH, count - first))
+            lengths = draw_lengths(rng, min(BATCH, count - first))
             file.writelines(_records(rng, first, lengths, one_cluster))
             residues += int(lengths.sum())
             bar.update(len(lengths))
     return residues
 
 
-def _lengths(rng: np.random.Generator, count: int) -> np.ndarray:
-    drawn = rng.lognormal(np.log(MEDIAN), SIGMA, count)
-    return np.clip(drawn, SHORTEST, LONGEST).astype(np.int64)
-
-
 def _records(
     rng: np.random.Generator, first: int, lengths: np.ndarray, one_cluster: int
 ) -> Iterator[bytes]:
-    letters = _letters(rng, int(lengths.sum()))
+    letters = draw_letters(rng, int(lengths.sum()))
     start = 0
     for number, length in enumerate(lengths.tolist(), first):
         name = f"A0A{number:07X}"
@@ -67,13 +54,6 @@ def _records(
         lines = range(start, start + length, LINE)
         yield b"\n".join(letters[i : min(i + LINE, start + length)] for i in lines) + b"\n"
         start += length
-
-
-def _letters(rng: np.random.Generator, count: int) -> bytes:
-    """Through a table of 2^16 letters, to the frequencies' fourth digit."""
-    ends = np.round(np.cumsum(PERCENT) / PERCENT.sum() * 2**16).astype(int)
-    table = np.repeat(np.frombuffer(LETTERS.encode(), np.uint8), np.diff(ends, prepend=0))
-    return table[rng.integers(0, 2**16, count, np.uint16)].tobytes()
 
 
 if __name__ == "__main__":

@@ -3,54 +3,44 @@
 import asyncio
 import base64
 import re
+import select
 import socket
-from dataclasses import replace
+import time
 
 import httpx
 import numpy as np
+import openai
+import pyarrow as pa
 import pytest
 import yaml
 from conftest import ROOT
-from ray import serve as ray_serve
 from ray.serve.schema import ServeDeploySchema
 
 from raptide.errors import BundleError, ConfigError
-from raptide.inference.engine import Engine
-from raptide.model.bundle import write_bundle
-from raptide.model.config import ModelSettings
-from raptide.model.transformer import Esm
-from raptide.model.weights import Weights
 from serve.app import build
 
 SEQUENCES = ["MKTAYIAKQR", "GSHMLEDPVAFYW", "M", "LAGVSERTIDPKQNFYMHWC" * 10]
+VARIANTS = ["K2A", "K2A:Q9E", "M1W"]
+ARROW = {"Accept": "application/vnd.apache.arrow.stream"}
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    model = Esm(ModelSettings(layers=2, width=32, heads=4)).initialise(1)
-    folder = tmp_path_factory.mktemp("bundle")
-    lineage = {"step": 5, "corpus_digest": "abc"}
-    write_bundle(folder, replace(Weights.of(model), lineage=lineage))
-    return folder
+def arrays(answer, field):
+    """Arrays of a base64 answer."""
+    assert answer.status_code == 200, answer.text
+    return [
+        np.frombuffer(base64.b64decode(row[field]), "<f4").reshape(row["shape"])
+        for row in answer.json()["data"]
+    ]
 
 
-@pytest.fixture(scope="module")
-def client(cluster, bundle):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-    arguments = {"model": str(bundle), "max_sequences": 8, "max_residues": 500}
-    arguments["max_queued_tokens"] = 100_000
-    ray_serve.run(build(arguments), name="raptide")
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60.0) as client:
-        yield client
-    ray_serve.shutdown()
+def scores(answer):
+    assert answer.status_code == 200, answer.text
+    return [row["score"] for row in answer.json()["data"]]
 
 
-@pytest.fixture(scope="module")
-def engine(bundle):
-    return Engine.load(bundle)
+async def ask_all(client, path, bodies, **headers):
+    async with httpx.AsyncClient(base_url=client.base_url, timeout=60.0, headers=headers) as many:
+        return await asyncio.gather(*(many.post(path, json=body) for body in bodies))
 
 
 def test_embeddings_are_the_engines(client, engine):
@@ -61,26 +51,112 @@ def test_embeddings_are_the_engines(client, engine):
     assert answer["usage"]["prompt_tokens"] == sum(map(len, SEQUENCES))
 
 
-def test_one_string_residues_and_base64(client, engine):
-    body = {"input": SEQUENCES[0], "pooling": "residue", "encoding_format": "base64"}
-    (row,) = client.post("/v1/embeddings", json=body).json()["data"]
-    array = np.frombuffer(base64.b64decode(row["embedding"]), "<f4").reshape(row["shape"])
-    np.testing.assert_allclose(array, engine.embed(SEQUENCES[:1], pooling="residue")[0], atol=1e-5)
+@pytest.mark.parametrize("pooling", ["mean", "bos", "residue"])
+@pytest.mark.parametrize("layers", [[-1], [1], [0, -1]])
+def test_pooling_and_layers_are_the_engines(client, engine, pooling, layers):
+    body = {"input": SEQUENCES, "pooling": pooling, "layers": layers, "encoding_format": "base64"}
+    found = arrays(client.post("/v1/embeddings", json=body), "embedding")
+    for ours, theirs in zip(found, engine.embed(SEQUENCES, layers, pooling), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoding_format", ["float", "base64"])
+def test_the_openai_client_works_unchanged(client, engine, encoding_format):
+    theirs = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
+    with theirs:
+        for given in (SEQUENCES, SEQUENCES[0]):
+            answer = theirs.embeddings.create(
+                model="raptide", input=given, encoding_format=encoding_format
+            )
+            listed = [given] if isinstance(given, str) else given
+            if encoding_format == "float":
+                vectors = np.array([row.embedding for row in answer.data])
+            else:
+                raw = [base64.b64decode(row.embedding) for row in answer.data]
+                vectors = np.array([np.frombuffer(each, "<f4") for each in raw])
+            np.testing.assert_allclose(vectors, engine.embed(listed), atol=1e-5)
+            assert answer.usage.prompt_tokens == sum(map(len, listed))
+        plain = theirs.embeddings.create(model="raptide", input=SEQUENCES)  # base64, read for us
+        vectors = np.array([row.embedding for row in plain.data])
+        np.testing.assert_allclose(vectors, engine.embed(SEQUENCES), atol=1e-5)
+        assert [model.id for model in theirs.models.list()] == ["raptide"]
+        with pytest.raises(openai.UnprocessableEntityError, match="position 2 holds '1'"):
+            theirs.embeddings.create(model="raptide", input="M1K")
 
 
 @pytest.mark.parametrize("method", ["pseudo-ppl", "one-pass"])
-def test_scores_are_the_engines(client, engine, method):
-    body = {"sequences": SEQUENCES[:3], "method": method}
-    rows = client.post("/v1/scores", json=body).json()["data"]
-    scores = np.array([row["score"] for row in rows])
-    np.testing.assert_allclose(scores, engine.score_sequences(SEQUENCES[:3], method), atol=1e-5)
-    assert rows[0]["perplexity"] == pytest.approx(np.exp(-scores[0]))
+def test_scores_of_sequences_are_the_engines(client, engine, method):
+    answer = client.post("/v1/scores", json={"sequences": SEQUENCES, "method": method})
+    np.testing.assert_allclose(scores(answer), engine.score_sequences(SEQUENCES, method), atol=1e-5)
+    first = answer.json()["data"][0]
+    assert first["perplexity"] == pytest.approx(np.exp(-first["score"]))
+
+
+@pytest.mark.parametrize("method", ["wt-marginals", "masked-marginals", "pseudo-ppl"])
+def test_scores_of_variants_are_the_engines(client, engine, method):
+    body = {"sequence": SEQUENCES[0], "variants": VARIANTS, "method": method}
+    expected = engine.score_variants(SEQUENCES[0], VARIANTS, method)
+    np.testing.assert_allclose(scores(client.post("/v1/scores", json=body)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["wt-marginals", "masked-marginals"])
+def test_scans_are_the_engines(client, engine, method):
+    for sequence in (SEQUENCES[0], SEQUENCES[3]):
+        body = {"sequence": sequence, "method": method, "encoding_format": "base64"}
+        (table,) = arrays(client.post("/v1/scan", json=body), "values")
+        np.testing.assert_allclose(table, engine.scan(sequence, method), atol=1e-5)
+
+
+@pytest.mark.parametrize("call", ["contacts", "logits"])
+def test_contacts_and_logits_are_the_engines(client, engine, call):
+    body = {"sequences": SEQUENCES, "encoding_format": "base64"}
+    found = arrays(client.post(f"/v1/{call}", json=body), "values")
+    for ours, theirs in zip(found, getattr(engine, call)(SEQUENCES), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_an_arrow_stream_comes_batch_by_batch_and_says_where_it_comes_from(client, engine):
+    sequences = SEQUENCES * 16
+    body = {"input": sequences, "pooling": "residue"}
+    answer = client.post("/v1/embeddings", json=body, headers=ARROW)
+    assert answer.headers["Content-Type"] == ARROW["Accept"]
+    reader = pa.ipc.open_stream(answer.content)
+    metadata = reader.schema.metadata
+    weights = answer.headers["X-Raptide-Weights"].encode()
+    assert (metadata[b"model"], metadata[b"weights"]) == (b"raptide", weights)
+    assert metadata[b"rows"] == b"64"
+    batches = list(reader)
+    assert len(batches) > 1
+    rows = pa.Table.from_batches(batches).to_pylist()
+    assert [row["index"] for row in rows] == list(range(64))
+    for row, theirs in zip(rows, engine.embed(sequences, pooling="residue"), strict=True):
+        ours = np.array(row["values"], np.float32).reshape(row["shape"])
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_scores_come_as_arrow_too(client, engine):
+    answer = client.post("/v1/scores", json={"sequences": SEQUENCES}, headers=ARROW)
+    table = pa.ipc.open_stream(answer.content).read_all()
+    assert table.schema.names == ["index", "score"]
+    np.testing.assert_allclose(table["score"], engine.score_sequences(SEQUENCES), atol=1e-5)
 
 
 def test_the_model_comes_with_its_lineage(client):
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["id"], model["width"], model["layers"]) == ("raptide", 32, 2)
     assert model["lineage"] == {"step": 5, "corpus_digest": "abc"}
+    assert model["verified"]
+    headers = client.post("/v1/embeddings", json={"input": "MK"}).headers
+    assert headers["X-Raptide-Model"] == "raptide"
+    assert headers["X-Raptide-Weights"] == model["weights"]
+    assert headers["X-Raptide-Step"] == "5"
+
+
+def test_a_request_keeps_its_id(client):
+    given = client.post("/v1/embeddings", json={"input": "MK"}, headers={"X-Request-Id": "abc-123"})
+    assert given.headers.get_list("X-Request-Id") == ["abc-123"]
+    made = client.post("/v1/embeddings", json={"input": "MK"})
+    assert len(made.headers["X-Request-Id"]) > 8
 
 
 def test_health_readiness_and_docs(client):
@@ -88,38 +164,57 @@ def test_health_readiness_and_docs(client):
     assert client.get("/readyz").json() == {"status": "ready"}
     assert client.get("/docs").status_code == 200
     paths = client.get("/openapi.json").json()["paths"]
-    assert {"/v1/embeddings", "/v1/scores", "/v1/models", "/healthz", "/readyz"} <= set(paths)
+    calls = {"embeddings", "scores", "scan", "contacts", "logits", "models"}
+    assert {f"/v1/{call}" for call in calls} | {"/healthz", "/readyz"} == set(paths)
+
+
+def test_web_pages_from_elsewhere_are_not_let_in_by_default(client):
+    headers = {"Origin": "https://lab.example", "Access-Control-Request-Method": "POST"}
+    answer = client.options("/v1/embeddings", headers=headers)
+    assert answer.status_code == 405
+    assert "Access-Control-Allow-Origin" not in answer.headers
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "message"),
+    ("path", "body", "status", "param", "message"),
     [
-        ("embeddings", {"input": ["MK", "M1K"]}, 422, "Sequence 1: .*position 2 holds '1'"),
-        ("embeddings", {"input": []}, 422, "at least one sequence"),
-        ("embeddings", {"input": ["MK", ""]}, 422, "Sequence 1: .*at least one residue"),
-        ("embeddings", {"input": " "}, 422, "at least one residue"),
-        ("embeddings", {"input": ["A" * 501]}, 422, "at most 500 residues .*501"),
+        ("embeddings", {"input": ["MK", "M1K"]}, 422, "input", "Sequence 1: .*position 2 holds"),
+        ("embeddings", {"input": []}, 422, "input", "at least one"),
+        ("embeddings", {"input": ["MK", ""]}, 422, "input", "Sequence 1: .*at least one residue"),
+        ("embeddings", {"input": " "}, 422, "input", "at least one residue"),
+        ("embeddings", {"input": ["A" * 501]}, 422, "input", "at most 500 residues .*501"),
+        ("embeddings", {"input": ["MK"] * 65}, 422, "input", "at most 64 sequences, but 65"),
+        ("embeddings", {"input": "MK", "pool": "x"}, 422, "pool", "`pool`"),
+        ("embeddings", {"input": "MK", "layers": [3]}, 422, "input", "layers 0 to 2"),
+        ("embeddings", {"input": "MK", "layers": []}, 422, "layers", "at least one layer"),
+        ("embeddings", {}, 422, "input", "`input`: field required"),
+        ("embeddings", {"input": "MK", "model": "other"}, 404, "model", "serves 'raptide'"),
+        ("scores", {"sequences": ["A" * 400]}, 422, "sequences", "160,800 tokens to compute"),
+        ("scores", {"sequences": ["MK"], "method": "magic"}, 422, "method", "`method`"),
+        ("scores", {"sequences": ["MK"], "method": "wt-marginals"}, 422, "method", "one-pass"),
+        ("scores", {"sequences": 3}, 422, "sequences", "`sequences"),
+        ("scores", {"sequences": ["M?"]}, 422, "sequences", "position 2 holds"),
+        ("scores", {}, 422, "sequences", "Give `sequences`, or"),
+        ("scores", {"sequence": "MK"}, 422, "variants", "together"),
+        ("scores", {"sequence": "MK", "variants": []}, 422, "variants", "at least one"),
+        ("scores", {"sequence": "MK", "variants": ["K3A"]}, 422, "variants", "position 3 is"),
         (
             "scores",
-            {"sequences": ["A" * 400]},
+            {"sequence": "MK", "variants": ["M2A"], "method": "pseudo-ppl"},
             422,
-            "160,800 tokens to compute, more than the 100,000",
+            "variants",
+            "expects M at position 2",
         ),
-        ("embeddings", {"input": ["MK"] * 9}, 422, "at most 8 sequences, but 9"),
-        ("embeddings", {"input": "MK", "pool": "x"}, 422, "`pool`"),
-        ("embeddings", {}, 422, "`input`: field required"),
-        ("scores", {"sequences": ["MK"], "method": "magic"}, 422, "`method`"),
-        ("scores", {"sequences": 3}, 422, "`sequences"),
-        ("scores", {"sequences": ["M?"]}, 422, "position 2 holds"),
-        ("embeddings", {"input": "MK", "model": "other"}, 404, "serves 'raptide'"),
-        ("nothing", {}, 404, "Not Found"),
+        ("scan", {"sequence": "M1"}, 422, "sequence", "^Residues are"),
+        ("nothing", {}, 404, None, "Not Found"),
     ],
 )
-def test_a_bad_request_gets_one_sentence(client, path, body, status, message):
+def test_a_bad_request_gets_one_sentence(client, path, body, status, param, message):
     answer = client.post(f"/v1/{path}", json=body)
     assert answer.status_code == status
     error = answer.json()["error"]
     assert set(error) == {"type", "message", "param"}
+    assert error["param"] == param
     assert "\n" not in error["message"]
     assert re.search(message, error["message"]), error["message"]
 
@@ -132,6 +227,23 @@ def test_broken_json_is_refused(client):
     assert answer.json()["error"]["message"].startswith("`body`: broken JSON")
 
 
+def test_a_body_is_refused_before_it_has_all_come(client):
+    """Announced or not: the second one never ends, and is answered all the same."""
+    announced = client.post("/v1/embeddings", json={"input": ["A" * 400] * 300})
+    assert announced.status_code == 413
+    assert "at most 100,000 bytes" in announced.json()["error"]["message"]
+
+    head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    sent = 0
+    with socket.create_connection((client.base_url.host, client.base_url.port), 60) as raw:
+        raw.sendall(head.encode())
+        while not select.select([raw], [], [], 0.001)[0]:
+            raw.sendall(b"2710\r\n" + b" " * 10_000 + b"\r\n")
+            sent += 10_000
+        assert raw.recv(1000).startswith(b"HTTP/1.1 413 ")
+    assert sent < 2**26
+
+
 def test_white_space_and_a_stop_are_not_billed(client, engine):
     answer = client.post("/v1/embeddings", json={"input": "mk ta\n*"}).json()
     assert answer["usage"]["prompt_tokens"] == 4
@@ -139,37 +251,55 @@ def test_white_space_and_a_stop_are_not_billed(client, engine):
 
 
 def test_a_full_queue_answers_429_with_retry_after(client):
-    body = {"sequences": ["A" * 300]}
-
-    async def ask():
-        async with httpx.AsyncClient(base_url=client.base_url, timeout=60.0) as many:
-            return await asyncio.gather(*(many.post("/v1/scores", json=body) for _ in range(12)))
-
-    answers = asyncio.run(ask())
+    answers = asyncio.run(ask_all(client, "/v1/scores", [{"sequences": ["A" * 300]}] * 12))
     assert {answer.status_code for answer in answers} == {200, 429}
     refused = next(answer for answer in answers if answer.status_code == 429)
-    assert refused.headers["Retry-After"] == "1"
+    assert int(refused.headers["Retry-After"]) >= 1
     assert refused.json()["error"]["type"] == "overloaded"
+
+
+def test_past_its_deadline_a_request_is_answered_504(client):
+    headers = {"X-Raptide-Timeout-S": "0.05"}
+    answer = client.post("/v1/scores", json={"sequences": ["A" * 300]}, headers=headers)
+    assert answer.status_code == 504
+    assert answer.json()["error"]["type"] == "deadline"
+    assert "0.05 s" in answer.json()["error"]["message"]
+
+
+def test_a_client_that_leaves_frees_the_queue(client):
+    """More than the queue holds is asked for and given up, again and again."""
+    body = {"sequences": ["A" * 250]}
+    client.post("/v1/embeddings", json={"input": "MK"})
+    for _ in range(6):
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/scores", json=body, timeout=0.05)
+    time.sleep(0.5)
+    assert client.post("/v1/scores", json=body).status_code == 200
 
 
 def test_many_clients_at_once_get_their_own_answers(client, engine):
     rng = np.random.default_rng(2)
     sequences = ["".join(rng.choice(list("LAGVSERTIDPK"), rng.integers(5, 300))) for _ in range(60)]
-
-    async def ask():
-        async with httpx.AsyncClient(base_url=client.base_url, timeout=60.0) as many:
-            jobs = [many.post("/v1/embeddings", json={"input": s}) for s in sequences]
-            return await asyncio.gather(*jobs)
-
-    vectors = [answer.json()["data"][0]["embedding"] for answer in asyncio.run(ask())]
+    bodies = [{"input": sequence} for sequence in sequences]
+    answers = asyncio.run(ask_all(client, "/v1/embeddings", bodies))
+    vectors = [answer.json()["data"][0]["embedding"] for answer in answers]
     np.testing.assert_allclose(np.array(vectors), engine.embed(sequences), atol=1e-5)
 
 
-def test_bad_arguments_are_refused_before_anything_is_deployed(tmp_path):
+def test_bad_arguments_are_refused_before_anything_is_deployed(tmp_path, bundle):
     with pytest.raises(BundleError, match="no model folder"):
         build({"model": str(tmp_path)})
     with pytest.raises(ConfigError, match="there is no setting `modell`; did you mean `model`"):
         build({"model": str(tmp_path), "modell": "x"})
+    with pytest.raises(ConfigError, match="give either `model`"):
+        build({})
+    models = [{"name": "a", "path": str(bundle)}] * 2
+    with pytest.raises(ConfigError, match="Two models are called 'a'"):
+        build({"models": models})
+    with pytest.raises(ConfigError, match="model 0: there is no setting `size`"):
+        build({"models": [{**models[0], "size": 3}]})
+    with pytest.raises(ConfigError, match="max_replicas is 1, but min_replicas is 2"):
+        build({"model": str(bundle), "min_replicas": 2, "max_replicas": 1})
 
 
 def test_the_production_configuration_is_valid():

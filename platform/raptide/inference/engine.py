@@ -25,10 +25,15 @@ from typing import Any, Literal, TypeVar, get_args, overload
 import numpy as np
 import torch
 
-from raptide.alphabet import FIRST_RESIDUE, RESIDUES, STANDARD
 from raptide.errors import BundleError, ConfigError, SequenceError
 from raptide.inference.forward import Forward, Pooling
 from raptide.inference.inputs import read_ahead, read_sequences
+from raptide.inference.scoring import (
+    log_likelihood,
+    log_softmax,
+    score_changes,
+    score_substitutions,
+)
 from raptide.inference.variants import apply_variant, parse_variant
 from raptide.model.bundle import read_weights
 from raptide.model.device import compilation_pays, multiplies_bf16_faster
@@ -246,9 +251,10 @@ class Engine:
         def compute(residues: list[np.ndarray]) -> list[float]:
             if method == "pseudo-ppl":
                 return [self._pseudo_log_likelihood(each) / len(each) for each in residues]
-            tables = map(_log_softmax, self._forward.logits(residues))
+            tables = map(log_softmax, self._forward.logits(residues))
             return [
-                _pick(table, each) / len(each) for table, each in zip(tables, residues, strict=True)
+                log_likelihood(table, each) / len(each)
+                for table, each in zip(tables, residues, strict=True)
             ]
 
         results = self._map(sequences, compute, long)
@@ -285,11 +291,7 @@ class Engine:
             return np.array([self._pseudo_log_likelihood(m) - before for m in mutants], np.float64)
         positions = np.unique([each.position for change in changes for each in change]).astype(int)
         rows = dict(zip(positions, self._marginals(residues, positions, method), strict=True))
-        scores = [
-            sum(float(rows[s.position][s.mutant] - rows[s.position][s.wild_type]) for s in change)
-            for change in changes
-        ]
-        return np.array(scores, np.float64)
+        return score_changes(changes, rows)
 
     def scan(
         self, sequence: str, method: ScanMethod = "wt-marginals", long: Long = "error"
@@ -304,9 +306,32 @@ class Engine:
         """
         _check("method", method, ScanMethod)
         (residues,) = read_sequences([sequence], self._limit(long))
-        table = self._marginals(residues, np.arange(len(residues)), method)
-        columns = [FIRST_RESIDUE + RESIDUES.index(letter) for letter in STANDARD]
-        return table[:, columns] - np.take_along_axis(table, residues[:, None].astype(int), 1)
+        return score_substitutions(
+            self._marginals(residues, np.arange(len(residues)), method), residues
+        )
+
+    def masked_log_p(self, pieces: Sequence[tuple[str, Sequence[int]]]) -> list[np.ndarray]:
+        """Log probabilities over `tokens` at positions while each alone is masked.
+
+        What pseudo-ppl and masked-marginals are made of (inference/scoring.py), for callers who
+        share batches between sequences.
+
+        Args:
+            pieces: sequences with positions in them, counted from 0.
+
+        Returns:
+            [positions, V] fp32 for each piece.
+
+        Raises:
+            SequenceError: as in `embed`.
+        """
+        residues = read_sequences([sequence for sequence, _ in pieces], self.max_residues)
+        positions = [np.asarray(where, int) for _, where in pieces]
+        rows: list[list[np.ndarray]] = [[] for _ in pieces]
+        for index, row in self._forward.masked_log_p(zip(residues, positions, strict=True)):
+            rows[index].append(row)
+        empty = np.empty((0, len(self.tokens)), np.float32)
+        return [np.stack(each) if each else empty for each in rows]
 
     def _marginals(
         self, residues: np.ndarray, positions: np.ndarray, method: ScanMethod
@@ -314,12 +339,13 @@ class Engine:
         if not len(positions):
             return np.empty((0, len(self.tokens)), np.float32)
         if method == "masked-marginals":
-            return self._forward.masked_log_p(residues, positions)
-        return _log_softmax(self._forward.logits([residues])[0][positions])
+            rows = self._forward.masked_log_p([(residues, positions)])
+            return np.stack([row for _, row in rows])
+        return log_softmax(self._forward.logits([residues])[0][positions])
 
     def _pseudo_log_likelihood(self, residues: np.ndarray) -> float:
-        table = self._forward.masked_log_p(residues, np.arange(len(residues)))
-        return _pick(table, residues)
+        table = self._marginals(residues, np.arange(len(residues)), "masked-marginals")
+        return log_likelihood(table, residues)
 
     def _map(
         self,
@@ -355,12 +381,3 @@ def _check(name: str, value: str, choices: Any) -> None:
     if value not in get_args(choices):
         known = ", ".join(map(repr, get_args(choices)))
         raise ConfigError(f"{name} must be one of {known}, but {value!r} was given.")
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    return torch.log_softmax(torch.from_numpy(logits), -1).numpy()
-
-
-def _pick(table_LV: np.ndarray, residues: np.ndarray) -> float:
-    """Sum of each residue's own entry."""
-    return float(table_LV[np.arange(len(residues)), residues].sum(dtype=np.float64))

@@ -6,7 +6,7 @@ model/packed.py; here L residues, W what there is of each residue (layers, or on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -64,29 +64,54 @@ class Forward:
 
         return [table[0] for table in self._pooled(sequences, compute, "residue")]
 
-    def masked_log_p(self, residues: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Log probabilities at each of `positions` while it alone is masked, [n, V] fp32.
+    def masked_log_p(
+        self, pieces: Iterable[tuple[np.ndarray, np.ndarray]]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Log probabilities at positions while each alone is masked.
 
-        Passes share batches. In a sequence longer than the model takes, a position is seen in the
-        middle of a window of its own.
+        Passes of all pieces share batches. In a sequence longer than the model takes, a position is
+        seen in the middle of a window of its own.
+
+        Args:
+            pieces: sequences with the positions of interest in them.
+
+        Returns:
+            For each position in turn the index of its piece and its row, [V] fp32.
         """
+        batch: list[tuple[int, np.ndarray, int]] = []
+        held = 0
+        for index, (residues, positions) in enumerate(pieces):
+            for position in positions:
+                row, place = self._mask(residues, int(position))
+                if batch and held + len(row) > self._max_batch_tokens:
+                    yield from self._predict_masked(batch)
+                    batch, held = [], 0
+                batch.append((index, row, place))
+                held += len(row)
+        if batch:
+            yield from self._predict_masked(batch)
+
+    def _mask(self, residues: np.ndarray, position: int) -> tuple[np.ndarray, int]:
+        """Tokens of one masked pass, and where in them the mask is."""
         length = len(residues)
         size = length if length <= self.max_residues else self._window_residues
-        copies = max(1, self._max_batch_tokens // (size + self._alphabet.num_specials))
-        tables = []
-        for some in np.split(positions, range(copies, len(positions), copies)):
-            starts = [window_around(int(position), length, size) for position in some]
-            rows = [self._alphabet.add_specials(residues[s : s + size]) for s in starts]
-            at = some - starts + 1
-            for row, place in zip(rows, at, strict=True):
-                row[place] = self._alphabet.mask
-            flat = torch.from_numpy(np.arange(len(rows)) * len(rows[0]) + at)
-            with torch.inference_mode():
-                packed = self._pack(rows)
-                (final_TD,) = self.model.represent(packed, [self.model.settings.layers])
-                logits = self.model.predict(final_TD[flat.to(self._device)]).float()
-                tables.append(torch.log_softmax(logits, -1).cpu().numpy())
-        return np.concatenate(tables)
+        start = window_around(position, length, size)
+        row = self._alphabet.add_specials(residues[start : start + size])
+        row[position - start + 1] = self._alphabet.mask
+        return row, position - start + 1
+
+    def _predict_masked(
+        self, batch: list[tuple[int, np.ndarray, int]]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        indices, rows, places = zip(*batch, strict=True)
+        starts = np.cumsum([0, *map(len, rows[:-1])])
+        flat = torch.from_numpy(starts + np.array(places))
+        with torch.inference_mode():
+            packed = self._pack(list(rows))
+            (final_TD,) = self.model.represent(packed, [self.model.settings.layers])
+            logits = self.model.predict(final_TD[flat.to(self._device)]).float()
+            table = torch.log_softmax(logits, -1).cpu().numpy()
+        return zip(indices, table, strict=True)
 
     def corrected_maps(self, residues: np.ndarray) -> Iterator[torch.Tensor]:
         """Symmetric, corrected attention maps of one sequence, layer by layer, [H, L, L] fp32."""

@@ -4,6 +4,7 @@
     model.safetensors   the weights, under Hugging Face's names
     vocab.txt           the tokens, one a line
     raptide.json        lineage: corpus, run, step, code version
+    check.json          a known sequence's answer (model/check.py)
 
 `transformers.EsmForMaskedLM.from_pretrained` opens a bundle of ESM-1b or ESM-2 shape, and raptide
 opens folders that transformers wrote: safetensors or .bin, whole or in shards, layer norms spelled
@@ -22,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from raptide.errors import BundleError
+from raptide.model.check import write_check
 from raptide.model.config import ModelSettings
 from raptide.model.fair_esm import read_fair_esm
 from raptide.model.tensor_files import SAFETENSORS, read_folder
@@ -60,7 +62,10 @@ def read_bundle(folder: Path) -> Weights:
 
 
 def write_bundle(folder: str | Path, weights: Weights) -> None:
-    """Write a bundle into an existing or new folder, in the precision of the tensors."""
+    """Write a bundle into an existing or new folder, in the precision of the tensors.
+
+    The answer on record is that of the file, so it is computed from what was just written.
+    """
     folder, settings = Path(folder), weights.settings
     folder.mkdir(parents=True, exist_ok=True)
     tensors = name_tensors(weights, _column(settings))
@@ -69,6 +74,7 @@ def write_bundle(folder: str | Path, weights: Weights) -> None:
     _write_json(folder / CONFIG, _to_config(settings, str(dtype).removeprefix("torch.")))
     (folder / VOCABULARY).write_text("\n".join(settings.alphabet.tokens))
     _write_json(folder / LINEAGE, weights.lineage)
+    write_check(folder, read_bundle(folder).build())
 
 
 def _column(settings: ModelSettings) -> str:

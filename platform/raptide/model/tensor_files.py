@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import pickle
 import zipfile
@@ -38,6 +39,28 @@ def read_folder(folder: Path) -> tuple[dict[str, torch.Tensor], Path]:
         f"{folder} holds no {SAFETENSORS} (nor its index, nor pytorch_model.bin); name a folder "
         "that has one."
     )
+
+
+def digest_weights(path: Path) -> str:
+    """SHA-256 over the weight files of a model folder, or of a single file; 64 hex digits.
+
+    Raises:
+        BundleError: there are none.
+    """
+    files = [path]
+    if path.is_dir():
+        patterns = ("model*.safetensors", "pytorch_model*.bin")
+        files = next(filter(None, (sorted(path.glob(pattern)) for pattern in patterns)), [])
+    whole = hashlib.sha256()
+    try:
+        for file in files:
+            with file.open("rb") as stream:
+                whole.update(hashlib.file_digest(stream, "sha256").digest())
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror}).") from None
+    if not files:
+        raise BundleError(f"{path} holds no weights; name a model folder or a .pt file.")
+    return whole.hexdigest()
 
 
 def read_pickle(file: Path) -> Any:

@@ -1,0 +1,1 @@
+"""Load on a deployed endpoint, and how it copes. Needs neither torch nor Ray."""

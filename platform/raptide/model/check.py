@@ -1,0 +1,110 @@
+"""A known sequence's answer, written beside the weights and asked for again before they serve.
+
+    check.json    sequence, the dtype it was computed in, mean embedding of the last layer [D], mean
+                  log likelihood of its residues (one pass, nothing masked)
+
+Weights that were swapped, cut off or damaged on the way answer otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from raptide.alphabet import encode_residues
+from raptide.errors import BundleError
+from raptide.model.packed import Packed
+from raptide.model.transformer import Esm
+
+CHECK = "check.json"
+
+SEQUENCE = "MKTAYIAKQRQISFVKSHFSRQLEERLGDNPCWXBUZOLIEVQAPILSRVGDGTQDNLSGAEKAVQVKV"
+"""Every residue letter occurs, so that every row of the embedding counts."""
+
+TOLERANCE = {"fp32": (1e-4, 1e-3), "bf16": (5e-3, 0.1)}
+"""How far embedding (relative to its norm, squared) and log likelihood (nats) may be off.
+
+fp32 differs between machines by the order of sums; bf16 by its 8 bits.
+"""
+
+
+def write_check(folder: Path, model: Esm) -> None:
+    """Record what `model` answers."""
+    limit = model.settings.max_tokens
+    sequence = SEQUENCE[: limit - model.settings.alphabet.num_specials] if limit else SEQUENCE
+    embedding, log_likelihood = _answer(model, sequence)
+    record = {
+        "sequence": sequence,
+        "dtype": _dtype(model),
+        "log_likelihood": round(log_likelihood, 6),
+        "embedding": [float(f"{value:.6g}") for value in embedding],
+    }
+    (folder / CHECK).write_text(json.dumps(record) + "\n")
+
+
+def verify_check(folder: Path, model: Esm) -> bool:
+    """Compare `model` with the record beside its weights; False if there is none (strangers').
+
+    Raises:
+        BundleError: it answers otherwise, or with something that is no number.
+    """
+    record = _read(folder / CHECK)
+    sequence = SEQUENCE[:8] if record is None else str(record["sequence"])
+    embedding, log_likelihood = _answer(model, sequence)
+    if not (np.isfinite(embedding).all() and np.isfinite(log_likelihood)):
+        raise BundleError(
+            f"The model in {folder} answers a known sequence with something that is no number; "
+            "serve another checkpoint."
+        )
+    if record is None:
+        return False
+    expected = np.array(record["embedding"], np.float64)
+    far, apart = TOLERANCE["bf16" if "bf16" in (record["dtype"], _dtype(model)) else "fp32"]
+    if expected.shape != embedding.shape:
+        raise BundleError(f"{folder / CHECK} belongs to a model of another width; copy it again.")
+    error = ((embedding - expected) ** 2).sum() / max((expected**2).sum(), 1e-12)
+    difference = abs(log_likelihood - float(record["log_likelihood"]))
+    if error > far or difference > apart:
+        raise BundleError(
+            f"The model in {folder} answers a known sequence otherwise than its record in {CHECK} "
+            f"(embedding off by {error:.2g}, log likelihood by {difference:.2g} nats); its weights "
+            "are damaged or another model's: copy the folder again."
+        )
+    return True
+
+
+def _answer(model: Esm, sequence: str) -> tuple[np.ndarray, float]:
+    """Mean embedding of the last layer, [D] float64, and mean log likelihood, nats."""
+    residues = encode_residues(sequence)
+    alphabet = model.settings.alphabet
+    tokens = torch.from_numpy(alphabet.add_specials(residues)).long()
+    packed = Packed(tokens.to(model.embed.weight.device), (len(tokens),))
+    with torch.inference_mode():
+        (final_TD,) = model.represent(packed, [model.settings.layers])
+        inner_LD = final_TD[1 : 1 + len(residues)]
+        log_p_LV = torch.log_softmax(model.predict(inner_LD).float(), -1)
+        picked = log_p_LV.gather(1, packed.tokens_T[1 : 1 + len(residues), None])
+        embedding = inner_LD.float().mean(0).cpu().numpy().astype(np.float64)
+        return embedding, float(picked.double().mean())
+
+
+def _dtype(model: Esm) -> str:
+    return "fp32" if model.embed.weight.dtype == torch.float32 else "bf16"
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError):
+        raise BundleError(f"{file} cannot be read; copy the folder again.") from None
+    if not isinstance(record, dict) or not {"sequence", "dtype", "log_likelihood", "embedding"} <= (
+        set(record)
+    ):
+        raise BundleError(f"{file} is no record of an answer; copy the folder again.")
+    return record

@@ -1,0 +1,285 @@
+"""The endpoint against the bare engine and against other embedding servers, on this machine.
+
+    python tests/benchmarks/bench_serving.py
+    python tests/benchmarks/bench_serving.py --parts engine latency --rounds 5 --json serving.json
+    python tests/benchmarks/bench_serving.py --parts soak
+
+Random weights of one ESM-2 shape, the same real proteins of natural lengths (20 to 1,022) for all,
+one protein a request, base64. Load comes from this process (raptide.load), never from the server's.
+
+- engine: residues/s of the endpoint with 32 clients in a closed loop, and of `Engine.embed` on the
+  same list in a process of its own, in turn. What is still in the queue when a window ends does not
+  count. Beside it the CPU time of proxy, gateway and engine for a request.
+- peers: the same load on a plain FastAPI server (plain_server.py: a forward each, in threads or one
+  at a time) and on infinity-emb, a batching embedding server, in an environment of its own; in
+  turn, all with the same weights in fp32. Raptide's dtype is what it chooses by itself.
+- latency: one client, one protein after the other, by HTTP and by the bare engine in turn; the
+  difference is what serving adds, through Serve's default proxy and, where haproxy is installed,
+  through its HAProxy mode.
+- soak (only if asked for): 256 clients for five minutes; errors, and the memory of every process.
+
+Parts can be run one by one with the same --json file, which keeps those that are not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+from bench_engine import write_inputs
+from machine import publish
+from servers import (
+    CORES,
+    EngineAlone,
+    Server,
+    find_haproxy,
+    infinity_server,
+    install_infinity,
+    plain_server,
+    raptide_server,
+)
+
+from raptide.load.levels import Level, LoadGenerator, Measured
+from raptide.load.report import summarise
+from raptide.load.requests import embedding_requests
+from raptide.model.config import PRESETS
+
+PACKAGES = ("raptide", "ray", "torch", "transformers", "fastapi", "uvicorn", "aiohttp", "numpy")
+PARTS = ("engine", "peers", "latency")
+SOAK_CLIENTS, SOAK_S, SOAK_SAMPLE_S = 256, 300.0, 10.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "soak"), default=PARTS)
+    parser.add_argument("--preset", choices=PRESETS, default="esm2_t12_35M")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=40.0, help="a window of load")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--soak-seconds", type=float, default=SOAK_S)
+    parser.add_argument("--infinity", type=Path, metavar="VENV", help="kept there between runs")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    report: dict[str, Any] = {"ratios": {}}
+    if args.json is not None and args.json.exists():
+        report = json.loads(args.json.read_text())
+    with tempfile.TemporaryDirectory(prefix="bench-serving-") as scratch:
+        folder = Path(scratch)
+        sequences = write_inputs(folder, args.preset, args.sequences)
+        report |= {
+            "preset": args.preset,
+            "sequences": len(sequences),
+            "residues": sum(map(len, sequences)),
+            "clients": args.clients,
+        }
+        for part in args.parts:
+            measure = {
+                "engine": measure_engine,
+                "peers": measure_peers,
+                "latency": measure_latency,
+                "soak": measure_soak,
+            }[part]
+            found, ratios = measure(folder, sequences, args)
+            report[part] = found
+            report["ratios"] |= ratios
+    publish(report, PACKAGES, print_report, args.json)
+
+
+def measure_engine(
+    folder: Path, sequences: list[str], args: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, float]]:
+    residues = sum(map(len, sequences))
+    rounds = []
+    with raptide_server(folder / "model", folder) as server, EngineAlone(folder / "model") as bare:
+        for _ in range(args.rounds):
+            before = bare.cpu_s()
+            offline = residues / bare.embed(sequences)
+            level = load(server, sequences, args.clients, args.seconds)
+            level["engine_residues_per_s"] = offline
+            level["ratio"] = level["residues_per_s"] / offline
+            level["engine_alone_cpu_ms_per_residue"] = 1e3 * (bare.cpu_s() - before) / residues
+            rounds.append(level)
+            print(
+                f"engine: HTTP {level['residues_per_s']:,.0f}, alone {offline:,.0f} residues/s, "
+                f"ratio {level['ratio']:.3f}, CPU-ms a request {level['cpu_ms']}",
+                flush=True,
+            )
+    # The second ratio does not see idle cores, but neither does it see what else the machine does.
+    cpu = [each["engine_alone_cpu_ms_per_residue"] / each["cpu_ms_per_residue"] for each in rounds]
+    return {"rounds": rounds}, {
+        "http_vs_engine": round(statistics.median(each["ratio"] for each in rounds), 3),
+        "http_vs_engine_by_cpu_time": round(statistics.median(cpu), 3),
+    }
+
+
+def measure_peers(
+    folder: Path, sequences: list[str], args: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, float]]:
+    model = folder / "model"
+    environment = args.infinity or folder / "infinity"
+    missing = install_infinity(environment)
+    with ExitStack() as stack:
+        start = stack.enter_context
+        servers = [
+            start(raptide_server(model, folder)),
+            start(plain_server(model, folder)),
+            start(plain_server(model, folder, "--one-at-a-time")),
+        ]
+        if missing is None:
+            servers.append(start(infinity_server(environment, model, folder)))
+        rounds: dict[str, list[dict[str, Any]]] = {server.name: [] for server in servers}
+        for _ in range(args.rounds):
+            for server in servers:
+                level = load(server, sequences, args.clients, args.seconds)
+                rounds[server.name].append(level)
+                print(
+                    f"peers: {server.name} {level['residues_per_s']:,.0f} residues/s "
+                    f"{level['errors'] or ''}",
+                    flush=True,
+                )
+    ratios = {
+        "vs_plain_fastapi": against("FastAPI", rounds),
+        "vs_plain_fastapi_one_at_a_time": against("FastAPI, one at a time", rounds),
+    }
+    if missing is None:
+        ratios["vs_embedding_server"] = against("infinity", rounds)
+    return {"rounds": rounds, "infinity_missing": missing}, ratios
+
+
+def against(peer: str, rounds: dict[str, list[dict[str, Any]]]) -> float:
+    """Median over the rounds of how many times more residues raptide answered."""
+    pairs = zip(rounds["raptide"], rounds[peer], strict=True)
+    ratios = [
+        ours["residues_per_s"] / theirs["residues_per_s"]
+        for ours, theirs in pairs
+        if theirs["residues_per_s"]
+    ]
+    return round(statistics.median(ratios), 3) if ratios else float("nan")
+
+
+def load(
+    server: Server, sequences: list[str], clients: int, seconds: float, warmup_s: float = 5.0
+) -> dict[str, Any]:
+    """A window of closed-loop load, with CPU-ms for each answered request by role."""
+    samples = []
+
+    def tick(passed: float) -> None:
+        # Reading takes time from the load: at the window's begin and end only.
+        if passed >= warmup_s + seconds or (not samples and passed >= warmup_s):
+            samples.append(server.cpu_s())
+
+    requests = embedding_requests(sequences, 1, "base64", **model_named(server))
+    generator = LoadGenerator(server.url, requests, None, 600.0)
+    level = Level(clients=clients)
+    measured = generator.run(level, duration_s=seconds, warmup_s=warmup_s, tick=tick)
+    result = summarise(measured)
+    count = max(1, len(answered_of(measured)))
+    first, last = samples[0], samples[-1]
+    result["cpu_ms"] = {
+        role: round(1e3 * (last[role] - first.get(role, 0.0)) / count, 1) for role in last
+    }
+    spent = sum(last.values()) - sum(first.values())
+    residues = sum(each.residues for each in answered_of(measured))
+    result["cpu_ms_per_residue"] = 1e3 * spent / max(1, residues)
+    return result
+
+
+def model_named(server: Server) -> dict[str, str]:
+    return {"model": "infinity"} if server.name == "infinity" else {}
+
+
+def answered_of(measured: Measured) -> list[Any]:
+    return [each for each in measured.outcomes if each.problem is None]
+
+
+def measure_latency(
+    folder: Path, sequences: list[str], args: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Added milliseconds of single requests; the proteins are those of at most median length."""
+    shorter = sorted(sequences, key=len)[: len(sequences) // 2]
+    modes: dict[str, str | None] = {"default": None}
+    if (haproxy := find_haproxy()) is not None:
+        modes["haproxy"] = haproxy
+    found: dict[str, Any] = {}
+    ratios = {}
+    for name, binary in modes.items():
+        with (
+            raptide_server(folder / "model", folder, haproxy=binary) as server,
+            EngineAlone(folder / "model") as bare,
+            httpx.Client(base_url=server.url, timeout=120.0) as client,
+        ):
+            rows = [one_request(client, bare, each) for _ in range(args.rounds) for each in shorter]
+        measured = rows[len(shorter) :]  # the first round warms up
+        added = [1e3 * (http - engine) for http, engine in measured]
+        found[name] = {
+            "http_ms": statistics.median(1e3 * http for http, _ in measured),
+            "engine_ms": statistics.median(1e3 * engine for _, engine in measured),
+            "added_ms": statistics.median(added),
+            "added_ms_quartiles": statistics.quantiles(added, n=4),
+            "requests": len(measured),
+        }
+        print(f"latency: {name} adds {found[name]['added_ms']:.1f} ms", flush=True)
+        key = "added_latency_ms" if name == "default" else f"added_latency_ms_{name}"
+        ratios[key] = round(found[name]["added_ms"], 2)
+    return found, ratios
+
+
+def one_request(client: httpx.Client, bare: EngineAlone, sequence: str) -> tuple[float, float]:
+    """Seconds by HTTP and by the bare engine."""
+    started = time.perf_counter()
+    answer = client.post("/v1/embeddings", json={"input": sequence, "encoding_format": "base64"})
+    http = time.perf_counter() - started
+    answer.raise_for_status()
+    return http, bare.embed([sequence])
+
+
+def measure_soak(
+    folder: Path, sequences: list[str], args: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Many clients for minutes: errors, and memory once a fifth has passed and at the end."""
+    seconds = args.soak_seconds
+    memory: list[tuple[float, dict[str, float]]] = []
+    with raptide_server(folder / "model", folder) as server:
+
+        def tick(passed: float) -> None:
+            if not memory or passed - memory[-1][0] >= SOAK_SAMPLE_S or passed >= seconds:
+                memory.append((passed, server.memory_mb()))
+                print(f"soak: {passed:.0f} s, MB {memory[-1][1]}", flush=True)
+
+        requests = embedding_requests(sequences, 1, "base64")
+        generator = LoadGenerator(server.url, requests, None, 600.0)
+        level = Level(clients=SOAK_CLIENTS)
+        measured = generator.run(level, duration_s=seconds, warmup_s=0.0, tick=tick)
+    result = summarise(measured)
+    result["memory_mb"] = [{"s": round(s), **by_role} for s, by_role in memory]
+    settled = next(by_role for s, by_role in memory if s >= seconds / 5)
+    grown = {role: memory[-1][1][role] / settled[role] for role in settled}
+    return result, {f"soak_memory_growth_{role}": round(grown[role], 3) for role in grown}
+
+
+def print_report(report: dict[str, Any]) -> None:
+    machine = report["machine"]
+    print(
+        f"\n{report['preset']}, {report['sequences']} proteins, {report['residues']:,} residues, "
+        f"{report['clients']} clients, {CORES} cores\n{machine['processor']} {machine['flags']}\n"
+        f"{machine['versions']}\n"
+    )
+    for name, value in report["ratios"].items():
+        print(f"  {name:<36}{value:>10.3f}")
+    if "soak" in report:
+        soak = report["soak"]
+        print(f"\nSoak: {soak['requests']:,} requests, errors {soak['errors'] or 'none'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""What Prometheus and Grafana get, against what the code exports."""
+
+import json
+import re
+import time
+
+import httpx
+import ray
+from conftest import ROOT
+
+DASHBOARD = ROOT / "serve/dashboard.json"
+
+
+def exported():
+    """Metrics as the node's Prometheus port shows them."""
+    port = ray.nodes()[0]["MetricsExportPort"]
+    return httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
+
+
+def test_every_number_of_a_request_is_exported_and_drawn(client):
+    client.post("/v1/embeddings", json={"input": ["MKTAYIAKQR"] * 3})
+    client.post("/v1/embeddings", json={"input": "M1"})
+    drawn = set(
+        re.findall(r"ray_(raptide_[a-z_]+?)(?:_bucket|_sum|_count)?[{\[)]", DASHBOARD.read_text())
+    )
+    written = set(re.findall(r'"(raptide_[a-z_]+)"', (ROOT / "serve/metrics.py").read_text()))
+    assert drawn <= written
+    needs_a_cache_or_a_failure = {
+        "raptide_cache_total",
+        "raptide_cache_bytes",
+        "raptide_retries_total",
+    }
+    expected = {f"ray_{name}" for name in written - needs_a_cache_or_a_failure}
+    until = time.monotonic() + 40
+    while missing := {name for name in expected if name not in (text := exported())}:
+        assert time.monotonic() < until, missing
+        time.sleep(1)
+    assert re.search(r'ray_raptide_errors_total\{[^}]*type="422"|type="invalid_request"', text)
+    assert re.search(r'ray_raptide_requests_total\{[^}]*call="embeddings"[^}]*status="200"', text)
+
+
+def test_the_dashboard_is_one():
+    dashboard = json.loads(DASHBOARD.read_text())
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"]) == 12
+    assert all(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])

@@ -1,0 +1,66 @@
+"""Replicas die and checkpoints change under load, and no client sees it."""
+
+import os
+import signal
+
+import pytest
+import torch
+from endpoints import make_bundle
+from ray import serve as ray_serve
+from safetensors.torch import load_file, save_file
+from steady_load import SteadyLoad
+
+from raptide.errors import BundleError
+from serve.app import build
+from serve.replica import Replica
+from serve.settings import ModelSettings
+
+
+@pytest.fixture(scope="module")
+def deploy(proxy):
+    """Deploy a bundle under the same name; returns the address."""
+
+    def run(path):
+        arguments = {"model": str(path), "replicas": 2, "cpus_per_replica": 0.5}
+        ray_serve.run(build(arguments), name="updates", route_prefix="/updates")
+        return f"{proxy}/updates"
+
+    yield run
+    ray_serve.delete("updates")
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundles")
+    return {step: make_bundle(folder / str(step), seed=step, step=step) for step in (1, 2)}
+
+
+def test_a_killed_replica_costs_no_request(deploy, bundles):
+    url = deploy(bundles[1])
+    handle = ray_serve.get_deployment_handle("replica-raptide", "updates")
+    with SteadyLoad(url) as load:
+        for _ in range(2):
+            os.kill(handle.process.remote().result()["pid"], signal.SIGKILL)
+            load.wait_for_more(40)
+    assert not load.failed
+
+
+def test_a_new_checkpoint_comes_without_a_failed_request(deploy, bundles):
+    url = deploy(bundles[1])
+    with SteadyLoad(url) as load:
+        load.wait_for_more(20)
+        deploy(bundles[2])
+        load.wait_for(lambda answers: {told.step for told in answers[-8:]} == {"2"})
+    assert not load.failed
+    versions = {(told.step, told.weights) for told in load.answers}
+    assert len(versions) == 2, "no answer is of two versions"
+
+
+def test_a_replica_does_not_start_with_weights_that_answer_otherwise(tmp_path):
+    """So Serve never sends it a request, and an update to it leaves the old ones serving."""
+    bad = make_bundle(tmp_path / "bad", seed=3)
+    tensors = load_file(bad / "model.safetensors")
+    damaged = {name: torch.roll(tensor, 1, 0) for name, tensor in tensors.items()}
+    save_file(damaged, bad / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BundleError, match="otherwise than its record"):
+        Replica(ModelSettings(name="bad", path=str(bad)))
