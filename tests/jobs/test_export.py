@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from transformers import EsmConfig, EsmForMaskedLM
+from transformers import EsmForMaskedLM
+from transformers_shapes import esm_config
 
 from raptide.inference.engine import Engine
 from raptide.model.bundle import read_weights
@@ -27,18 +28,7 @@ def export(*arguments):
 def theirs(tmp_path_factory):
     """A folder that transformers wrote."""
     folder = tmp_path_factory.mktemp("transformers") / "esm1b"
-    config = EsmConfig(
-        vocab_size=33,
-        mask_token_id=32,
-        pad_token_id=1,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=130,
-        token_dropout=True,
-        emb_layer_norm_before=True,
-    )
+    config = esm_config(rotary=False, layers=2, width=32, positions=128, intermediate_size=64)
     EsmForMaskedLM(config).save_pretrained(folder)
     return folder
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import EsmConfig, EsmForMaskedLM, EsmModel
+from transformers import EsmForMaskedLM, EsmModel
+from transformers_shapes import esm_config
 
 from raptide.model.bundle import read_weights, write_bundle
 from raptide.model.config import ModelSettings
@@ -42,22 +43,8 @@ def pack(pieces):
 
 
 def transformers_model(rotary, **options):
-    config = EsmConfig(
-        vocab_size=33,
-        mask_token_id=32,
-        pad_token_id=1,
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=256,
-        max_position_embeddings=258,
-        position_embedding_type="rotary" if rotary else "absolute",
-        token_dropout=True,
-        emb_layer_norm_before=not rotary,
-        layer_norm_eps=1e-5,
-        initializer_range=0.1,
-        **options,
-    )
+    shape = {"layers": 3, "width": 64, "positions": 256, "initializer_range": 0.1}
+    config = esm_config(rotary=rotary, **shape, **options)
     model = EsmForMaskedLM(config).eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.2)  # biases too, or their mapping goes untested

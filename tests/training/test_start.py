@@ -3,7 +3,8 @@
 import pytest
 import torch
 from small_runs import as_recipe, make_recipe
-from transformers import EsmConfig, EsmForMaskedLM
+from transformers import EsmForMaskedLM
+from transformers_shapes import esm_config
 
 from raptide.errors import ConfigError
 from raptide.model.bundle import read_weights
@@ -13,38 +14,17 @@ from raptide.training.trainer import prepare_run
 SHAPE = {"layers": 2, "width": 64, "heads": 4}
 
 
-def folder_of_transformers(folder, *, positions):
-    """A model folder as transformers writes it."""
-    EsmForMaskedLM(
-        EsmConfig(
-            vocab_size=33,
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=256,
-            max_position_embeddings=130,
-            position_embedding_type=positions,
-            emb_layer_norm_before=positions == "absolute",
-            layer_norm_eps=1e-5,
-            token_dropout=True,
-            mask_token_id=32,
-            pad_token_id=1,
-        )
-    ).save_pretrained(folder)
-
-
 @pytest.mark.parametrize(
-    ("positions", "model"),
+    ("rotary", "model"),
     [
-        ("rotary", {"family": "esm2", **SHAPE}),
-        ("absolute", {"family": "esm1b", "max_positions": 128, **SHAPE}),
+        (True, {"family": "esm2", **SHAPE}),
+        (False, {"family": "esm1b", "max_positions": 128, **SHAPE}),
     ],
 )
-def test_training_starts_from_the_weights_of_a_transformers_folder(
-    corpus, tmp_path, positions, model
-):
+def test_training_starts_from_the_weights_of_a_transformers_folder(corpus, tmp_path, rotary, model):
     folder = tmp_path / "published"
-    folder_of_transformers(folder, positions=positions)
+    config = esm_config(rotary=rotary, layers=2, width=64, positions=128)
+    EsmForMaskedLM(config).save_pretrained(folder)
     recipe = as_recipe(make_recipe(corpus) | {"init_from": str(folder), "model": model})
     prepare_run(recipe, tmp_path / "run")
     weights = read_weights(folder)
