@@ -128,6 +128,7 @@ class Worker:
         )
         self._post(phase="loading DeepSpeed")
         cursor = self._load()
+        self._hang_watch.progress()
         self._reader = self._start_stream(cursor)
         self._writer = self._prepare_saving(context.get_local_world_size())
         self._evaluator = HeldoutEvaluator(
@@ -154,6 +155,7 @@ class Worker:
         if self._improves_no_more:
             return
         self._post(phase=f"training on {self._workers}", step=self._step)
+        self._hang_watch.progress()
         self._step_began = time.perf_counter()
         for batch in self._reader.batches(recipe.training.steps - self._step):
             metrics, stop = self._timed_step(batch)
