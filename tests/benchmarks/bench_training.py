@@ -92,8 +92,9 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {"ratios": {}, "preset": args.preset}
     ratios = report["ratios"]
     with ray_session(num_cpus=len(os.sched_getaffinity(0))):
-        corpus = synthetic_corpus(scratch, args.proteins)
-        few = synthetic_corpus(scratch, RESUME_PROTEINS)
+        sizes = {args.proteins, RESUME_PROTEINS}
+        corpora = {size: synthetic_corpus(scratch, size) for size in sizes}
+        corpus = corpora[args.proteins]
         if "stream" in args.parts:
             prepared = measure_preparation(corpus, args.rounds)
             ratios["prepare_tokens_per_s"] = prepared["tokens_per_s"]
@@ -113,7 +114,7 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
         stall, whole = (report["checkpoint"][name] for name in ("stall_s", "alone_s"))
         ratios["checkpoint_stall_vs_sync"] = statistics.median(stall) / whole
     if "resume" in args.parts:
-        report["resume_s"] = measure_resume(scratch, few)
+        report["resume_s"] = measure_resume(scratch, corpora[RESUME_PROTEINS])
     return report
 
 
