@@ -12,7 +12,9 @@ import argparse
 import re
 import sys
 import tempfile
+import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +136,21 @@ def live(day: Day) -> None:
     read = metrics()
     names = ("requests_total", "residues_total", "computed_tokens_total", "errors_total")
     shown = {name: round(read.get(f"raptide_{name}", 0)) for name in names}
-    day.expect(shown["requests_total"] >= answered, f"metrics at closing time: {shown}")
+    day.expect(shown["requests_total"] >= answered, f"the day's metrics: {shown}")
+
+    say("closing time: the endpoint is deleted while a long request is on its way")
+    late: list[httpx.Response] = []
+    body = {"sequences": "MKTAYIAKQR" * 40}
+    post = partial(httpx.post, json=body, headers=day.headers("lab"), timeout=120)
+    asking = threading.Thread(target=lambda: late.append(post(f"{day.url}/v1/scores")))
+    asking.start()
+    time.sleep(1.0)
+    ray_serve.delete("day")
+    asking.join()
+    day.expect(
+        late[0].status_code == 200 and late[0].elapsed.total_seconds() > 1.0,
+        f"it is answered: {late[0].status_code} after {late[0].elapsed.total_seconds():.1f} s",
+    )
 
 
 def main() -> int:
