@@ -40,7 +40,14 @@ def run(url: str, examples: int, *options: str, timeout_s: float | None = None) 
         *("--seed", "1", "--suppress-health-check", "all", "--request-timeout", "60"),
         *("-H", DEADLINE, "--warnings", "off", "--no-color", "--continue-on-failure", *options),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
