@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import tempfile
 import time
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--infinity", type=Path, metavar="VENV", help="kept there between runs")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers end with this process
     report: dict[str, Any] = {"ratios": {}}
     if args.json is not None and args.json.exists():
         report = json.loads(args.json.read_text())
@@ -179,7 +181,7 @@ def load(
             samples.append(server.cpu_s())
 
     requests = embedding_requests(sequences, 1, "base64", **model_named(server))
-    generator = LoadGenerator(server.url, requests, None, 600.0)
+    generator = LoadGenerator(server.url, requests, server.key, 600.0)
     level = Level(clients=clients)
     measured = generator.run(level, duration_s=seconds, warmup_s=warmup_s, tick=tick)
     result = summarise(measured)
@@ -216,7 +218,11 @@ def measure_latency(
         with (
             raptide_server(folder / "model", folder, haproxy=binary) as server,
             EngineAlone(folder / "model") as bare,
-            httpx.Client(base_url=server.url, timeout=120.0) as client,
+            httpx.Client(
+                base_url=server.url,
+                timeout=120.0,
+                headers={"Authorization": f"Bearer {server.key}"},
+            ) as client,
         ):
             rows = [one_request(client, bare, each) for _ in range(args.rounds) for each in shorter]
         measured = rows[len(shorter) :]  # the first round warms up
@@ -257,7 +263,7 @@ def measure_soak(
                 print(f"soak: {passed:.0f} s, MB {memory[-1][1]}", flush=True)
 
         requests = embedding_requests(sequences, 1, "base64")
-        generator = LoadGenerator(server.url, requests, None, 600.0)
+        generator = LoadGenerator(server.url, requests, server.key, 600.0)
         level = Level(clients=SOAK_CLIENTS)
         measured = generator.run(level, duration_s=seconds, warmup_s=0.0, tick=tick)
     result = summarise(measured)

@@ -233,7 +233,7 @@ def test_without_a_window_nothing_is_tried_again(server):
         (refuse(422, message="Sequence 0: long.", param="input"), SequenceError, "Sequence 0"),
         (refuse(422, message="No layer 9.", param="layers"), ConfigError, "^No layer 9"),
         (refuse(500, "internal", "Failed inside."), ServiceError, "500: Failed inside"),
-        (refuse(504, "deadline", "Late."), ServiceError, "within 7 s; send less"),
+        (refuse(504, "deadline", "Late."), ServiceError, "504: Late"),
         (say(200, b"<html>hello</html>"), ServiceError, "is it a Raptide endpoint"),
         (say(302, b""), ServiceError, "302"),
     ],
@@ -241,7 +241,7 @@ def test_without_a_window_nothing_is_tried_again(server):
 def test_a_final_answer_is_one_error_and_asked_once(server, mishap, error, message):
     server.mishaps = [mishap]
     with pytest.raises(error, match=message) as caught:
-        embed(server, ["MKT"], timeout_s=7)
+        embed(server, ["MKT"])
     assert type(caught.value) is error
     assert "\n" not in str(caught.value)
     assert len(server.requests) == 1

@@ -41,6 +41,9 @@ CHUNK_TOKENS = 16_384
 LARGE_CHUNK_TOKENS = 4_096
 """The same where there is an answer for every residue: 21 MB at 1,280 values each."""
 
+VARIANT_CHUNK_TOKENS = 131_072
+"""The same for variants by pseudo perplexity: each request scores the sequence itself again."""
+
 T = TypeVar("T")
 
 
@@ -203,6 +206,9 @@ class Client:
             raise SequenceError("A list of variants is needed, but one string was given: use [it].")
         (plain,) = plain_sequences([sequence])
         size = self._chunk_sequences
+        if method == "pseudo-ppl":  # each is a sequence of its own, scored with a pass a residue
+            cost = len(plain) * (len(plain) + 2)
+            size = max(1, min(size, VARIANT_CHUNK_TOKENS // cost))
         chunks = (list(variants[i : i + size]) for i in range(0, len(variants), size))
 
         def send(some: list[str], stop: threading.Event) -> list[float]:

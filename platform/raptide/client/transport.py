@@ -107,7 +107,7 @@ class Transport:
                     result = read(answer)
                     self._last_answer = time.monotonic()
                     return result
-                error = describe_refusal(answer, self._timeout_s)
+                error = describe_refusal(answer)
                 if not may_pass(answer):
                     raise error
                 least_s = retry_after_s(answer)
@@ -157,7 +157,7 @@ def retry_after_s(answer: httpx.Response) -> float:
         return 0.0
 
 
-def describe_refusal(answer: httpx.Response, timeout_s: float) -> InputError | ServiceError:
+def describe_refusal(answer: httpx.Response) -> InputError | ServiceError:
     """An answer that is no success, as an error of one sentence."""
     status = answer.status_code
     detail = _detail(answer)
@@ -166,11 +166,6 @@ def describe_refusal(answer: httpx.Response, timeout_s: float) -> InputError | S
         return ConfigError(
             f"The endpoint refuses the API key ({message or status}); give a valid one as `key` or "
             "in RAPTIDE_API_KEY."
-        )
-    if status == 504 and detail.get("type") == "deadline":
-        return ServiceError(
-            f"The endpoint could not answer within {timeout_s:g} s; send less at once, or allow "
-            "more with timeout_s."
         )
     if not detail:
         return ServiceError(
