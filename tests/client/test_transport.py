@@ -281,7 +281,7 @@ def test_long_lists_go_in_bounded_chunks_in_parallel_and_come_back_in_order(serv
     assert vectors[:, 0].tolist() == [len(each) for each in sequences]
     sizes = [[len(s) + 2 for s in body["input"]] for body, _ in server.requests]
     assert max(map(len, sizes)) <= 50
-    assert max(map(sum, sizes)) <= 16_384
+    assert max(map(sum, sizes)) <= 4_096
     assert 1 < server.most_running <= 4
 
 
@@ -356,6 +356,8 @@ def test_an_empty_list_gives_an_empty_array(server):
     ("arguments", "message"),
     [
         ({"url": "localhost:8000"}, "begins with http://"),
+        ({"url": "http://"}, "names no host"),
+        ({"url": "http://127.0.0.1:port"}, "is no URL"),
         ({"parallel": 0}, "parallel must be at least 1"),
         ({"timeout_s": 0}, "timeout_s must be"),
         ({"retry_s": float("nan")}, "retry_s must be"),

@@ -65,6 +65,8 @@ class Transport:
                 raise ConfigError("An API key is plain printable text, but the one given is not.")
             headers["Authorization"] = f"Bearer {key.strip()}"
         try:
+            if not httpx.URL(self.url).host:
+                raise ConfigError(f"{url!r} names no host.")
             self._http = httpx.Client(
                 base_url=self.url,
                 headers=headers,
@@ -116,7 +118,7 @@ class Transport:
                     f"{self.url}{path} did not answer within {self._timeout_s:g} s; send less at "
                     "once, or allow more with timeout_s."
                 ) from None
-            except (httpx.TransportError, BrokenAnswer) as broken:
+            except (httpx.RequestError, BrokenAnswer) as broken:
                 error = ServiceError(f"{self.url} cannot be reached ({_reason(broken)})")
             now = time.monotonic()
             first_failure = first_failure or now
