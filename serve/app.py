@@ -47,6 +47,17 @@ METRICS_INTERVAL_S = 1.0
 """How often replicas report their tokens to the autoscaler (Serve's default is 10)."""
 
 
+ACTORS = {
+    # Our code never blocks the event loop, so Serve needs no threads beside it: a request is then
+    # not handed from loop to loop four times.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # Logs go to Serve's files, once.
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
+"""Environment of gateways and replicas."""
+
+
 def build(arguments: dict[str, Any]) -> serve.Application:
     """The application; `arguments` are the fields of `ServeSettings`.
 
@@ -67,7 +78,7 @@ def compose(settings: ServeSettings, replica: type = Replica) -> serve.Applicati
         Gateway,
         num_replicas=settings.gateways,
         max_ongoing_requests=ONGOING_REQUESTS,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": ACTORS}},
         health_check_period_s=5,
         health_check_timeout_s=15,
         graceful_shutdown_timeout_s=60,
@@ -91,7 +102,7 @@ def _replicas(model: ModelSettings, replica: type) -> serve.Application:
         scale = {"autoscaling_config": _autoscaling(model, model.max_replicas)}
     # One core passed from thread to thread by spinning starves gateway and proxy beside it.
     threads = str(max(1, math.floor(model.cpus_per_replica)))
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}
+    environment = {**ACTORS, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}
     return serve.deployment(
         replica,
         name=f"replica-{model.name}",

@@ -95,6 +95,8 @@ class TokenBatcher:
         self._queued_tokens = 0
         self._running_tokens = 0
         self._tokens_per_s = 0.0
+        self.computed_tokens = 0
+        """Tokens of all batches so far."""
         self._closed = False
         threading.Thread(target=self._run, name="batcher", daemon=True).start()
 
@@ -208,6 +210,7 @@ class TokenBatcher:
             outcome = error
         seconds = time.monotonic() - started
         tokens = sum(item.tokens for item in batch)
+        self.computed_tokens += tokens
         speed = tokens / max(seconds, 1e-6)
         self._tokens_per_s += (speed - self._tokens_per_s) * (0.1 if self._tokens_per_s else 1.0)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
+import ray
 
 from raptide.alphabet import encode_residues
 from raptide.errors import SequenceError
@@ -104,13 +107,15 @@ class Replica:
         return {"pending_tokens": float(self._batcher.pending_tokens)}
 
     async def process(self) -> dict[str, Any]:
-        """Who this is: for tests that kill replicas or weigh them."""
-        import os
-
-        import psutil
-
+        """Who this is: for those who kill replicas, weigh them, or see how work is shared."""
         memory = psutil.Process().memory_full_info()
-        return {"pid": os.getpid(), "uss": memory.uss, "pss": memory.pss, "rss": memory.rss}
+        return {
+            "pid": os.getpid(),
+            "node": ray.get_runtime_context().get_node_id(),
+            "uss_bytes": memory.uss,
+            "pss_bytes": memory.pss,
+            "computed_tokens": self._batcher.computed_tokens,
+        }
 
     def _answer_with_numbers(self) -> None:
         if not np.isfinite(self._engine.embed(["M"])).all():

@@ -1,4 +1,4 @@
-"""One Serve for all modules: an open endpoint, and one with keys, two models and a cache."""
+"""One Serve for all modules: an endpoint, and one with several keys, two models and a cache."""
 
 from __future__ import annotations
 
@@ -49,19 +49,42 @@ def engine(bundle: Path) -> Engine:
     return Engine.load(bundle)
 
 
+SERVICER = "serve.rpc.raptide_pb2_grpc.add_RaptideServicer_to_server"
+
+
+@dataclass
+class Proxy:
+    """Where Serve listens. As gRPC is among it, every endpoint needs keys; this one opens all."""
+
+    url: str
+    grpc: str
+    key: str
+    keys_file: Path
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
+
+
 @pytest.fixture(scope="session")
-def proxy(cluster: None) -> Iterator[str]:
-    """The address of Serve's HTTP proxy."""
-    port = free_port()
-    ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-    yield f"http://127.0.0.1:{port}"
+def proxy(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    port, grpc_port = free_port(), free_port()
+    ray_serve.start(
+        http_options={"host": "127.0.0.1", "port": port},
+        grpc_options={"port": grpc_port, "grpc_servicer_functions": [SERVICER]},
+    )
+    key, line = make_key("tests")
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(line)
+    yield Proxy(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", key, file)
     ray_serve.shutdown()
 
 
 @pytest.fixture(scope="session")
-def client(proxy: str, bundle: Path) -> Iterator[httpx.Client]:
+def client(proxy: Proxy, bundle: Path) -> Iterator[httpx.Client]:
     arguments = {
         "model": str(bundle),
+        "keys_file": str(proxy.keys_file),
         "max_sequences": 64,
         "max_residues": 500,
         "max_queued_tokens": 100_000,
@@ -69,7 +92,7 @@ def client(proxy: str, bundle: Path) -> Iterator[httpx.Client]:
         "max_body_bytes": 100_000,
     }
     ray_serve.run(build(arguments), name="raptide")
-    with httpx.Client(base_url=proxy, timeout=60.0) as client:
+    with httpx.Client(base_url=proxy.url, timeout=60.0, headers=proxy.headers) as client:
         yield client
 
 
@@ -92,11 +115,11 @@ class Keyed:
 
 
 @pytest.fixture(scope="session")
-def keyed(proxy: str, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Keyed:
+def keyed(proxy: Proxy, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Keyed:
     folder = tmp_path_factory.mktemp("keyed")
     made = {name: make_key(name) for name in ("lab", "guest", "slow")}
     endpoint = Keyed(
-        f"{proxy}/keyed",
+        f"{proxy.url}/keyed",
         folder / "keys",
         {name: key for name, (key, _) in made.items()},
         {name: line for name, (_, line) in made.items()},

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import statistics
 import tempfile
@@ -138,9 +139,9 @@ def rollouts(url: str, folder: Path) -> dict[str, Any]:
             save_file(spoilt, bad / "model.safetensors", metadata={"format": "pt"})
             try:
                 deploy(bad)
-            except RuntimeError as error:
+            except RuntimeError:
                 refused.append(name)
-                say(f"refused ({name}): {_reason(error)}")
+                say(f"refused ({name}): {_reason()}")
             load.wait_for_more(100)
     after = {told.step for told in load.answers[-100:]}
     found = {
@@ -154,9 +155,12 @@ def rollouts(url: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def _reason(error: RuntimeError) -> str:
-    lines = [line for line in str(error).splitlines() if "BundleError" in line]
-    return lines[-1].strip() if lines else str(error).splitlines()[-1]
+def _reason() -> str:
+    """Why Serve gave an update up, in the replica's own words."""
+    deployments = ray_serve.status().applications["chaos"].deployments
+    message = deployments["replica-raptide"].message
+    found = re.findall(r"BundleError: (.*)", message)
+    return found[-1] if found else message
 
 
 def starvation(url: str) -> dict[str, Any]:

@@ -38,8 +38,13 @@ def scores(answer):
     return [row["score"] for row in answer.json()["data"]]
 
 
+def key_of(client):
+    return client.headers["Authorization"].removeprefix("Bearer ")
+
+
 async def ask_all(client, path, bodies, **headers):
-    async with httpx.AsyncClient(base_url=client.base_url, timeout=60.0, headers=headers) as many:
+    keyed = {"Authorization": client.headers["Authorization"], **headers}
+    async with httpx.AsyncClient(base_url=client.base_url, timeout=60.0, headers=keyed) as many:
         return await asyncio.gather(*(many.post(path, json=body) for body in bodies))
 
 
@@ -62,7 +67,7 @@ def test_pooling_and_layers_are_the_engines(client, engine, pooling, layers):
 
 @pytest.mark.parametrize("encoding_format", ["float", "base64"])
 def test_the_openai_client_works_unchanged(client, engine, encoding_format):
-    theirs = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
+    theirs = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key=key_of(client), max_retries=0)
     with theirs:
         for given in (SEQUENCES, SEQUENCES[0]):
             answer = theirs.embeddings.create(
@@ -233,7 +238,8 @@ def test_a_body_is_refused_before_it_has_all_come(client):
     assert announced.status_code == 413
     assert "at most 100,000 bytes" in announced.json()["error"]["message"]
 
-    head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+    head += f"Authorization: Bearer {key_of(client)}\r\n\r\n"
     sent = 0
     with socket.create_connection((client.base_url.host, client.base_url.port), 60) as raw:
         raw.sendall(head.encode())

@@ -22,8 +22,9 @@ def deploy(proxy):
 
     def run(path):
         arguments = {"model": str(path), "replicas": 2, "cpus_per_replica": 0.5}
+        arguments["keys_file"] = str(proxy.keys_file)
         ray_serve.run(build(arguments), name="updates", route_prefix="/updates")
-        return f"{proxy}/updates"
+        return f"{proxy.url}/updates"
 
     yield run
     ray_serve.delete("updates")
@@ -35,19 +36,19 @@ def bundles(tmp_path_factory):
     return {step: make_bundle(folder / str(step), seed=step, step=step) for step in (1, 2)}
 
 
-def test_a_killed_replica_costs_no_request(deploy, bundles):
+def test_a_killed_replica_costs_no_request(deploy, bundles, proxy):
     url = deploy(bundles[1])
     handle = ray_serve.get_deployment_handle("replica-raptide", "updates")
-    with SteadyLoad(url) as load:
+    with SteadyLoad(url, **proxy.headers) as load:
         for _ in range(2):
             os.kill(handle.process.remote().result()["pid"], signal.SIGKILL)
             load.wait_for_more(40)
     assert not load.failed
 
 
-def test_a_new_checkpoint_comes_without_a_failed_request(deploy, bundles):
+def test_a_new_checkpoint_comes_without_a_failed_request(deploy, bundles, proxy):
     url = deploy(bundles[1])
-    with SteadyLoad(url) as load:
+    with SteadyLoad(url, **proxy.headers) as load:
         load.wait_for_more(20)
         deploy(bundles[2])
         load.wait_for(lambda answers: {told.step for told in answers[-8:]} == {"2"})

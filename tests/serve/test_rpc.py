@@ -1,0 +1,95 @@
+"""The same calls over gRPC, against the engine."""
+
+import json
+
+import grpc
+import numpy as np
+import pytest
+
+from serve.rpc import raptide_pb2 as pb
+from serve.rpc.raptide_pb2_grpc import RaptideStub
+
+SEQUENCES = ["MKTAYIAKQR", "GSHMLEDPVAFYW", "LAGVSERTIDPKQNFYMHWC" * 10]
+
+
+@pytest.fixture
+def call(client, proxy):
+    """Call a method with a key; several messages come back as a list."""
+    with grpc.insecure_channel(proxy.grpc) as channel:
+        stub = RaptideStub(channel)
+
+        def run(method, request, key=proxy.key, **more):
+            metadata = [("application", "raptide"), ("authorization", f"Bearer {key}")]
+            metadata += [(name.replace("_", "-"), value) for name, value in more.items()]
+            found = getattr(stub, method)(request, metadata=metadata, timeout=60)
+            return list(found) if hasattr(found, "__next__") else found
+
+        yield run
+
+
+def arrays(parts):
+    found = [array for part in parts for array in part.arrays]
+    assert [array.index for array in found] == list(range(len(found)))
+    return [np.frombuffer(each.values, "<f4").reshape(each.shape) for each in found]
+
+
+def test_embeddings_are_the_engines_and_come_batch_by_batch(call, engine):
+    given = SEQUENCES * 15
+    parts = call("Embed", pb.EmbedRequest(sequences=given, pooling="residue", layers=[0, -1]))
+    assert len(parts) > 1
+    for ours, theirs in zip(arrays(parts), engine.embed(given, (0, -1), "residue"), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert (parts[0].source.model, parts[0].source.step) == ("raptide", 5)
+
+
+def test_the_other_arrays_are_the_engines(call, engine):
+    request = pb.SequencesRequest(sequences=SEQUENCES)
+    for method, expected in (
+        ("Logits", engine.logits(SEQUENCES)),
+        ("Contacts", engine.contacts(SEQUENCES)),
+    ):
+        for ours, theirs in zip(arrays(call(method, request)), expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    (table,) = arrays(call("Scan", pb.ScanRequest(sequence=SEQUENCES[0])))
+    np.testing.assert_allclose(table, engine.scan(SEQUENCES[0]), atol=1e-5)
+
+
+def test_scores_are_the_engines(call, engine):
+    answer = call("Score", pb.ScoreRequest(sequences=SEQUENCES, method="one-pass"))
+    expected = engine.score_sequences(SEQUENCES, "one-pass")
+    np.testing.assert_allclose(answer.scores, expected, atol=1e-5)
+    for method in ("wt-marginals", "pseudo-ppl"):
+        variants = ["K2A", "M1W:R10A"]
+        request = pb.ScoreRequest(sequences=SEQUENCES[:1], variants=variants, method=method)
+        expected = engine.score_variants(SEQUENCES[0], variants, method)
+        np.testing.assert_allclose(call("Score", request).scores, expected, atol=1e-4)
+
+
+def test_models_come_with_their_lineage(call):
+    (text,) = call("ListModels", pb.ListModelsRequest()).json
+    assert json.loads(text)["lineage"]["step"] == 5
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "more", "code", "message"),
+    [
+        ("Score", pb.ScoreRequest(sequences=["M"]), {"key": "no"}, "UNAUTHENTICATED", "API key"),
+        ("Embed", pb.EmbedRequest(sequences=["M1"]), {}, "INVALID_ARGUMENT", "position 2"),
+        ("Embed", pb.EmbedRequest(), {}, "INVALID_ARGUMENT", "at least one"),
+        ("Embed", pb.EmbedRequest(sequences=["M"], pooling="x"), {}, "INVALID_ARGUMENT", "one of"),
+        ("Scan", pb.ScanRequest(sequence="MK", model="no"), {}, "NOT_FOUND", "serves 'raptide'"),
+        (
+            "Score",
+            pb.ScoreRequest(sequences=["A" * 300]),
+            {"x_raptide_timeout_s": "0.05"},
+            "DEADLINE_EXCEEDED",
+            "0.05 s",
+        ),
+    ],
+)
+def test_errors_have_a_status_and_one_sentence(call, method, request_, more, code, message):
+    with pytest.raises(grpc.RpcError) as caught:
+        call(method, request_, **more)
+    assert caught.value.code().name == code
+    assert message in caught.value.details()
+    assert "Traceback" not in caught.value.details()
