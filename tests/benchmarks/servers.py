@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CORES = len(os.sched_getaffinity(0))
 INFINITY = ("infinity-emb[torch,server]==0.0.78", "transformers<5")
-"""Its newest release does not start with transformers 5."""
+"""What was seen to serve ESM-2 folders."""
 
 # Threads that spin while they wait fight with the other processes of a server.
 THREADS = {"OMP_NUM_THREADS": str(CORES), "OMP_WAIT_POLICY": "PASSIVE"}
