@@ -49,7 +49,11 @@ def test_layers_hold():
 
 @pytest.mark.parametrize(
     ("module", "unneeded"),
-    [("raptide.data.stream", {"torch"}), ("raptide.client", {"torch", "ray", "fastapi"})],
+    [
+        ("raptide.data.stream", {"torch"}),
+        ("raptide.client", {"torch", "ray", "fastapi"}),
+        ("raptide.load.requests", {"torch", "ray"}),
+    ],
 )
 def test_a_layer_loads_no_heavy_library_it_does_not_need(module, unneeded):
     code = f"import sys, {module}; sys.exit(bool({unneeded} & set(sys.modules)))"

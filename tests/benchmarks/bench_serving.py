@@ -12,10 +12,11 @@ one protein a request, base64. Load comes from this process (raptide.load), neve
   count. Beside it the CPU time of proxy, gateway and engine for a request.
 - peers: the same load on a plain FastAPI server (plain_server.py: a forward each, in threads or one
   at a time) and on infinity-emb, a batching embedding server, in an environment of its own; in
-  turn, all with the same weights in fp32. Raptide's dtype is what it chooses by itself.
+  turn, with the same weights. They compute in fp32, raptide in what it chooses by itself.
 - latency: one client, one protein after the other, by HTTP and by the bare engine in turn; the
   difference is what serving adds, through Serve's default proxy and, where haproxy is installed,
   through its HAProxy mode.
+- levels: latency against load, closed and open loop, as a table and a picture (--picture).
 - soak (only if asked for): 256 clients for five minutes; errors, and the memory of every process.
 
 Parts can be run one by one with the same --json file, which keeps those that are not run.
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import tempfile
 import time
@@ -46,13 +48,15 @@ from servers import (
     raptide_server,
 )
 
+from raptide import RaptideError
 from raptide.load.levels import Level, LoadGenerator, Measured
-from raptide.load.report import summarise
+from raptide.load.report import HEADER, draw_load, summarise, table_line
 from raptide.load.requests import embedding_requests
 from raptide.model.config import PRESETS
 
 PACKAGES = ("raptide", "ray", "torch", "transformers", "fastapi", "uvicorn", "aiohttp", "numpy")
-PARTS = ("engine", "peers", "latency")
+PARTS = ("engine", "peers", "latency", "levels")
+LEVEL_CLIENTS, LEVEL_SHARES = (1, 4, 16, 64), (0.3, 0.5, 0.7, 0.9)
 SOAK_CLIENTS, SOAK_S, SOAK_SAMPLE_S = 256, 300.0, 10.0
 
 
@@ -68,8 +72,10 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--soak-seconds", type=float, default=SOAK_S)
     parser.add_argument("--infinity", type=Path, metavar="VENV", help="kept there between runs")
+    parser.add_argument("--picture", type=Path, default=Path("load.png"), metavar="PNG")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers end with this process
     report: dict[str, Any] = {"ratios": {}}
     if args.json is not None and args.json.exists():
         report = json.loads(args.json.read_text())
@@ -87,11 +93,14 @@ def main() -> None:
                 "engine": measure_engine,
                 "peers": measure_peers,
                 "latency": measure_latency,
+                "levels": measure_levels,
                 "soak": measure_soak,
             }[part]
             found, ratios = measure(folder, sequences, args)
             report[part] = found
             report["ratios"] |= ratios
+            if args.json is not None:
+                args.json.write_text(json.dumps(report, indent=1) + "\n")
     publish(report, PACKAGES, print_report, args.json)
 
 
@@ -104,7 +113,7 @@ def measure_engine(
         for _ in range(args.rounds):
             before = bare.cpu_s()
             offline = residues / bare.embed(sequences)
-            level = load(server, sequences, args.clients, args.seconds)
+            level = load(server, sequences, Level(clients=args.clients), args.seconds)
             level["engine_residues_per_s"] = offline
             level["ratio"] = level["residues_per_s"] / offline
             level["engine_alone_cpu_ms_per_residue"] = 1e3 * (bare.cpu_s() - before) / residues
@@ -140,7 +149,7 @@ def measure_peers(
         rounds: dict[str, list[dict[str, Any]]] = {server.name: [] for server in servers}
         for _ in range(args.rounds):
             for server in servers:
-                level = load(server, sequences, args.clients, args.seconds)
+                level = load(server, sequences, Level(clients=args.clients), args.seconds)
                 rounds[server.name].append(level)
                 print(
                     f"peers: {server.name} {level['residues_per_s']:,.0f} residues/s "
@@ -168,9 +177,9 @@ def against(peer: str, rounds: dict[str, list[dict[str, Any]]]) -> float:
 
 
 def load(
-    server: Server, sequences: list[str], clients: int, seconds: float, warmup_s: float = 5.0
+    server: Server, sequences: list[str], level: Level, seconds: float, warmup_s: float = 5.0
 ) -> dict[str, Any]:
-    """A window of closed-loop load, with CPU-ms for each answered request by role."""
+    """A window of load, with CPU-ms for each answered request by role."""
     samples = []
 
     def tick(passed: float) -> None:
@@ -179,8 +188,7 @@ def load(
             samples.append(server.cpu_s())
 
     requests = embedding_requests(sequences, 1, "base64", **model_named(server))
-    generator = LoadGenerator(server.url, requests, None, 600.0)
-    level = Level(clients=clients)
+    generator = LoadGenerator(server.url, requests, server.key, 600.0)
     measured = generator.run(level, duration_s=seconds, warmup_s=warmup_s, tick=tick)
     result = summarise(measured)
     count = max(1, len(answered_of(measured)))
@@ -213,25 +221,36 @@ def measure_latency(
     found: dict[str, Any] = {}
     ratios = {}
     for name, binary in modes.items():
-        with (
-            raptide_server(folder / "model", folder, haproxy=binary) as server,
-            EngineAlone(folder / "model") as bare,
-            httpx.Client(base_url=server.url, timeout=120.0) as client,
-        ):
-            rows = [one_request(client, bare, each) for _ in range(args.rounds) for each in shorter]
-        measured = rows[len(shorter) :]  # the first round warms up
-        added = [1e3 * (http - engine) for http, engine in measured]
-        found[name] = {
-            "http_ms": statistics.median(1e3 * http for http, _ in measured),
-            "engine_ms": statistics.median(1e3 * engine for _, engine in measured),
-            "added_ms": statistics.median(added),
-            "added_ms_quartiles": statistics.quantiles(added, n=4),
-            "requests": len(measured),
-        }
+        try:
+            with raptide_server(folder / "model", folder, haproxy=binary) as server:
+                found[name] = added_latency(server, folder / "model", shorter, args.rounds)
+        except RaptideError as error:  # HAProxy's configuration depends on its version
+            print(f"latency: {error}")
+            found[name] = {"missing": str(error)}
+            continue
         print(f"latency: {name} adds {found[name]['added_ms']:.1f} ms", flush=True)
         key = "added_latency_ms" if name == "default" else f"added_latency_ms_{name}"
         ratios[key] = round(found[name]["added_ms"], 2)
     return found, ratios
+
+
+def added_latency(server: Server, model: Path, sequences: list[str], rounds: int) -> dict[str, Any]:
+    with (
+        EngineAlone(model) as bare,
+        httpx.Client(
+            base_url=server.url, timeout=120.0, headers={"Authorization": f"Bearer {server.key}"}
+        ) as client,
+    ):
+        rows = [one_request(client, bare, each) for _ in range(rounds) for each in sequences]
+    measured = rows[len(sequences) :]  # the first round warms up
+    added = [1e3 * (http - engine) for http, engine in measured]
+    return {
+        "http_ms": statistics.median(1e3 * http for http, _ in measured),
+        "engine_ms": statistics.median(1e3 * engine for _, engine in measured),
+        "added_ms": statistics.median(added),
+        "added_ms_quartiles": statistics.quantiles(added, n=4),
+        "requests": len(measured),
+    }
 
 
 def one_request(client: httpx.Client, bare: EngineAlone, sequence: str) -> tuple[float, float]:
@@ -241,6 +260,27 @@ def one_request(client: httpx.Client, bare: EngineAlone, sequence: str) -> tuple
     http = time.perf_counter() - started
     answer.raise_for_status()
     return http, bare.embed([sequence])
+
+
+def measure_levels(
+    folder: Path, sequences: list[str], args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The closed loop up to more clients than help, then the open loop below what that reached."""
+    print(HEADER)
+    levels: list[dict[str, Any]] = []
+    with raptide_server(folder / "model", folder) as server:
+
+        def measure(level: Level) -> None:
+            levels.append(load(server, sequences, level, args.seconds))
+            print(table_line(levels[-1]), flush=True)
+
+        for clients in LEVEL_CLIENTS:
+            measure(Level(clients=clients))
+        most = max(level["requests_per_s"] for level in levels)
+        for share in LEVEL_SHARES:
+            measure(Level(rate=round(share * most, 2)))
+    draw_load(levels, f"{args.preset}, {CORES} CPU cores", args.picture)
+    return levels, {}
 
 
 def measure_soak(
@@ -257,7 +297,7 @@ def measure_soak(
                 print(f"soak: {passed:.0f} s, MB {memory[-1][1]}", flush=True)
 
         requests = embedding_requests(sequences, 1, "base64")
-        generator = LoadGenerator(server.url, requests, None, 600.0)
+        generator = LoadGenerator(server.url, requests, server.key, 600.0)
         level = Level(clients=SOAK_CLIENTS)
         measured = generator.run(level, duration_s=seconds, warmup_s=0.0, tick=tick)
     result = summarise(measured)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -26,10 +28,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CORES = len(os.sched_getaffinity(0))
 INFINITY = ("infinity-emb[torch,server]==0.0.78", "transformers<5")
-"""Its newest release does not start with transformers 5."""
+"""What was seen to serve ESM-2 folders."""
 
-# Ray gives a replica one thread unless told. Threads that spin while they wait fight with the other
-# processes of a server.
+# Threads that spin while they wait fight with the other processes of a server.
 THREADS = {"OMP_NUM_THREADS": str(CORES), "OMP_WAIT_POLICY": "PASSIVE"}
 
 READY_S = 240.0
@@ -46,9 +47,12 @@ ROLES = {
 class Server:
     """A server that answers at `url`."""
 
-    def __init__(self, name: str, url: str, process: psutil.Process) -> None:
+    def __init__(
+        self, name: str, url: str, process: psutil.Process, key: str | None = None
+    ) -> None:
         self.name = name
         self.url = url
+        self.key = key
         self._process = process
 
     def cpu_s(self) -> dict[str, float]:
@@ -76,12 +80,13 @@ class Server:
 @contextmanager
 def raptide_server(model: Path, scratch: Path, *, haproxy: str | None = None) -> Iterator[Server]:
     """`serve run` with the defaults; `haproxy` is a binary for Serve's HAProxy mode."""
-    port = free_port()
+    port, key = free_port(), secrets.token_hex(32)
     application = {
         "name": "raptide",
         "route_prefix": "/",
         "import_path": "serve.app:build",
-        "args": {"model": str(model)},
+        # One replica that computes with every core, as the bare engine does.
+        "args": {"model": str(model), "cpus_per_replica": CORES},
     }
     config = {
         "proxy_location": "HeadOnly",
@@ -93,6 +98,7 @@ def raptide_server(model: Path, scratch: Path, *, haproxy: str | None = None) ->
     env = {
         "RAY_ADDRESS": "local",
         "PYTHONPATH": str(ROOT),
+        "RAPTIDE_API_KEYS": f"bench sha256:{hashlib.sha256(key.encode()).hexdigest()}",
     }
     name = "raptide"
     command = [str(Path(sys.executable).parent / "serve"), "run", str(file)]
@@ -101,7 +107,7 @@ def raptide_server(model: Path, scratch: Path, *, haproxy: str | None = None) ->
         if haproxy is not None:
             name = "raptide, HAProxy"
             env |= _haproxy_settings(haproxy, place)
-        with _serving(name, command, port, scratch, "/readyz", env) as server:
+        with _serving(name, command, port, scratch, "/readyz", env, key) as server:
             yield server
 
 
@@ -207,7 +213,13 @@ class EngineAlone:
 
 @contextmanager
 def _serving(
-    name: str, command: list[str], port: int, scratch: Path, ready: str, env: dict[str, str]
+    name: str,
+    command: list[str],
+    port: int,
+    scratch: Path,
+    ready: str,
+    env: dict[str, str],
+    key: str | None = None,
 ) -> Iterator[Server]:
     log = scratch / f"{name.replace(', ', '-').replace(' ', '-')}-{port}.log"
     url = f"http://127.0.0.1:{port}"
@@ -226,7 +238,7 @@ def _serving(
                 last = log.read_text(errors="replace").strip().splitlines()[-15:]
                 raise RaptideError(f"{name} does not start:\n" + "\n".join(last))
             time.sleep(0.5)
-        yield Server(name, url, psutil.Process(process.pid))
+        yield Server(name, url, psutil.Process(process.pid), key)
     finally:
         process.send_signal(signal.SIGINT)
         try:

@@ -2,59 +2,28 @@
 
 import os
 import signal
-import socket
 import threading
 import time
-from dataclasses import replace
 
 import numpy as np
 import psutil
 import pytest
-import torch
-from ray import serve as ray_serve
 
-from raptide import Client, ConfigError, SequenceError
-from raptide.inference.engine import Engine
-from raptide.model.bundle import write_bundle
-from raptide.model.config import ModelSettings
-from raptide.model.contacts import ContactHead
-from raptide.model.transformer import Esm
-from raptide.model.weights import Weights
-from serve.app import build
+from raptide import Client, ConfigError, InputError, SequenceError
 
 SEQUENCES = ["MKTAYIAKQR", "gshml edpvafyw*", "M", "LAGVSERTIDPKQNFYMHWC" * 10]
 VARIANTS = ["K2A", "K2A:Q9E", "M1G"]
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    model = Esm(ModelSettings(layers=2, width=32, heads=4)).initialise(1)
-    head = ContactHead(torch.linspace(-1, 1, 8)[None], torch.zeros(1))
-    folder = tmp_path_factory.mktemp("bundle")
-    write_bundle(folder, replace(Weights.of(model), lineage={"step": 5}, contact_head=head))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def engine(bundle):
-    return Engine.load(bundle)
-
-
-@pytest.fixture(scope="module")
-def url(cluster, bundle):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-    ray_serve.run(build({"model": str(bundle), "max_residues": 500}), name="raptide")
-    yield f"http://127.0.0.1:{port}"
-    ray_serve.shutdown()
+@pytest.fixture
+def url(client):
+    return str(client.base_url)
 
 
 @pytest.fixture
-def client(url):
-    with Client(url, chunk_sequences=3) as client:
-        yield client
+def remote(url):
+    with Client(url, chunk_sequences=3) as remote:
+        yield remote
 
 
 def assert_same(found, expected):
@@ -69,66 +38,66 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "bos", "residue"])
-def test_embeddings_are_the_engines(client, engine, pooling):
-    assert_same(client.embed(SEQUENCES, pooling), engine.embed(SEQUENCES, pooling=pooling))
+def test_embeddings_are_the_engines(remote, engine, pooling):
+    assert_same(remote.embed(SEQUENCES, pooling), engine.embed(SEQUENCES, pooling=pooling))
 
 
 @pytest.mark.parametrize("method", ["pseudo-ppl", "one-pass"])
-def test_scores_are_the_engines(client, engine, method):
-    found = client.score_sequences(SEQUENCES, method)
+def test_scores_are_the_engines(remote, engine, method):
+    found = remote.score_sequences(SEQUENCES, method)
     assert_same(found, engine.score_sequences(SEQUENCES, method))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "residue"])
 @pytest.mark.parametrize("layers", [[0], [0, -1], [2, 1, 0]])
-def test_layers_are_the_engines(client, engine, pooling, layers):
-    found = client.embed(SEQUENCES, pooling, layers)
+def test_layers_are_the_engines(remote, engine, pooling, layers):
+    found = remote.embed(SEQUENCES, pooling, layers)
     assert_same(found, engine.embed(SEQUENCES, layers, pooling))
 
 
 @pytest.mark.parametrize("method", ["wt-marginals", "masked-marginals", "pseudo-ppl"])
-def test_variants_are_the_engines(client, engine, method):
+def test_variants_are_the_engines(remote, engine, method):
     variants = [*VARIANTS, "Q9E", "R10W"]
-    found = client.score_variants(SEQUENCES[0], variants, method)
+    found = remote.score_variants(SEQUENCES[0], variants, method)
     assert_same(found, engine.score_variants(SEQUENCES[0], variants, method))
-    assert client.score_variants(SEQUENCES[0], []).shape == (0,)
+    assert remote.score_variants(SEQUENCES[0], []).shape == (0,)
 
 
 @pytest.mark.parametrize("method", ["wt-marginals", "masked-marginals"])
-def test_a_scan_is_the_engines(client, engine, method):
-    assert_same(client.scan(SEQUENCES[0], method), engine.scan(SEQUENCES[0], method))
+def test_a_scan_is_the_engines(remote, engine, method):
+    assert_same(remote.scan(SEQUENCES[0], method), engine.scan(SEQUENCES[0], method))
 
 
 @pytest.mark.parametrize("name", ["contacts", "logits"])
-def test_tables_are_the_engines(client, engine, name):
+def test_tables_are_the_engines(remote, engine, name):
     expected = getattr(engine, name)(SEQUENCES)
-    assert_same(getattr(client, name)(SEQUENCES), expected)
-    assert_same(list(getattr(client, name)(iter(SEQUENCES))), expected)
+    assert_same(getattr(remote, name)(SEQUENCES), expected)
+    assert_same(list(getattr(remote, name)(iter(SEQUENCES))), expected)
 
 
-def test_a_generator_gives_a_generator(client, engine):
-    results = client.embed(each for each in SEQUENCES * 5)
+def test_a_generator_gives_a_generator(remote, engine):
+    results = remote.embed(each for each in SEQUENCES * 5)
     assert not isinstance(results, list | np.ndarray)
     assert_same(np.stack(list(results)), engine.embed(SEQUENCES * 5))
-    scores = client.score_sequences(iter(SEQUENCES), "one-pass")
+    scores = remote.score_sequences(iter(SEQUENCES), "one-pass")
     assert_same(np.array(list(scores)), engine.score_sequences(SEQUENCES, "one-pass"))
 
 
-def test_the_model_is_described(client, engine):
-    (model,) = client.models()
-    assert (model["width"], model["lineage"]) == (engine.width, {"step": 5})
+def test_the_model_is_described(remote, engine):
+    (model,) = remote.models()
+    assert (model["width"], model["lineage"]) == (engine.width, engine.lineage)
     assert model["max_residues"] == engine.max_residues
 
 
-def test_what_the_endpoint_refuses_is_the_engines_error(client, url):
+def test_what_the_endpoint_refuses_is_the_engines_error(remote, url):
     with pytest.raises(SequenceError, match=r"^Sequence 4: at most 500 residues .* 501"):
-        client.embed(["MK"] * 4 + ["A" * 501])
+        remote.embed(["MK"] * 4 + ["A" * 501])
     with pytest.raises(SequenceError, match=r"expects A at position 2, but .* K there"):
-        client.score_variants(SEQUENCES[0], ["A2K"])
-    with pytest.raises(ConfigError, match="layer 9"):
-        client.embed(["MK"], layers=[9])
+        remote.score_variants(SEQUENCES[0], ["A2K"])
+    with pytest.raises(InputError, match="layer 9"):
+        remote.embed(["MK"], layers=[9])
     with pytest.raises(ConfigError, match="pooling"):
-        client.embed(["MK"], pooling="max")
+        remote.embed(["MK"], pooling="max")
     with Client(url, model="other") as other, pytest.raises(ConfigError, match="'other'"):
         other.embed(["MK"])
 
@@ -142,10 +111,10 @@ def test_a_killed_process_is_not_seen(url, engine, victim):
     answers, failures = [], []
 
     def ask():
-        with Client(url) as client:
+        with Client(url) as remote:
             while not stop.is_set():
                 try:
-                    answers.append(client.embed(sequences))
+                    answers.append(remote.embed(sequences))
                 except Exception as error:
                     failures.append(error)
 

@@ -35,11 +35,12 @@ ScoreMethod = Literal["pseudo-ppl", "one-pass"]
 VariantMethod = Literal["wt-marginals", "masked-marginals", "pseudo-ppl"]
 ScanMethod = Literal["wt-marginals", "masked-marginals"]
 
-CHUNK_TOKENS = 16_384
-"""Tokens to compute in one request of small answers (pooled vectors, scores)."""
+CHUNK_TOKENS = 4_096
+"""Tokens to compute in one request. Small enough that what is in flight is answered in time by an
+endpoint on CPUs; per-residue answers are then at most 21 MB at 1,280 values a residue."""
 
-LARGE_CHUNK_TOKENS = 4_096
-"""The same where there is an answer for every residue: 21 MB at 1,280 values each."""
+VARIANT_CHUNK_TOKENS = 32_768
+"""The same for variants by pseudo perplexity: each request scores the sequence itself again."""
 
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ class Client:
         *,
         timeout_s: float = 300.0,
         retry_s: float = 120.0,
-        parallel: int = 8,
+        parallel: int = 4,
         chunk_sequences: int = 64,
         progress: bool = False,
     ) -> None:
@@ -183,7 +184,7 @@ class Client:
             body = {"sequences": chunk, "method": method}
             return self._post("/v1/scores", body, read_scores, len(chunk), stop)
 
-        results = self._map(sequences, send, CHUNK_TOKENS, passes_each)
+        results = self._map(sequences, send, passes_each)
         return results if isinstance(results, Iterator) else np.array(results, np.float64)
 
     def score_variants(
@@ -203,6 +204,9 @@ class Client:
             raise SequenceError("A list of variants is needed, but one string was given: use [it].")
         (plain,) = plain_sequences([sequence])
         size = self._chunk_sequences
+        if method == "pseudo-ppl":  # each is a sequence of its own, scored with a pass a residue
+            cost = len(plain) * (len(plain) + 2)
+            size = max(1, min(size, VARIANT_CHUNK_TOKENS // cost))
         chunks = (list(variants[i : i + size]) for i in range(0, len(variants), size))
 
         def send(some: list[str], stop: threading.Event) -> list[float]:
@@ -271,13 +275,12 @@ class Client:
             body = {given: chunk, "encoding_format": "base64"} | options
             return self._post(path, body, read, len(chunk), stop, accept)
 
-        return self._map(sequences, send, LARGE_CHUNK_TOKENS if large else CHUNK_TOKENS)
+        return self._map(sequences, send)
 
     def _map(
         self,
         sequences: Sequence[str] | Iterator[str],
         send: Callable[[Chunk, threading.Event], list[T]],
-        chunk_tokens: int,
         passes_each: bool = False,
     ) -> Any:
         """A list for a list, an iterator for an iterator."""
@@ -297,7 +300,7 @@ class Client:
         if not isinstance(sequences, Iterator):
             plain = list(plain)  # a mistake in a list is found before anything is sent
             total = len(plain)
-        chunks = cut_chunks(plain, self._chunk_sequences, chunk_tokens, passes_each)
+        chunks = cut_chunks(plain, self._chunk_sequences, CHUNK_TOKENS, passes_each)
         results = self._in_order(send_counted, chunks, total, " sequences")
         return results if total is None else list(results)
 

@@ -65,6 +65,8 @@ class Transport:
                 raise ConfigError("An API key is plain printable text, but the one given is not.")
             headers["Authorization"] = f"Bearer {key.strip()}"
         try:
+            if not httpx.URL(self.url).host:
+                raise ConfigError(f"{url!r} names no host.")
             self._http = httpx.Client(
                 base_url=self.url,
                 headers=headers,
@@ -107,7 +109,7 @@ class Transport:
                     result = read(answer)
                     self._last_answer = time.monotonic()
                     return result
-                error = describe_refusal(answer, self._timeout_s)
+                error = describe_refusal(answer)
                 if not may_pass(answer):
                     raise error
                 least_s = retry_after_s(answer)
@@ -116,7 +118,7 @@ class Transport:
                     f"{self.url}{path} did not answer within {self._timeout_s:g} s; send less at "
                     "once, or allow more with timeout_s."
                 ) from None
-            except (httpx.TransportError, BrokenAnswer) as broken:
+            except (httpx.RequestError, BrokenAnswer) as broken:
                 error = ServiceError(f"{self.url} cannot be reached ({_reason(broken)})")
             now = time.monotonic()
             first_failure = first_failure or now
@@ -157,7 +159,7 @@ def retry_after_s(answer: httpx.Response) -> float:
         return 0.0
 
 
-def describe_refusal(answer: httpx.Response, timeout_s: float) -> InputError | ServiceError:
+def describe_refusal(answer: httpx.Response) -> InputError | ServiceError:
     """An answer that is no success, as an error of one sentence."""
     status = answer.status_code
     detail = _detail(answer)
@@ -166,11 +168,6 @@ def describe_refusal(answer: httpx.Response, timeout_s: float) -> InputError | S
         return ConfigError(
             f"The endpoint refuses the API key ({message or status}); give a valid one as `key` or "
             "in RAPTIDE_API_KEY."
-        )
-    if status == 504 and detail.get("type") == "deadline":
-        return ServiceError(
-            f"The endpoint could not answer within {timeout_s:g} s; send less at once, or allow "
-            "more with timeout_s."
         )
     if not detail:
         return ServiceError(
