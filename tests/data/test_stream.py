@@ -3,9 +3,10 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import ray
 
 from raptide.alphabet import ESM_33
-from raptide.data.feeder import BatchReader, FeederActor
+from raptide.data.feeder import BatchReader, Feeder, FeederActor
 from raptide.data.stream import (
     Cursor,
     Source,
@@ -123,6 +124,24 @@ def test_another_corpus_at_the_same_path_is_refused(plan):
     other = StreamPlan((Source(plan.sources[0].path, "0" * 64),), SETTINGS, "esm-33")
     with pytest.raises(CorpusError, match="all nodes must see one corpus"):
         prepare_rows(other, 0, 0)
+
+
+def test_the_batches_before_an_error_come_to_every_reader(cluster, batches):
+    def broken_off():
+        yield from batches[:6]
+        raise CorpusError("shard, row group 7 is damaged.")
+
+    class BreaksOff(Feeder):
+        def __init__(self, num_readers):
+            super().__init__(None, Cursor(), 0, num_readers)
+            self._batches = broken_off()
+
+    feeder = ray.remote(num_cpus=0)(BreaksOff).remote(2)
+    for _ in range(2):
+        reader = BatchReader(feeder, 60.0).batches(100)
+        assert [digest(batch) for batch in islice(reader, 6)] == [digest(b) for b in batches[:6]]
+        with pytest.raises(CorpusError, match="row group 7"):
+            next(reader)
 
 
 def test_a_damaged_block_stops_the_stream_with_its_name(corpus, tmp_path):

@@ -17,8 +17,12 @@ from ray.exceptions import GetTimeoutError
 from raptide.data.stream import Cursor, GlobalBatch, StreamPlan, global_batches
 from raptide.errors import StreamStalled, plain_errors
 
-IN_FLIGHT = 4
-"""Batches a worker asks for ahead of the one it works on."""
+MOST_A_CALL = 8
+"""Batches in one call, once a worker has its first: of many workers' calls the feeder would soon
+have too many. The first calls ask for 1, 2, 4, so that nobody waits for eight to begin."""
+
+IN_FLIGHT = 2
+"""Calls of a worker that are on their way or waiting."""
 
 
 class Feeder:
@@ -31,15 +35,29 @@ class Feeder:
         self._kept: dict[int, tuple[Any, int]] = {}
         self._failure: Exception | None = None
 
-    def fetch(self, index: int) -> list[Any]:
-        """A list with the reference of batch `index`; each reader asks once, in order."""
+    def fetch(self, first: int, count: int) -> list[Any]:
+        """References of `count` batches from `first` on; each reader asks once, in order.
+
+        What goes wrong is raised in place of the batch that it struck: the ones before it come.
+        """
+        references: list[Any] = []
+        for index in range(first, first + count):
+            try:
+                references.append(self._take(index))
+            except Exception:
+                if not references:
+                    raise
+                break  # the next call raises it again
+        return references
+
+    def _take(self, index: int) -> Any:
         while self._produced <= index:
             self._kept[self._produced] = (ray.put(self._next()), 0)
             self._produced += 1
         reference, readers = self._kept.pop(index)
         if readers + 1 < self._num_readers:
             self._kept[index] = (reference, readers + 1)
-        return [reference]
+        return reference
 
     def _next(self) -> GlobalBatch:
         if self._failure is None:
@@ -70,19 +88,23 @@ class BatchReader:
             StreamStalled: a batch took longer than the timeout.
             CorpusError: a block could not be read.
         """
-        ahead: deque[Any] = deque()
-        for index in range(count):
-            while len(ahead) < IN_FLIGHT and index + len(ahead) < count:
-                ahead.append(self._feeder.fetch.remote(index + len(ahead)))
+        calls: deque[Any] = deque()
+        asked, size = 0, 1
+        while asked < count or calls:
+            while len(calls) < IN_FLIGHT and asked < count:
+                size = min(size, count - asked)
+                calls.append(self._feeder.fetch.remote(asked, size))
+                asked, size = asked + size, min(2 * size, MOST_A_CALL)
             started = time.perf_counter()
-            batch = self._get(ahead.popleft())
-            self.last_wait_s = time.perf_counter() - started
-            yield batch
+            for reference in self._get(calls.popleft()):
+                batch = self._get(reference)
+                self.last_wait_s = time.perf_counter() - started
+                yield batch
+                started = time.perf_counter()
 
-    def _get(self, answer: Any) -> GlobalBatch:
+    def _get(self, reference: Any) -> Any:
         try:
             with plain_errors():
-                (reference,) = ray.get(answer, timeout=self._timeout_s)
                 return ray.get(reference, timeout=self._timeout_s)
         except GetTimeoutError:
             raise StreamStalled(
