@@ -3,9 +3,10 @@
     python tests/chaos/serve_schema.py
 
 Starts a Ray and an endpoint of its own on the loopback and runs schemathesis against it: no answer
-may be a 5xx, and none may break the document (status, headers, content type, schema). What the
-document cannot say (that A42G fits the sequence, that a model has layer 7) may be refused, so
-`positive_data_acceptance` is left out. Ends with 1 if anything is found.
+may be a 5xx (but for 504, where a random deadline was too short), and none may break the document
+(status, headers, content type, schema). What the document cannot say (that A42G fits the sequence,
+that a model has layer 7) may be refused, so `positive_data_acceptance` is left out. Ends with 1 if
+anything is found.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from serve.app import build
 
 LEAST_CASES = 2000
 
-DEADLINE = "X-Raptide-Timeout-S:60"
-"""Fixed, as a random one is answered 504, which is no failure of the server."""
+SETTINGS = Path(__file__).with_name("schemathesis.toml")
 
 
 def run(url: str, examples: int, *options: str, timeout_s: float | None = None) -> tuple[int, str]:
     """Schemathesis's exit code and report."""
     command = [
-        *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"),
+        *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(SETTINGS)),
+        *("run", f"{url}/openapi.json"),
         *("--max-examples", str(examples), "--phases", "examples,coverage,fuzzing"),
         *("--checks", "all", "--exclude-checks", "positive_data_acceptance"),
         *("--seed", "1", "--suppress-health-check", "all", "--request-timeout", "60"),
-        *("-H", DEADLINE, "--warnings", "off", "--no-color", "--continue-on-failure", *options),
+        *("--warnings", "off", "--no-color", "--continue-on-failure", *options),
     ]
     done = subprocess.run(
         command,
