@@ -83,7 +83,7 @@ class Done:
 class Refused:
     """Why a replica did not compute."""
 
-    reason: Literal["full", "deadline", "input"]
+    reason: Literal["full", "deadline", "input", "layers"]
     message: str = ""
     index: int = 0
     """Which sequence of the work is at fault."""

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -64,10 +64,11 @@ class Replica:
         """Answer, or say why not; never raises for what a client did."""
         deadline = time.monotonic() + work.timeout_s
         try:
+            self._refuse_unknown_layers(work.ask)
             residues = [self._read(index, s, work.ask) for index, s in enumerate(work.sequences)]
             plan = _Plan(work, residues, self._settings.max_batch_tokens)
         except _Unfit as unfit:
-            return Refused("input", str(unfit), unfit.index)
+            return Refused(unfit.reason, str(unfit), unfit.index)
         try:
             answers = await self._batcher.submit(plan.kind, plan.pieces, deadline)
         except QueueFull:
@@ -121,16 +122,18 @@ class Replica:
         if not np.isfinite(self._engine.embed(["M"])).all():
             raise RuntimeError("The model answers with something that is no number.")
 
-    def _read(self, index: int, sequence: str, ask: Ask) -> np.ndarray:
-        """Residue ids, or a refusal for what this model cannot do."""
+    def _refuse_unknown_layers(self, ask: Ask) -> None:
         last = self._engine.model.settings.layers
         for layer in ask.layers if ask.call == "embed" else ():
             if not -last - 1 <= layer <= last:
                 raise _Unfit(
                     f"This model has layers 0 to {last} (or -1 to {-last - 1}), but layer {layer} "
                     "was asked for.",
-                    index,
+                    reason="layers",
                 )
+
+    def _read(self, index: int, sequence: str, ask: Ask) -> np.ndarray:
+        """Residue ids, or a refusal for what this model cannot do."""
         longest = self._engine.max_residues
         if ask.call == "contacts":
             longest = min(longest, CONTACT_RESIDUES)
@@ -168,9 +171,11 @@ class Replica:
 class _Unfit(Exception):
     """The work does not fit the model; shown to the client."""
 
-    def __init__(self, message: str, index: int = 0) -> None:
+    def __init__(
+        self, message: str, index: int = 0, reason: Literal["input", "layers"] = "input"
+    ) -> None:
         super().__init__(message)
-        self.index = index
+        self.index, self.reason = index, reason
 
 
 class _Plan:

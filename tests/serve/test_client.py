@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
-from raptide import Client, ConfigError, InputError, SequenceError
+from raptide import Client, ConfigError, SequenceError
 
 SEQUENCES = ["MKTAYIAKQR", "gshml edpvafyw*", "M", "LAGVSERTIDPKQNFYMHWC" * 10]
 VARIANTS = ["K2A", "K2A:Q9E", "M1G"]
@@ -94,7 +94,7 @@ def test_what_the_endpoint_refuses_is_the_engines_error(remote, url):
         remote.embed(["MK"] * 4 + ["A" * 501])
     with pytest.raises(SequenceError, match=r"expects A at position 2, but .* K there"):
         remote.score_variants(SEQUENCES[0], ["A2K"])
-    with pytest.raises(InputError, match="layer 9"):
+    with pytest.raises(ConfigError, match="layer 9"):
         remote.embed(["MK"], layers=[9])
     with pytest.raises(ConfigError, match="pooling"):
         remote.embed(["MK"], pooling="max")

@@ -190,6 +190,7 @@ def test_web_pages_from_elsewhere_are_not_let_in_by_default(client):
         ("embeddings", {"input": ["A" * 501]}, 422, "input", "at most 500 residues .*501"),
         ("embeddings", {"input": ["MK"] * 65}, 422, "input", "at most 64 sequences, but 65"),
         ("embeddings", {"input": "MK", "pool": "x"}, 422, "pool", "`pool`"),
+        ("embeddings", {"input": "MK", "layers": [9]}, 422, "layers", "layers 0 to 2 .*layer 9"),
         ("embeddings", {"input": "MK", "layers": [3]}, 422, "input", "layers 0 to 2"),
         ("embeddings", {"input": "MK", "layers": []}, 422, "layers", "at least one layer"),
         ("embeddings", {}, 422, "input", "`input`: field required"),
