@@ -68,7 +68,9 @@ PEERS = {
 
 ROW_TOKENS = 1024
 PARTS = ("stream", "steps", "checkpoint", "resume")
-RESUME_PROTEINS = 20_000
+RUN_PROTEINS = 20_000
+RUN_BLOCKS = BuildSettings(block_residues=32_768)
+"""Of the corpus that is trained on: small blocks, since each run ends with an evaluation of one."""
 
 
 def main() -> None:
@@ -92,17 +94,16 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {"ratios": {}, "preset": args.preset}
     ratios = report["ratios"]
     with ray_session(num_cpus=len(os.sched_getaffinity(0))):
-        sizes = {args.proteins, RESUME_PROTEINS}
-        corpora = {size: synthetic_corpus(scratch, size) for size in sizes}
-        corpus = corpora[args.proteins]
+        runs = synthetic_corpus(scratch, RUN_PROTEINS, RUN_BLOCKS)
         if "stream" in args.parts:
+            corpus = synthetic_corpus(scratch, args.proteins, BuildSettings())
             prepared = measure_preparation(corpus, args.rounds)
             ratios["prepare_tokens_per_s"] = prepared["tokens_per_s"]
             ratios["stream_tokens_per_s"] = measure_stream(corpus)
             ratios["packing_efficiency"] = prepared["efficiency"]
             report["feeder"] = measure_feeder(corpus)
     if "steps" in args.parts:
-        steps = measure_steps(scratch, corpus, args)
+        steps = measure_steps(scratch, runs, args)
         speed = {name: statistics.median(rounds) for name, rounds in steps["tokens_per_s"].items()}
         ratios["data_wait_fraction"] = statistics.median(steps["data_wait_fraction"])
         for name, ratio in PEERS.items():
@@ -110,18 +111,18 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
                 ratios[ratio] = speed["raptide"] / speed[name]
         report["tokens_per_s"] = steps["tokens_per_s"]
     if "checkpoint" in args.parts:
-        report["checkpoint"] = measure_checkpoint(scratch, corpus)
+        report["checkpoint"] = measure_checkpoint(scratch, runs)
         stall, whole = (report["checkpoint"][name] for name in ("stall_s", "alone_s"))
         ratios["checkpoint_stall_vs_sync"] = statistics.median(stall) / whole
     if "resume" in args.parts:
-        report["resume_s"] = measure_resume(scratch, corpora[RESUME_PROTEINS])
+        report["resume_s"] = measure_resume(scratch, runs)
     return report
 
 
-def synthetic_corpus(scratch: Path, proteins: int) -> Corpus:
-    fasta = scratch / f"{proteins}.fasta"
+def synthetic_corpus(scratch: Path, proteins: int, settings: BuildSettings) -> Corpus:
+    fasta = scratch / f"{proteins}-{settings.block_residues}.fasta"
     write_proteins(fasta, proteins)
-    return build_corpus([fasta], scratch / f"corpus-{proteins}", BuildSettings())
+    return build_corpus([fasta], fasta.with_suffix(""), settings)
 
 
 def measure_preparation(corpus: Corpus, rounds: int) -> dict[str, float]:

@@ -16,7 +16,8 @@ VARIANTS = ["K2A", "K2A:Q9E", "M1G"]
 
 
 @pytest.fixture
-def url(client):
+def url(client, proxy, monkeypatch):
+    monkeypatch.setenv("RAPTIDE_API_KEY", proxy.key)
     return str(client.base_url)
 
 
