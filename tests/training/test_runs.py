@@ -187,9 +187,10 @@ def test_killed_and_hanging_workers_change_nothing(whole, corpus, tmp_path):
     assert same[0] == same[1], "the weights differ in at least one bit"
     (stack,) = (run / "hangs").iterdir()  # the other worker was stopped, and could not write
     assert "all_reduce" in stack.read_text(), "it did not wait for the one that was stopped"
-    tracked = read_runs(run / "wandb")
+    # A killed worker takes with it what W&B had not written down yet, which may be all.
+    tracked = [start for start in read_runs(run / "wandb") if start[0]]
     info = json.loads((run / "run.json").read_text())
-    assert [run_id for run_id, *_ in tracked] == 3 * [info["wandb_run_id"]]
+    assert {run_id for run_id, *_ in tracked} == {info["wandb_run_id"]}
     steps = [[row["trainer/global_step"] for row in history] for _, _, history, _ in tracked]
     assert [sorted(each) for each in steps] == steps
     assert steps[-1][-1] == STEPS
