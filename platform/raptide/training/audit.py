@@ -81,7 +81,13 @@ def audited_steps(run: Path) -> Iterator[tuple[int, list[AuditedRow]]]:
     For runs that have ended: each attempt goes on from a step that is no earlier than where the one
     before went on from, so the lines that count lie in order in every file.
     """
-    last = {step: max(attempts) for step, attempts in _attempts(run).items()}
+    return _rows_of_steps(run, _attempts(run))
+
+
+def _rows_of_steps(
+    run: Path, attempts: dict[int, set[int]]
+) -> Iterator[tuple[int, list[AuditedRow]]]:
+    last = {step: max(made) for step, made in attempts.items()}
     ranks = (
         (line for line in _lines(file) if line["attempt"] == last[line["step"]])
         for file in _files(run)
@@ -93,13 +99,14 @@ def audited_steps(run: Path) -> Iterator[tuple[int, list[AuditedRow]]]:
 
 def write_audit(run: Path) -> Audit:
     """Read the audit of a finished run and write its summary."""
+    attempts = _attempts(run)
     digest, rows, steps = hashlib.sha256(), 0, 0
-    for step in audited_steps(run):
+    for step in _rows_of_steps(run, attempts):
         digest.update(json.dumps(step).encode())
         rows, steps = rows + len(step[1]), steps + 1
     ends: dict[int, tuple[int, int]] = {}  # first and last step of each attempt
-    for done, attempts in _attempts(run).items():
-        for attempt in attempts:
+    for done, made in attempts.items():
+        for attempt in made:
             first, end = ends.get(attempt, (done, done))
             ends[attempt] = min(first, done), max(end, done)
     redone = [
