@@ -40,6 +40,11 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Serve comes last: it takes cores until the session ends, which training can use before."""
+    items.sort(key=lambda item: "proxy" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_outlives_the_session() -> Iterator[None]:
     """However the session ends, whatever it started is gone afterwards."""

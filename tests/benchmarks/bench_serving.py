@@ -7,15 +7,19 @@
 Random weights of one ESM-2 shape, the same real proteins of natural lengths (20 to 1,022) for all,
 one protein a request, base64. Load comes from this process (raptide.load), never from the server's.
 
+The endpoint has a replica a core, as docs/serving.md advises on CPUs, unless said otherwise.
+
 - engine: residues/s of the endpoint with 32 clients in a closed loop, and of `Engine.embed` on the
-  same list in a process of its own, in turn. What is still in the queue when a window ends does not
-  count. Beside it the CPU time of proxy, gateway and engine for a request.
+  same list in a process of its own with every core, in turn; then the same with one replica with
+  every core. What is still in the queue when a window ends does not count. Beside it the CPU time
+  of proxy, gateway and engine for a request.
 - peers: the same load on a plain FastAPI server (plain_server.py: a forward each, in threads or one
   at a time) and on infinity-emb, a batching embedding server, in an environment of its own; in
   turn, with the same weights. They compute in fp32, raptide in what it chooses by itself.
-- latency: one client, one protein after the other, by HTTP and by the bare engine in turn; the
-  difference is what serving adds, through Serve's default proxy and, where haproxy is installed,
-  through its HAProxy mode.
+- latency: one client, one protein after the other, by HTTP and by the bare engine in turn; one
+  replica with every core. The difference is what serving adds, through Serve's default proxy and,
+  where haproxy is installed, through its HAProxy mode; beside it what a request took outside the
+  replica's computing.
 - levels: latency against load, closed and open loop, as a table and a picture (--picture).
 - soak (only if asked for): 256 clients for five minutes; errors, and the memory of every process.
 
@@ -26,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import statistics
 import tempfile
@@ -107,28 +112,42 @@ def main() -> None:
 def measure_engine(
     folder: Path, sequences: list[str], args: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    residues = sum(map(len, sequences))
-    rounds = []
-    with raptide_server(folder / "model", folder) as server, EngineAlone(folder / "model") as bare:
-        for _ in range(args.rounds):
-            before = bare.cpu_s()
-            offline = residues / bare.embed(sequences)
-            level = load(server, sequences, Level(clients=args.clients), args.seconds)
-            level["engine_residues_per_s"] = offline
-            level["ratio"] = level["residues_per_s"] / offline
-            level["engine_alone_cpu_ms_per_residue"] = 1e3 * (bare.cpu_s() - before) / residues
-            rounds.append(level)
-            print(
-                f"engine: HTTP {level['residues_per_s']:,.0f}, alone {offline:,.0f} residues/s, "
-                f"ratio {level['ratio']:.3f}, CPU-ms a request {level['cpu_ms']}",
-                flush=True,
-            )
-    # The second ratio does not see idle cores, but neither does it see what else the machine does.
-    cpu = [each["engine_alone_cpu_ms_per_residue"] / each["cpu_ms_per_residue"] for each in rounds]
-    return {"rounds": rounds}, {
-        "http_vs_engine": round(statistics.median(each["ratio"] for each in rounds), 3),
-        "http_vs_engine_by_cpu_time": round(statistics.median(cpu), 3),
-    }
+    found: dict[str, Any] = {}
+    ratios: dict[str, float] = {}
+    for name, replicas in (("", CORES), ("_one_replica", 1)):
+        model = folder / "model"
+        with raptide_server(model, folder, replicas=replicas) as server, EngineAlone(model) as bare:
+            rounds = [engine_round(server, bare, sequences, args) for _ in range(args.rounds)]
+        found[f"rounds{name}"] = rounds
+        ratios[f"http_vs_engine{name}"] = median_of(rounds, "ratio")
+        # This one does not see idle cores, but neither does it see what else the machine does.
+        ratios[f"http_vs_engine_by_cpu_time{name}"] = median_of(rounds, "ratio_by_cpu_time")
+    return found, ratios
+
+
+def engine_round(
+    server: Server, bare: EngineAlone, sequences: list[str], args: argparse.Namespace
+) -> dict[str, Any]:
+    """A window of load, then as long of the bare engine."""
+    level = load(server, sequences, Level(clients=args.clients), args.seconds)
+    before, seconds, residues = bare.cpu_s(), 0.0, 0
+    while seconds < args.seconds:
+        seconds += bare.embed(sequences)
+        residues += sum(map(len, sequences))
+    cpu_ms = 1e3 * (bare.cpu_s() - before) / residues
+    level["engine_residues_per_s"] = residues / seconds
+    level["ratio"] = level["residues_per_s"] / level["engine_residues_per_s"]
+    level["ratio_by_cpu_time"] = cpu_ms / level["cpu_ms_per_residue"]
+    print(
+        f"engine: HTTP {level['residues_per_s']:,.0f}, alone {residues / seconds:,.0f} residues/s, "
+        f"ratio {level['ratio']:.3f}, CPU-ms a request {level['cpu_ms']}",
+        flush=True,
+    )
+    return level
+
+
+def median_of(rounds: list[dict[str, Any]], key: str) -> float:
+    return round(statistics.median(each[key] for each in rounds), 3)
 
 
 def measure_peers(
@@ -140,7 +159,7 @@ def measure_peers(
     with ExitStack() as stack:
         start = stack.enter_context
         servers = [
-            start(raptide_server(model, folder)),
+            start(raptide_server(model, folder, replicas=CORES)),
             start(plain_server(model, folder)),
             start(plain_server(model, folder, "--one-at-a-time")),
         ]
@@ -228,9 +247,11 @@ def measure_latency(
             print(f"latency: {error}")
             found[name] = {"missing": str(error)}
             continue
-        print(f"latency: {name} adds {found[name]['added_ms']:.1f} ms", flush=True)
-        key = "added_latency_ms" if name == "default" else f"added_latency_ms_{name}"
-        ratios[key] = round(found[name]["added_ms"], 2)
+        added, outside = found[name]["added_ms"], found[name]["outside_compute_ms"]
+        print(f"latency: {name} adds {added:.1f} ms, {outside:.1f} outside computing", flush=True)
+        suffix = "" if name == "default" else f"_{name}"
+        ratios[f"added_latency_ms{suffix}"] = round(added, 2)
+        ratios[f"outside_compute_ms{suffix}"] = round(outside, 2)
     return found, ratios
 
 
@@ -243,23 +264,28 @@ def added_latency(server: Server, model: Path, sequences: list[str], rounds: int
     ):
         rows = [one_request(client, bare, each) for _ in range(rounds) for each in sequences]
     measured = rows[len(sequences) :]  # the first round warms up
-    added = [1e3 * (http - engine) for http, engine in measured]
+    added = [http - engine for http, _, engine in measured]
     return {
-        "http_ms": statistics.median(1e3 * http for http, _ in measured),
-        "engine_ms": statistics.median(1e3 * engine for _, engine in measured),
+        "http_ms": statistics.median(http for http, _, _ in measured),
+        "engine_ms": statistics.median(engine for _, _, engine in measured),
         "added_ms": statistics.median(added),
         "added_ms_quartiles": statistics.quantiles(added, n=4),
+        "outside_compute_ms": statistics.median(http - compute for http, compute, _ in measured),
         "requests": len(measured),
     }
 
 
-def one_request(client: httpx.Client, bare: EngineAlone, sequence: str) -> tuple[float, float]:
-    """Seconds by HTTP and by the bare engine."""
+def one_request(
+    client: httpx.Client, bare: EngineAlone, sequence: str
+) -> tuple[float, float, float]:
+    """Milliseconds by HTTP, of these what the replica says it computed, and by the bare engine."""
     started = time.perf_counter()
     answer = client.post("/v1/embeddings", json={"input": sequence, "encoding_format": "base64"})
     http = time.perf_counter() - started
     answer.raise_for_status()
-    return http, bare.embed([sequence])
+    compute = re.search(r"compute;dur=([\d.]+)", answer.headers["Server-Timing"])
+    assert compute is not None
+    return 1e3 * http, float(compute[1]), 1e3 * bare.embed([sequence])
 
 
 def measure_levels(
@@ -268,7 +294,7 @@ def measure_levels(
     """The closed loop up to more clients than help, then the open loop below what that reached."""
     print(HEADER)
     levels: list[dict[str, Any]] = []
-    with raptide_server(folder / "model", folder) as server:
+    with raptide_server(folder / "model", folder, replicas=CORES) as server:
 
         def measure(level: Level) -> None:
             levels.append(load(server, sequences, level, args.seconds))
@@ -289,7 +315,7 @@ def measure_soak(
     """Many clients for minutes: errors, and memory once a fifth has passed and at the end."""
     seconds = args.soak_seconds
     memory: list[tuple[float, dict[str, float]]] = []
-    with raptide_server(folder / "model", folder) as server:
+    with raptide_server(folder / "model", folder, replicas=CORES) as server:
 
         def tick(passed: float) -> None:
             if not memory or passed - memory[-1][0] >= SOAK_SAMPLE_S or passed >= seconds:

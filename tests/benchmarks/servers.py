@@ -78,15 +78,31 @@ class Server:
 
 
 @contextmanager
-def raptide_server(model: Path, scratch: Path, *, haproxy: str | None = None) -> Iterator[Server]:
-    """`serve run` with the defaults; `haproxy` is a binary for Serve's HAProxy mode."""
+def raptide_server(
+    model: Path,
+    scratch: Path,
+    *,
+    replicas: int = 1,
+    haproxy: str | None = None,
+    **arguments: object,
+) -> Iterator[Server]:
+    """`serve run`, all cores shared by the replicas.
+
+    Args:
+        haproxy: a binary, for Serve's HAProxy mode.
+        arguments: more settings of `serve.app:build`.
+    """
     port, key = free_port(), secrets.token_hex(32)
     application = {
         "name": "raptide",
         "route_prefix": "/",
         "import_path": "serve.app:build",
-        # One replica that computes with every core, as the bare engine does.
-        "args": {"model": str(model), "cpus_per_replica": CORES},
+        "args": {
+            "model": str(model),
+            "replicas": replicas,
+            "cpus_per_replica": CORES / replicas,
+            **arguments,
+        },
     }
     config = {
         "proxy_location": "HeadOnly",

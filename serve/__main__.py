@@ -1,0 +1,96 @@
+"""Deploy a configuration file and stay; SIGTERM and Ctrl-C drain before the end.
+
+    python -m serve serve/config.yaml
+
+As `serve run`, for whatever stops processes by SIGTERM (systemd, Kubernetes): nothing new is taken,
+what is being answered is finished, and then it ends. `serve run` drops what is being answered. Ray
+is started, and ends with it, unless RAY_ADDRESS names a cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+
+from raptide.cluster import local_cpus, ray_session
+from raptide.errors import ConfigError, RaptideError
+
+LOOK_EVERY_S = 1.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m serve", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("config", type=Path, help="as serve/config.yaml")
+    try:
+        run(read_config(parser.parse_args().config))
+    except RaptideError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def read_config(path: Path) -> ServeDeploySchema:
+    """A configuration file in Serve's own schema.
+
+    Raises:
+        ConfigError: there is none, or it breaks the schema.
+    """
+    try:
+        return ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, ValidationError) as error:
+        raise ConfigError(f"{path} is no configuration of Ray Serve: {error}") from None
+
+
+def run(config: ServeDeploySchema) -> None:
+    """Deploy, stay until a signal comes, drain.
+
+    Raises:
+        ConfigError: an application does not start.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    names = [application.name for application in config.applications]
+    with ray_session(num_cpus=local_cpus()):
+        serve.start(
+            proxy_location=config.proxy_location,
+            http_options=config.http_options.model_dump(),
+            grpc_options=config.grpc_options.model_dump(),
+        )
+        try:
+            _get_global_client().deploy_apps(config, _blocking=False)
+            if _start(names, stop):
+                options = config.http_options
+                print(f"{', '.join(names)}: http://{options.host}:{options.port}", flush=True)
+            stop.wait()
+        finally:
+            print("finishing what is being answered", flush=True)
+            for name in names:  # the proxies stay until all is answered
+                serve.delete(name)
+
+
+def _start(names: list[str], stop: threading.Event) -> bool:
+    """Wait until all applications run; False if a signal came first."""
+    while not stop.wait(LOOK_EVERY_S):
+        found = {name: serve.status().applications.get(name) for name in names}
+        for name, status in found.items():
+            if status and status.status == ApplicationStatus.DEPLOY_FAILED:
+                raise ConfigError(f"{name} does not start: {status.message}")
+        if all(each and each.status == ApplicationStatus.RUNNING for each in found.values()):
+            return True
+    return False
+
+
+if __name__ == "__main__":
+    main()
