@@ -61,7 +61,7 @@ def draw_load(levels: list[dict[str, Any]], title: str, file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     loops = {
         "closed loop: clients at once": [each for each in levels if each["rate"] is None],
@@ -72,18 +72,26 @@ def draw_load(levels: list[dict[str, Any]], title: str, file: Path) -> None:
         1, len(shown), figsize=(6 * len(shown), 4.5), constrained_layout=True, squeeze=False
     )
     for axes, (name, some) in zip(grid[0], shown.items(), strict=True):
-        reached = [each["residues_per_s"] for each in some]
+        closed = some[0]["rate"] is None
+        load = [each["residues_per_s" if closed else "rate"] for each in some]
         for p, colour in COLOURS.items():
             latency = [each["latency_ms"][f"p{p}"] or np.nan for each in some]
-            axes.plot(reached, latency, color=colour, marker="o", ms=4, label=f"p{p}")
-        for x, each in zip(reached, some, strict=True):
-            label = each["clients"] if each["rate"] is None else f"{each['rate']:g}"
+            axes.plot(load, latency, color=colour, marker="o", ms=4, label=f"p{p}")
+        for x, each in zip(load, some, strict=True):
             y = each["latency_ms"]["p50"]
-            if y is not None:
+            if closed and y is not None:
                 axes.annotate(
-                    label, (x, y), xytext=(0, -13), textcoords="offset points", fontsize=8
+                    each["clients"],
+                    (x, y),
+                    xytext=(0, -13),
+                    textcoords="offset points",
+                    fontsize=8,
                 )
-        axes.set(xlabel="residues answered a second", ylabel="ms", yscale="log", xlim=(0, None))
+        unit = "residues answered a second" if closed else "requests arriving a second"
+        axes.set(xlabel=unit, ylabel="ms", yscale="log", xlim=(0, None))
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set_title(name, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
