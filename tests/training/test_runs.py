@@ -294,7 +294,11 @@ def test_every_zero_stage_trains_saves_and_resumes_at_any_size(
     """Up to a checkpoint at one size, on at another; the curve is that of ZeRO-2 throughout."""
     # At this width stage 3 would keep every parameter whole, and nothing would be gathered.
     split_all = {"zero3_keep_whole_below": 0} if stage == 3 else {}
-    options = split_all | {"checkpoint_activations": stage in (1, 3), "compile": stage == 2}
+    options = split_all | {
+        "checkpoint_activations": stage in (1, 3),
+        "compile": stage == 2,
+        "offload_optimizer": stage == 1,
+    }
     tree = make_recipe(corpus, steps=EVERY, zero_stage=stage, precision=precision, **options)
     run_to_the_end(as_recipe(tree, workers=before), tmp_path / "run")
     tree["training"]["steps"] = EVERY + 4
