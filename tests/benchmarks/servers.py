@@ -84,14 +84,8 @@ def raptide_server(
     *,
     replicas: int = 1,
     haproxy: str | None = None,
-    **arguments: object,
 ) -> Iterator[Server]:
-    """`serve run`, all cores shared by the replicas.
-
-    Args:
-        haproxy: a binary, for Serve's HAProxy mode.
-        arguments: more settings of `serve.app:build`.
-    """
+    """`serve run`, cores shared by the replicas; `haproxy`: a binary, for Serve's HAProxy mode."""
     port, key = free_port(), secrets.token_hex(32)
     application = {
         "name": "raptide",
@@ -101,7 +95,6 @@ def raptide_server(
             "model": str(model),
             "replicas": replicas,
             "cpus_per_replica": CORES / replicas,
-            **arguments,
         },
     }
     config = {
