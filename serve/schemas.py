@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from raptide.methods import Pooling, ScanMethod, ScoreMethod, VariantMethod
+
 LETTERS = r"^\s*[A-Za-z][A-Za-z\s]*\*?\s*$"
 """For the document alone: the service checks letters itself, and says which one is wrong."""
 
@@ -39,7 +41,7 @@ class EmbeddingsRequest(ArrayRequest):
     """As OpenAI's, with `input` holding protein sequences."""
 
     input: Sequence | Several = Field(examples=[EXAMPLE])
-    pooling: Literal["mean", "bos", "residue"] = Field(
+    pooling: Pooling = Field(
         "mean", description="mean over residues, the first token, or one vector a residue"
     )
     layers: list[Annotated[int, Field(ge=-256, le=256)]] | None = Field(
@@ -62,7 +64,7 @@ class ScoresRequest(Request):
         json_schema_extra={"minItems": 1},
         examples=[None],
     )
-    method: Literal["pseudo-ppl", "one-pass", "wt-marginals", "masked-marginals"] | None = Field(
+    method: ScoreMethod | VariantMethod | None = Field(
         None,
         description="sequences: pseudo-ppl (default), one-pass (cheaper, optimistic); variants: "
         "wt-marginals (default), masked-marginals, pseudo-ppl",
@@ -74,7 +76,7 @@ class ScanRequest(ArrayRequest):
     """Every single substitution of one sequence."""
 
     sequence: Sequence = Field(examples=[EXAMPLE[0]])
-    method: Literal["wt-marginals", "masked-marginals"] = "wt-marginals"
+    method: ScanMethod = "wt-marginals"
 
 
 class SequencesRequest(ArrayRequest):

@@ -53,6 +53,7 @@ def test_layers_hold():
         ("raptide.data.stream", {"torch"}),
         ("raptide.client", {"torch", "ray", "fastapi"}),
         ("raptide.load.requests", {"torch", "ray"}),
+        ("serve.gateway", {"torch"}),
     ],
 )
 def test_a_layer_loads_no_heavy_library_it_does_not_need(module, unneeded):

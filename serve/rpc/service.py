@@ -10,8 +10,7 @@ import grpc
 import numpy as np
 from ray.serve.grpc_util import RayServegRPCContext
 
-from raptide.inference.engine import ScanMethod, ScoreMethod, VariantMethod
-from raptide.inference.forward import Pooling
+from raptide.methods import Pooling, ScanMethod, ScoreMethod, VariantMethod
 from serve.calls import Ask, Done
 from serve.keys import KeyRing
 from serve.refusals import Refusal, internal, invalid

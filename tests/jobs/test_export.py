@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT
+from in_process import job_in_process
 from safetensors.torch import load_file
 from transformers import EsmForMaskedLM
 from transformers_shapes import esm_config
@@ -111,11 +112,11 @@ def test_a_contact_head_is_fitted_and_saved(theirs, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_with_exit_code_2_and_leaves_nothing(
-    theirs, tmp_path, monkeypatch, arguments, message
+    theirs, tmp_path, arguments, message
 ):
-    monkeypatch.chdir(tmp_path)
     short = structures(tmp_path / "short.parquet", 1, cb_angstrom=[1.0, 2.0, 3.0])
-    done = export(*(a.format(theirs=theirs, short=short) for a in arguments))
+    arguments = [each.format(theirs=theirs, short=short) for each in arguments]
+    done = job_in_process("export_model.py", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")

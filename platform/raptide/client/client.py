@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar, overload
+from typing import Any, Protocol, TypeVar, overload
 
 import httpx
 import numpy as np
@@ -29,11 +29,7 @@ from raptide.client.answers import ARROW, read_arrays, read_data, read_scores
 from raptide.client.chunks import Chunk, answers_in_order, cut_chunks, plain_sequences, shift_index
 from raptide.client.transport import Transport
 from raptide.errors import ConfigError, SequenceError
-
-Pooling = Literal["mean", "bos", "residue"]
-ScoreMethod = Literal["pseudo-ppl", "one-pass"]
-VariantMethod = Literal["wt-marginals", "masked-marginals", "pseudo-ppl"]
-ScanMethod = Literal["wt-marginals", "masked-marginals"]
+from raptide.methods import Pooling, ScanMethod, ScoreMethod, VariantMethod
 
 CHUNK_TOKENS = 4_096
 """Tokens to compute in one request. Small enough that what is in flight is answered in time by an

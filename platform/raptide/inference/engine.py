@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from raptide.errors import BundleError, ConfigError, SequenceError
-from raptide.inference.forward import Forward, Pooling
+from raptide.inference.forward import Forward
 from raptide.inference.inputs import read_ahead, read_sequences
 from raptide.inference.scoring import (
     log_likelihood,
@@ -35,14 +35,10 @@ from raptide.inference.scoring import (
     score_substitutions,
 )
 from raptide.inference.variants import apply_variant, parse_variant
+from raptide.methods import Long, Pooling, ScanMethod, ScoreMethod, VariantMethod
 from raptide.model.bundle import read_weights
 from raptide.model.device import compilation_pays, multiplies_bf16_faster
 from raptide.model.transformer import Esm
-
-Long = Literal["error", "window"]
-ScoreMethod = Literal["pseudo-ppl", "one-pass"]
-VariantMethod = Literal["wt-marginals", "masked-marginals", "pseudo-ppl"]
-ScanMethod = Literal["wt-marginals", "masked-marginals"]
 
 CONTACT_RESIDUES = 2048
 """Longest sequence whose contacts are computed: memory grows with the square, and is then about

@@ -7,18 +7,17 @@ model/packed.py; here L residues, W what there is of each residue (layers, or on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from raptide.inference.batching import plan_batches
 from raptide.inference.windows import Window, cut_windows, window_around
+from raptide.methods import Pooling
 from raptide.model.contacts import corrected_maps
 from raptide.model.packed import Packed
 from raptide.model.transformer import Esm
-
-Pooling = Literal["mean", "bos", "residue"]
 
 LONGEST_RESIDUES = 16384
 """Longest sequence taken whole by models whose positions set no limit of their own."""

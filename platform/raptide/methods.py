@@ -1,0 +1,9 @@
+"""The choices that calls offer, by name; without torch, for those who only pass them on."""
+
+from typing import Literal
+
+Pooling = Literal["mean", "bos", "residue"]
+Long = Literal["error", "window"]
+ScoreMethod = Literal["pseudo-ppl", "one-pass"]
+VariantMethod = Literal["wt-marginals", "masked-marginals", "pseudo-ppl"]
+ScanMethod = Literal["wt-marginals", "masked-marginals"]
