@@ -37,6 +37,10 @@ what limits them is their tokens."""
 QUEUED_REQUESTS = 4096
 """Requests that wait at a gateway while there is no replica, or all have their hands full."""
 
+GATEWAY_CHECK_S = 1
+"""How often Serve asks a gateway whether it lives: for so long a dead one may go unnoticed. It costs
+nothing, whereas a replica's answer comes from its model."""
+
 LOGS = LoggingConfig(encoding="JSON", enable_access_log=False)
 """One line of JSON a request, written by the gateway (serve/guard.py)."""
 
@@ -79,7 +83,7 @@ def compose(settings: ServeSettings, replica: type = Replica) -> serve.Applicati
         num_replicas=settings.gateways,
         max_ongoing_requests=ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": ACTORS}},
-        health_check_period_s=5,
+        health_check_period_s=GATEWAY_CHECK_S,
         health_check_timeout_s=15,
         graceful_shutdown_timeout_s=60,
         max_surge_percent=100,

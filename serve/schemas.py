@@ -64,7 +64,7 @@ class ScoresRequest(Request):
         json_schema_extra={"minItems": 1},
         examples=[None],
     )
-    method: ScoreMethod | VariantMethod | None = Field(
+    method: Literal[ScoreMethod, VariantMethod] | None = Field(
         None,
         description="sequences: pseudo-ppl (default), one-pass (cheaper, optimistic); variants: "
         "wt-marginals (default), masked-marginals, pseudo-ppl",

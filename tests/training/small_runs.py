@@ -44,3 +44,13 @@ def losses(run):
     """Loss of each step, a step redone counted by its last occurrence."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return {line["trainer/global_step"]: line["train/loss"] for line in lines}
+
+
+def evaluations(run):
+    """What each evaluation found, by the step of its model."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {
+        line["eval/step"]: {name: v for name, v in line.items() if name.startswith("eval/")}
+        for line in lines
+        if "eval/step" in line
+    }

@@ -1,7 +1,6 @@
 """Checkpoints in an S3 bucket and on a full disk: real servers, real disks."""
 
 import contextlib
-import json
 import os
 import socket
 import subprocess
@@ -9,7 +8,15 @@ import subprocess
 import pyarrow.fs
 import pytest
 from moto.server import ThreadedMotoServer
-from small_runs import EVERY, STEPS, as_recipe, losses, make_recipe, run_to_the_end
+from small_runs import (
+    EVERY,
+    STEPS,
+    as_recipe,
+    evaluations,
+    losses,
+    make_recipe,
+    run_to_the_end,
+)
 
 from raptide.errors import CheckpointError, CheckpointUnsaved, ConfigError
 from raptide.inference.engine import Engine
@@ -70,15 +77,6 @@ def test_evaluation_beside_the_training_finds_what_the_workers_find(whole, store
             assert value == pytest.approx(found[0][step][name], abs=1e-4), name
 
 
-def evaluations(run):
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return {
-        line["eval/step"]: {k: v for k, v in line.items() if k.startswith("eval/")}
-        for line in lines
-        if "eval/step" in line
-    }
-
-
 def test_a_run_goes_on_from_a_bucket_past_a_damaged_checkpoint(whole, stored, capsys):
     """At another number of workers, from the checkpoint before the damaged one."""
     tree, run = stored
@@ -129,7 +127,7 @@ def test_a_full_disk_stops_the_run_or_not_and_the_last_good_checkpoint_stays(cor
     with small_disk(tmp_path / "disk", 3) as disk:  # one checkpoint has two megabytes
         tree["checkpoint"]["storage"] = disk.as_uri()
         with pytest.raises(CheckpointError, match="ended without its last checkpoint"):
-            run_to_the_end(as_recipe(tree), tmp_path / "goes-on")
+            run_to_the_end(as_recipe(tree, workers=1), tmp_path / "goes-on")
         assert max(losses(tmp_path / "goes-on")) == 2 * EVERY
         saved = newest_checkpoint(Storage.of_run(tmp_path / "goes-on"))
         assert saved.step == EVERY
@@ -137,5 +135,5 @@ def test_a_full_disk_stops_the_run_or_not_and_the_last_good_checkpoint_stays(cor
         saved.storage.filesystem.delete_dir(saved.storage.path)
         tree["checkpoint"]["when_unsaved"] = "stop"
         with pytest.raises(CheckpointUnsaved, match=r"step-00000012 could not be saved .*No space"):
-            run_to_the_end(as_recipe(tree), tmp_path / "stops")
+            run_to_the_end(as_recipe(tree, workers=1), tmp_path / "stops")
         assert newest_checkpoint(Storage.of_run(tmp_path / "stops")).step == EVERY
