@@ -38,8 +38,7 @@ QUEUED_REQUESTS = 4096
 """Requests that wait at a gateway while there is no replica, or all have their hands full."""
 
 GATEWAY_CHECK_S = 1
-"""How often Serve asks a gateway whether it lives: for so long a dead one may go unnoticed. It answers
-at once, whereas a replica asks its model."""
+"""How often Serve asks a gateway whether it lives: for so long a dead one may go unnoticed."""
 
 LOGS = LoggingConfig(encoding="JSON", enable_access_log=False)
 """One line of JSON a request, written by the gateway (serve/guard.py)."""
