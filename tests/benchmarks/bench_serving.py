@@ -16,10 +16,10 @@ The endpoint has a replica a core, as docs/serving.md advises on CPUs, unless sa
 - peers: the same load on a plain FastAPI server (plain_server.py: a forward each, in threads or one
   at a time) and on infinity-emb, a batching embedding server, in an environment of its own; in
   turn, with the same weights. They compute in fp32, raptide in what it chooses by itself.
-- latency: one client, one protein after the other; the whole list by HTTP, then by the bare engine,
-  in turn; one replica with every core. The difference, protein by protein, is what serving adds,
-  through Serve's default proxy and, where haproxy is installed, through its HAProxy mode; beside it
-  what a request took outside the replica's computing.
+- latency: one client, one protein after the other, by HTTP and by the bare engine in turn, each
+  twice, of which the second counts; one replica with every core. The difference is what serving
+  adds, through Serve's default proxy and, where haproxy is installed, through its HAProxy mode;
+  beside it what a request took outside the replica's computing.
 - levels: latency against load, closed and open loop, as a table and a picture (--picture).
 - soak (only if asked for): 256 clients for five minutes; errors, and the memory of every process.
 
@@ -36,6 +36,7 @@ import statistics
 import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -262,31 +263,32 @@ def added_latency(server: Server, model: Path, sequences: list[str], rounds: int
             base_url=server.url, timeout=120.0, headers={"Authorization": f"Bearer {server.key}"}
         ) as client,
     ):
-        passes = [one_pass(client, bare, sequences) for _ in range(rounds + 1)]
-    measured = [row for rows in passes[1:] for row in rows]  # the first warms up
+        rows = [one_protein(client, bare, each) for _ in range(rounds + 1) for each in sequences]
+    measured = rows[len(sequences) :]  # the first round warms up
     added = [http - engine for http, _, engine in measured]
     return {
         "http_ms": statistics.median(http for http, _, _ in measured),
         "engine_ms": statistics.median(engine for _, _, engine in measured),
         "added_ms": statistics.median(added),
         "added_ms_quartiles": statistics.quantiles(added, n=4),
-        "added_ms_rounds": [statistics.median(h - e for h, _, e in rows) for rows in passes[1:]],
         "outside_compute_ms": statistics.median(http - compute for http, compute, _ in measured),
         "requests": len(measured),
     }
 
 
-def one_pass(
-    client: httpx.Client, bare: EngineAlone, sequences: list[str]
-) -> list[tuple[float, float, float]]:
-    """By sequence: ms by HTTP, of these what the replica says it computed, ms of the bare engine.
+def one_protein(
+    client: httpx.Client, bare: EngineAlone, sequence: str
+) -> tuple[float, float, float]:
+    """Milliseconds by HTTP, of these what the replica says it computed, and by the bare engine.
 
-    A client asks again when it has its answer: what ran between two requests would show as the
-    time that processes take to wake up.
+    A client asks again when it has its answer, so the second of two requests counts (nothing is
+    cached): the first would also show the time that processes take to wake up after the other
+    side's turn. Turns are short because the machine's speed changes within seconds.
     """
-    answers = [one_request(client, each) for each in sequences]
-    engine = [1e3 * bare.embed([each]) for each in sequences]
-    return [(*answer, alone) for answer, alone in zip(answers, engine, strict=True)]
+    ask = partial(one_request, client, sequence)
+    _, (http, compute) = ask(), ask()
+    _, alone = bare.embed([sequence]), bare.embed([sequence])
+    return http, compute, 1e3 * alone
 
 
 def one_request(client: httpx.Client, sequence: str) -> tuple[float, float]:
