@@ -40,17 +40,19 @@ def run_to_the_end(recipe, folder, *, resume=False):
     return pretrain(recipe, prepare_run(recipe, folder, resume=resume), folder)
 
 
+def metrics(run):
+    return list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
+
+
 def losses(run):
     """Loss of each step, a step redone counted by its last occurrence."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return {line["trainer/global_step"]: line["train/loss"] for line in lines}
+    return {line["trainer/global_step"]: line["train/loss"] for line in metrics(run)}
 
 
 def evaluations(run):
     """What each evaluation found, by the step of its model."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return {
         line["eval/step"]: {name: v for name, v in line.items() if name.startswith("eval/")}
-        for line in lines
+        for line in metrics(run)
         if "eval/step" in line
     }

@@ -218,6 +218,14 @@ def test_a_mistake_that_no_restart_mends_is_not_retried(corpus, tmp_path):
     assert not list((tmp_path / "run/checkpoints").glob("step-*"))
 
 
+def test_one_worker_gives_the_losses_of_two(whole, corpus, tmp_path):
+    alone = run_to_the_end(as_recipe(make_recipe(corpus), workers=1), tmp_path / "run")
+    two, one = losses(whole.folder), losses(alone.folder)
+    assert two.keys() == one.keys()
+    assert max(abs(two[step] - one[step]) for step in two) < 1e-4
+    assert alone.heldout_ece.all_chosen == pytest.approx(whole.heldout_ece.all_chosen, abs=1e-3)
+
+
 def test_a_run_starts_from_weights_and_ends_when_it_improves_no_more(whole, corpus, tmp_path):
     """At a rate too small to change a bit, every evaluation finds the ECE of the start."""
     tree = make_recipe(corpus) | {"init_from": str(whole.folder)}
