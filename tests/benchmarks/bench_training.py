@@ -12,8 +12,8 @@
   in turn, all cores; tokens are unpadded ones, and figures medians over the rounds:
   raptide (jobs/pretrain_model.py with one worker: Ray Train, DeepSpeed, stream, W&B offline), a
   bare PyTorch loop over raptide's model and rows, and transformers' EsmForMaskedLM on padded
-  batches of as many sequences, in file order and sorted by length.
-  The bare loop runs once more beside a Ray that does nothing: on few cores that alone is felt.
+  batches of as many sequences, in file order and sorted by length. The bare loop runs once more
+  beside a Ray that does nothing: on few cores that alone is felt.
 - A checkpoint of a 35 M model: how long training stands still for it, against how long one takes
   until it counts with no training beside it, which is the cost of a save that everything waits for.
 - Resume: from the start of the command to the first step that is logged, at 1% and at 90% of an
@@ -31,7 +31,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +59,11 @@ from raptide.data.stream import (
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("raptide", "ray", "torch", "deepspeed", "transformers", "numpy", "pyarrow")
+BESIDE_RAY = "bare loop, Ray idle"
 PEERS = {
     "raptide": None,
     "bare loop": "vs_bare_loop",
-    "bare loop, Ray idle": "vs_bare_loop_beside_ray",
+    BESIDE_RAY: "vs_bare_loop_beside_ray",
     "transformers, file order": "vs_transformers_file_order",
     "transformers, sorted": "vs_transformers_sorted",
 }
@@ -199,6 +199,9 @@ def measure_steps(scratch: Path, corpus: Corpus, args: argparse.Namespace) -> di
             if name == "raptide":
                 speed, wait = run_raptide(scratch / f"run-{number}", corpus, args)
                 waits.append(wait)
+            elif name == BESIDE_RAY:
+                with ray_session(num_cpus=len(os.sched_getaffinity(0))):
+                    speed = run_peer("bare loop", corpus, args)
             else:
                 speed = run_peer(name, corpus, args)
             speeds[name].append(speed)
@@ -289,16 +292,14 @@ def measure_resume(scratch: Path, corpus: Corpus) -> dict[str, float]:
 
 
 def run_peer(name: str, corpus: Corpus, args: argparse.Namespace) -> float:
-    peer, _, beside = name.partition(", Ray ")
     script = Path(__file__).with_name("training_peers.py")
     numbers = [str(number) for number in (args.rows, args.steps)]
-    with ray_session(num_cpus=len(os.sched_getaffinity(0))) if beside else nullcontext():
-        done = subprocess.run(
-            [sys.executable, script, peer, str(corpus.path), args.preset, *numbers],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+    done = subprocess.run(
+        [sys.executable, script, name, str(corpus.path), args.preset, *numbers],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return float(done.stdout.split()[-1])
 
 
