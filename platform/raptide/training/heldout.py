@@ -11,21 +11,20 @@ the residues that were shown as `<mask>`, where nothing can be copied; so is the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
-from raptide.alphabet import ALPHABETS, FIRST_RESIDUE, RESIDUES, Alphabet
-from raptide.data.corpus import Corpus
-from raptide.data.rows import PackedRows, draw_members, pack_block
+from raptide.alphabet import ALPHABETS, Alphabet
+from raptide.data.letters import count_letters, count_training
+from raptide.data.rows import PackedRows, pack_block
 from raptide.data.stream import StreamPlan
-from raptide.errors import CorpusError, plain_errors
+from raptide.errors import CorpusError
 from raptide.model.packed import Packed
 from raptide.training.batches import micro_batches, share_bounds
 from raptide.training.recipe import EvaluationSettings
@@ -211,44 +210,14 @@ def _bucket_names() -> list[str]:
 def unigram_ece(plan: StreamPlan, rows: PackedRows) -> Ece:
     """ECE of predicting each held-out target by its letter's share of the training residues.
 
-    The training split is counted under the sampling in use (epoch 0), by Ray Data, and several
-    corpora are added up by their weights; one is added to each letter's count, so that a letter
-    unseen in training is not impossible.
+    The training split is counted under the sampling in use (epoch 0), and several corpora are added
+    up by their weights; one is added to each letter's count, so that a letter unseen in training is
+    not impossible.
     """
-    seen = [_count_training(plan, index) for index in range(len(plan.sources))]
+    seen = [count_training(plan, index) + 1 for index in range(len(plan.sources))]
     weights = [source.weight for source in plan.sources]
     shares = np.array(weights) @ [counts / counts.sum() for counts in seen] / sum(weights)
     nats = -np.log(shares)
     masked = rows.tokens == ALPHABETS[plan.alphabet].mask
-    asked = [_letters(rows.targets), _letters(rows.targets[masked])]
+    asked = [count_letters(rows.targets), count_letters(rows.targets[masked])]
     return Ece.of_sums([float(each @ nats) for each in asked], [each.sum() for each in asked])
-
-
-def _count_training(plan: StreamPlan, index: int) -> np.ndarray:
-    """How often each letter occurs in the training residues of a source, plus one, [27] int64."""
-    source = plan.sources[index]
-    blocks = plan.training_blocks(source.open())
-
-    def count(places: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        corpus = source.open()
-        counts = [_count_block(plan, index, corpus, blocks[i]) for i in places["id"]]
-        yield {"counts": np.stack(counts)}
-
-    tasks = min(len(blocks), 256)
-    counted = ray.data.range(len(blocks), override_num_blocks=tasks).map_batches(count)
-    with plain_errors():
-        return np.sum([batch["counts"].sum(0) for batch in counted.iter_batches()], axis=0) + 1
-
-
-def _count_block(plan: StreamPlan, index: int, corpus: Corpus, row: dict[str, Any]) -> np.ndarray:
-    block = corpus.read_block(row)
-    members = draw_members(block, plan.settings.sampling, plan.source_seed(index), 0)
-    chosen = np.zeros(len(block.residue_splits) - 1, bool)
-    chosen[members] = True
-    return _letters(block.residues[np.repeat(chosen, np.diff(block.residue_splits))])
-
-
-def _letters(ids: np.ndarray) -> np.ndarray:
-    """How often each residue letter occurs, [27] int64."""
-    counts = np.bincount(ids.ravel(), minlength=256)
-    return counts[FIRST_RESIDUE : FIRST_RESIDUE + len(RESIDUES)]
