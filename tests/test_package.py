@@ -51,6 +51,7 @@ def test_layers_hold():
     ("module", "unneeded"),
     [
         ("raptide.data.stream", {"torch"}),
+        ("raptide.data.letters", {"torch"}),
         ("raptide.client", {"torch", "ray", "fastapi"}),
         ("raptide.load.requests", {"torch", "ray"}),
         ("serve.gateway", {"torch"}),

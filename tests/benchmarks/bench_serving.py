@@ -29,18 +29,20 @@ Parts can be run one by one with the same --json file, which keeps those that ar
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import re
 import signal
 import statistics
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
 from bench_engine import write_inputs
 from machine import publish
 from servers import (
@@ -62,6 +64,13 @@ from raptide.model.config import PRESETS
 
 PACKAGES = ("raptide", "ray", "torch", "transformers", "fastapi", "uvicorn", "aiohttp", "numpy")
 PARTS = ("engine", "peers", "latency", "levels")
+PEERS = {
+    "FastAPI": "vs_plain_fastapi",
+    "FastAPI, one at a time": "vs_plain_fastapi_one_at_a_time",
+    "infinity": "vs_embedding_server",
+}
+"""Other servers, and the name of the ratio of raptide's throughput to theirs."""
+
 LEVEL_CLIENTS, LEVEL_SHARES = (1, 4, 16, 64), (0.3, 0.5, 0.7, 0.9)
 SOAK_CLIENTS, SOAK_S, SOAK_SAMPLE_S = 256, 300.0, 10.0
 
@@ -176,24 +185,25 @@ def measure_peers(
                     f"{level['errors'] or ''}",
                     flush=True,
                 )
-    ratios = {
-        "vs_plain_fastapi": against("FastAPI", rounds),
-        "vs_plain_fastapi_one_at_a_time": against("FastAPI, one at a time", rounds),
-    }
-    if missing is None:
-        ratios["vs_embedding_server"] = against("infinity", rounds)
+    ratios = {}
+    for server in servers[1:]:
+        if (ratio := against(server.name, rounds)) is not None:
+            ratios[PEERS[server.name]] = ratio
+        else:
+            print(f"peers: {server.name} answered nothing in some window; give more --seconds")
     return {"rounds": rounds, "infinity_missing": missing}, ratios
 
 
-def against(peer: str, rounds: dict[str, list[dict[str, Any]]]) -> float:
-    """Median over the rounds of how many times more residues raptide answered."""
+def against(peer: str, rounds: dict[str, list[dict[str, Any]]]) -> float | None:
+    """Median over the rounds of how many times more residues raptide answered.
+
+    None if the peer answered nothing in a round: its requests took longer than the window.
+    """
     pairs = zip(rounds["raptide"], rounds[peer], strict=True)
-    ratios = [
-        ours["residues_per_s"] / theirs["residues_per_s"]
-        for ours, theirs in pairs
-        if theirs["residues_per_s"]
-    ]
-    return round(statistics.median(ratios), 3) if ratios else float("nan")
+    speeds = [(ours["residues_per_s"], theirs["residues_per_s"]) for ours, theirs in pairs]
+    if not all(theirs for _, theirs in speeds):
+        return None
+    return round(statistics.median(ours / theirs for ours, theirs in speeds), 3)
 
 
 def load(
@@ -257,27 +267,24 @@ def measure_latency(
 
 
 def added_latency(server: Server, model: Path, sequences: list[str], rounds: int) -> dict[str, Any]:
-    with (
-        EngineAlone(model) as bare,
-        httpx.Client(
-            base_url=server.url, timeout=120.0, headers={"Authorization": f"Bearer {server.key}"}
-        ) as client,
-    ):
-        rows = [one_protein(client, bare, each) for _ in range(rounds + 1) for each in sequences]
+    client = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=120.0)
+    with EngineAlone(model) as bare, closing(client):
+        ask = partial(one_request, client, server.key)
+        rows = [one_protein(ask, bare, each) for _ in range(rounds + 1) for each in sequences]
     measured = rows[len(sequences) :]  # the first round warms up
-    added = [http - engine for http, _, engine in measured]
+    added = [whole - engine for whole, _, engine in measured]
     return {
-        "http_ms": statistics.median(http for http, _, _ in measured),
+        "http_ms": statistics.median(whole for whole, _, _ in measured),
         "engine_ms": statistics.median(engine for _, _, engine in measured),
         "added_ms": statistics.median(added),
         "added_ms_quartiles": statistics.quantiles(added, n=4),
-        "outside_compute_ms": statistics.median(http - compute for http, compute, _ in measured),
+        "outside_compute_ms": statistics.median(whole - compute for whole, compute, _ in measured),
         "requests": len(measured),
     }
 
 
 def one_protein(
-    client: httpx.Client, bare: EngineAlone, sequence: str
+    ask: Callable[[str], tuple[float, float]], bare: EngineAlone, sequence: str
 ) -> tuple[float, float, float]:
     """Milliseconds by HTTP, of these what the replica says it computed, and by the bare engine.
 
@@ -285,20 +292,27 @@ def one_protein(
     cached): the first would also show the time that processes take to wake up after the other
     side's turn. Turns are short because the machine's speed changes within seconds.
     """
-    ask = partial(one_request, client, sequence)
-    _, (http, compute) = ask(), ask()
+    _, (whole, compute) = ask(sequence), ask(sequence)
     _, alone = bare.embed([sequence]), bare.embed([sequence])
-    return http, compute, 1e3 * alone
+    return whole, compute, 1e3 * alone
 
 
-def one_request(client: httpx.Client, sequence: str) -> tuple[float, float]:
+def one_request(
+    client: http.client.HTTPConnection, key: str | None, sequence: str
+) -> tuple[float, float]:
+    """Milliseconds of a request and of its computing; the client is lean, since its time counts."""
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     started = time.perf_counter()
-    answer = client.post("/v1/embeddings", json={"input": sequence, "encoding_format": "base64"})
-    http = time.perf_counter() - started
-    answer.raise_for_status()
+    body = json.dumps({"input": sequence, "encoding_format": "base64"})
+    client.request("POST", "/v1/embeddings", body, headers)
+    answer = client.getresponse()
+    answer.read()
+    whole = time.perf_counter() - started
+    if answer.status != 200:
+        raise RaptideError(f"{client.host}:{client.port} answered {answer.status}.")
     compute = re.search(r"compute;dur=([\d.]+)", answer.headers["Server-Timing"])
     assert compute is not None
-    return 1e3 * http, float(compute[1])
+    return 1e3 * whole, float(compute[1])
 
 
 def measure_levels(
