@@ -85,7 +85,7 @@ def raptide_server(
     replicas: int = 1,
     haproxy: str | None = None,
 ) -> Iterator[Server]:
-    """`serve run`, cores shared by the replicas; `haproxy`: a binary, for Serve's HAProxy mode."""
+    """`python -m serve`, cores shared by the replicas; `haproxy`: a binary, for HAProxy mode."""
     port, key = free_port(), secrets.token_hex(32)
     application = {
         "name": "raptide",
@@ -110,7 +110,7 @@ def raptide_server(
         "RAPTIDE_API_KEYS": f"bench sha256:{hashlib.sha256(key.encode()).hexdigest()}",
     }
     name = "raptide"
-    command = [str(Path(sys.executable).parent / "serve"), "run", str(file)]
+    command = [sys.executable, "-m", "serve", str(file)]
     # Serve adds the node's id of 56 letters, and a socket's path may have 97.
     with tempfile.TemporaryDirectory(prefix="hp") as place:
         if haproxy is not None:

@@ -14,6 +14,9 @@ from endpoints import free_port
 SLOW = {"sequences": "MKTAYIAKQR" * 40}
 """400 masked passes: seconds, also for a small model."""
 
+LARGE = {"input": ["MKTAYIAKQR" * 100] * 16, "pooling": "residue"}
+"""Its answer is larger than gRPC takes by default, 4 MB."""
+
 
 def start(config, folder):
     file = folder / "config.yaml"
@@ -42,11 +45,14 @@ def configuration(port, **arguments):
     }
 
 
-def test_what_is_being_answered_at_sigterm_is_finished(bundle, tmp_path):
+def test_large_answers_pass_and_what_is_being_answered_at_sigterm_is_finished(bundle, tmp_path):
     port = free_port()
     with start(configuration(port, model=str(bundle)), tmp_path) as process:
         url = f"http://127.0.0.1:{port}"
         assert any(line.strip().endswith(url) for line in process.stdout)
+        large = httpx.post(f"{url}/v1/embeddings", json=LARGE, timeout=120)
+        assert large.status_code == 200
+        assert len(large.content) > 2**22
         answers = []
         post = threading.Thread(
             target=lambda: answers.append(httpx.post(f"{url}/v1/scores", json=SLOW, timeout=120))
