@@ -34,7 +34,7 @@ PROXIES = {
     # gRPC would take no message above 4 MB.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
 }
-"""Environment of a Ray that is started here: each request takes an eighth less on its way."""
+"""Environment of a Ray that is started here (docs/serving.md, "The load balancer")."""
 
 
 def main() -> None:
