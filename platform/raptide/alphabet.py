@@ -162,6 +162,12 @@ def decode_sequences(residues: np.ndarray, lengths: np.ndarray) -> list[str]:
     return [decode_residues(residues[a:b]) for a, b in zip(ends - lengths, ends, strict=True)]
 
 
+def count_letters(residues: np.ndarray) -> np.ndarray:
+    """How often each residue letter occurs among token ids of any shape, [27] int64."""
+    counts = np.bincount(residues.ravel(), minlength=256)
+    return counts[FIRST_RESIDUE : FIRST_RESIDUE + len(RESIDUES)]
+
+
 def describe_bad_residue(letters: str, index: int) -> str:
     """One sentence about the `index`-th non-blank character of `letters`."""
     character = "".join(c for c in letters if c not in " \t\r\n")[index]

@@ -162,7 +162,7 @@ def median_of(rounds: list[dict[str, Any]], key: str) -> float:
 
 def measure_peers(
     folder: Path, sequences: list[str], args: argparse.Namespace
-) -> tuple[dict[str, Any], dict[str, float]]:
+) -> tuple[dict[str, Any], dict[str, float | None]]:
     model = folder / "model"
     environment = args.infinity or folder / "infinity"
     missing = install_infinity(environment)
@@ -187,9 +187,8 @@ def measure_peers(
                 )
     ratios = {}
     for server in servers[1:]:
-        if (ratio := against(server.name, rounds)) is not None:
-            ratios[PEERS[server.name]] = ratio
-        else:
+        ratios[PEERS[server.name]] = ratio = against(server.name, rounds)
+        if ratio is None:
             print(f"peers: {server.name} answered nothing in some window; give more --seconds")
     return {"rounds": rounds, "infinity_missing": missing}, ratios
 
@@ -368,7 +367,7 @@ def print_report(report: dict[str, Any]) -> None:
         f"{machine['versions']}\n"
     )
     for name, value in report["ratios"].items():
-        print(f"  {name:<36}{value:>10.3f}")
+        print(f"  {name:<36}" + ("      none" if value is None else f"{value:>10.3f}"))
     if "soak" in report:
         soak = report["soak"]
         print(f"\nSoak: {soak['requests']:,} requests, errors {soak['errors'] or 'none'}")

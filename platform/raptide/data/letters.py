@@ -11,17 +11,11 @@ from typing import Any
 import numpy as np
 import ray
 
-from raptide.alphabet import FIRST_RESIDUE, RESIDUES
+from raptide.alphabet import count_letters
 from raptide.data.corpus import Corpus
 from raptide.data.rows import draw_members
 from raptide.data.stream import StreamPlan
 from raptide.errors import plain_errors
-
-
-def count_letters(ids: np.ndarray) -> np.ndarray:
-    """How often each residue letter occurs among token ids of any shape, [27] int64."""
-    counts = np.bincount(ids.ravel(), minlength=256)
-    return counts[FIRST_RESIDUE : FIRST_RESIDUE + len(RESIDUES)]
 
 
 def count_training(plan: StreamPlan, index: int) -> np.ndarray:

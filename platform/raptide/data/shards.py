@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raptide.alphabet import FIRST_RESIDUE, RESIDUES
+from raptide.alphabet import RESIDUES, count_letters
 from raptide.data.corpus import (
     CLUSTER_ROW,
     MAX_ROW_GROUPS,
@@ -261,7 +261,7 @@ def _statistics(block: pa.Table) -> dict[str, dict[str, int]]:
     lengths = block["lengths"].chunk(0).flatten().to_numpy()
     bins = np.bincount(lengths // LENGTH_BIN)
     residues = member_residues(block["members"].chunk(0).flatten())
-    letters = np.bincount(residues, minlength=FIRST_RESIDUE + len(RESIDUES))[FIRST_RESIDUE:]
+    letters = count_letters(residues)
     return {
         "counts": {
             "clusters": int((block["first_member"].to_numpy() == 0).sum()),

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
-from raptide.alphabet import ALPHABETS, Alphabet
-from raptide.data.letters import count_letters, count_training
+from raptide.alphabet import ALPHABETS, Alphabet, count_letters
+from raptide.data.letters import count_training
 from raptide.data.rows import PackedRows, pack_block
 from raptide.data.stream import StreamPlan
 from raptide.errors import CorpusError
