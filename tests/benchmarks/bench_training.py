@@ -8,12 +8,13 @@
 - The stream, all cores: from the Parquet shards to global batches, through Ray Data. And the part
   of it that is one process at any size, the feeder: what it hands out with its rows ready in
   memory, in tokens and, to one reader, in batches.
-- Training steps of one ESM-2 shape in fp32 on the same proteins, each peer in a process of its own,
-  in turn, all cores; tokens are unpadded ones, and figures medians over the rounds:
+- Training steps of one ESM-2 shape in fp32 on the same proteins, in unpadded tokens a second:
   raptide (jobs/pretrain_model.py with one worker: Ray Train, DeepSpeed, stream, W&B offline), a
   bare PyTorch loop over raptide's model and rows, and transformers' EsmForMaskedLM on padded
-  batches of as many sequences, in file order and sorted by length. The bare loop runs once more
-  beside a Ray that does nothing: on few cores that alone is felt.
+  batches of as many sequences, in file order and sorted by length. All have --threads threads,
+  which leave Ray's own processes a core, as on a node that computes on GPUs. They take turns: one
+  trains some steps while all processes of the others, Ray's too, stand still. A ratio is of all
+  tokens over all seconds of the rounds; a first round, which does not count, warms up.
 - A checkpoint of a 35 M model: how long training stands still for it, against how long one takes
   until it counts with no training beside it, which is the cost of a save that everything waits for.
 - Resume: from the start of the command to the first step that is logged, at 1% and at 90% of an
@@ -23,6 +24,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -37,6 +39,7 @@ from typing import Any
 import ray
 from machine import publish
 from synthetic_proteins import write_proteins
+from turns import TakesTurns, read_lines
 
 from raptide.alphabet import ESM_33
 from raptide.cluster import ray_session
@@ -57,18 +60,16 @@ from raptide.data.stream import (
     prepare_rows,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+JOB = Path(__file__).resolve().parents[2] / "jobs/pretrain_model.py"
 PACKAGES = ("raptide", "ray", "torch", "deepspeed", "transformers", "numpy", "pyarrow")
-BESIDE_RAY = "bare loop, Ray idle"
 PEERS = {
-    "raptide": None,
     "bare loop": "vs_bare_loop",
-    BESIDE_RAY: "vs_bare_loop_beside_ray",
     "transformers, file order": "vs_transformers_file_order",
     "transformers, sorted": "vs_transformers_sorted",
 }
-"""Who trains, and the name of the ratio of raptide's speed to theirs."""
+"""Who else trains, and the name of the ratio of raptide's speed to theirs."""
 
+CORES = len(os.sched_getaffinity(0))
 ROW_TOKENS = 1024
 PARTS = ("stream", "steps", "checkpoint", "resume")
 RUN_PROTEINS = 20_000
@@ -82,9 +83,15 @@ def main() -> None:
     )
     parser.add_argument("--preset", default="esm2_t6_8M")
     parser.add_argument("--proteins", type=int, default=100_000)
-    parser.add_argument("--rows", type=int, default=8, help="packed rows of 1,024 tokens in a step")
-    parser.add_argument("--steps", type=int, default=6, help="steps of each peer in a round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=4, help="packed rows of 1,024 tokens in a step")
+    parser.add_argument("--steps", type=int, default=3, help="steps of each peer in a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=max(1, CORES - 1),
+        help="that train, in each peer (default: all cores but one, %(default)s here)",
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
@@ -96,7 +103,7 @@ def main() -> None:
 def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {"ratios": {}, "preset": args.preset}
     ratios = report["ratios"]
-    with ray_session(num_cpus=len(os.sched_getaffinity(0))):
+    with ray_session(num_cpus=CORES):
         runs = synthetic_corpus(scratch, RUN_PROTEINS, RUN_BLOCKS)
         if "stream" in args.parts:
             corpus = synthetic_corpus(scratch, args.proteins, BuildSettings())
@@ -107,12 +114,13 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
             report["feeder"] = measure_feeder(corpus)
     if "steps" in args.parts:
         steps = measure_steps(scratch, runs, args)
-        speed = {name: statistics.median(rounds) for name, rounds in steps["tokens_per_s"].items()}
+        report["tokens_per_s"] = {
+            name: [tokens / seconds for tokens, seconds in turns]
+            for name, turns in steps["turns"].items()
+        }
         ratios["data_wait_fraction"] = statistics.median(steps["data_wait_fraction"])
         for name, ratio in PEERS.items():
-            if ratio is not None:
-                ratios[ratio] = speed["raptide"] / speed[name]
-        report["tokens_per_s"] = steps["tokens_per_s"]
+            ratios[ratio] = speed(steps["turns"]["raptide"]) / speed(steps["turns"][name])
     if "checkpoint" in args.parts:
         report["checkpoint"] = measure_checkpoint(scratch, runs)
         stall, whole = (report["checkpoint"][name] for name in ("stall_s", "alone_s"))
@@ -191,42 +199,55 @@ def plan_of(corpus: Corpus, batch_rows: int) -> StreamPlan:
 
 
 def measure_steps(scratch: Path, corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
-    """Unpadded tokens per second of each peer, a figure a round."""
-    speeds: dict[str, list[float]] = {name: [] for name in PEERS}
+    """Unpadded tokens and seconds of each peer, a pair a round; raptide's waits, one a step."""
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in ("raptide", *PEERS)}
     waits: list[float] = []
-    for number in range(args.rounds):
+    with contextlib.ExitStack() as stack:
+        peers = {"raptide": stack.enter_context(start_raptide(scratch / "run", corpus, args))}
         for name in PEERS:
-            if name == "raptide":
-                speed, wait = run_raptide(scratch / f"run-{number}", corpus, args)
-                waits.append(wait)
-            elif name == BESIDE_RAY:
-                with ray_session(num_cpus=len(os.sched_getaffinity(0))):
-                    speed = run_peer("bare loop", corpus, args)
-            else:
-                speed = run_peer(name, corpus, args)
-            speeds[name].append(speed)
-            print(f"round {number + 1}: {name}: {speed:,.0f} tokens/s", flush=True)
-    return {"tokens_per_s": speeds, "data_wait_fraction": waits}
+            peers[name] = stack.enter_context(start_peer(name, scratch, corpus, args))
+        for number in range(args.rounds + 1):
+            for name, peer in peers.items():
+                lines = peer.turn(args.steps)
+                seconds = sum(line["speed/step_s"] for line in lines)
+                tokens = sum(line["speed/tokens_per_s"] * line["speed/step_s"] for line in lines)
+                print(f"round {number}: {name}: {tokens / seconds:,.0f} tokens/s", flush=True)
+                if number > 0:
+                    turns[name].append((tokens, seconds))
+                if number > 0 and name == "raptide":
+                    waits += [line["speed/data_wait_fraction"] for line in lines]
+    return {"turns": turns, "data_wait_fraction": waits}
 
 
-def run_raptide(folder: Path, corpus: Corpus, args: argparse.Namespace) -> tuple[float, float]:
-    """A real run of one worker; its first step, which warms up, does not count."""
-    steps = args.steps + 1
-    tree = recipe_of(corpus, args.preset, args.rows, steps)
-    lines = run_job(folder, tree)
-    measured = [line for line in lines if 1 < line["trainer/global_step"] <= steps]
-    speed = statistics.median(line["speed/tokens_per_s"] for line in measured)
-    return speed, statistics.median(line["speed/data_wait_fraction"] for line in measured)
+def speed(turns: list[tuple[float, float]]) -> float:
+    """Tokens per second over all turns: batches differ in padding, so none stands for all."""
+    return sum(tokens for tokens, _ in turns) / sum(seconds for _, seconds in turns)
+
+
+def start_raptide(folder: Path, corpus: Corpus, args: argparse.Namespace) -> TakesTurns:
+    """A real run of one worker, which is stopped before it comes to its end."""
+    tree = recipe_of(corpus, args.preset, args.rows, steps=1_000_000)
+    tree["cluster"]["cpus_per_worker"] = args.threads
+    job = [JOB, "--config", write_recipe(folder, tree), "--output", folder]
+    return TakesTurns(job, folder / "metrics.jsonl", subprocess.DEVNULL, args.threads)
+
+
+def start_peer(name: str, scratch: Path, corpus: Corpus, args: argparse.Namespace) -> TakesTurns:
+    script = Path(__file__).with_name("training_peers.py")
+    lines = scratch / f"{name}.jsonl"
+    command = [script, name, corpus.path, args.preset, args.rows]
+    return TakesTurns(command, lines, lines.open("w"), args.threads)
 
 
 def recipe_of(corpus: Corpus, preset: str, rows: int, steps: int) -> dict[str, Any]:
     return {
         "name": "bench",
         "corpus": str(corpus.path),
-        "stream": {"row_tokens": ROW_TOKENS, "batch_rows": rows},
+        # Few rows ahead, so that a short run soon sees what a long one does: no data tasks.
+        "stream": {"row_tokens": ROW_TOKENS, "batch_rows": rows, "lookahead_mb": 16},
         "model": {"preset": preset},
         "training": {"steps": steps, "micro_batch_rows": rows, "precision": "fp32"},
-        "cluster": {"workers": 1, "device": "cpu", "cpus_per_worker": os.cpu_count()},
+        "cluster": {"workers": 1, "device": "cpu", "cpus_per_worker": CORES},
         "evaluation": {"every_steps": steps, "blocks": 1},
         "checkpoint": {"every_steps": steps},
         "tracking": {"mode": "offline", "log_every": 1},
@@ -235,23 +256,26 @@ def recipe_of(corpus: Corpus, preset: str, rows: int, steps: int) -> dict[str, A
 
 def run_job(folder: Path, tree: dict[str, Any]) -> list[dict[str, Any]]:
     """Run jobs/pretrain_model.py to its end; the metrics of all its steps."""
+    assert start_job("--config", write_recipe(folder, tree), "--output", folder).wait() == 0
+    return read_metrics(folder)
+
+
+def write_recipe(folder: Path, tree: dict[str, Any]) -> Path:
     recipe = folder.with_suffix(".yaml")
     recipe.write_text(json.dumps(tree))  # YAML reads JSON
-    assert start_job("--config", recipe, "--output", folder).wait() == 0
-    return read_metrics(folder)
+    return recipe
 
 
 def start_job(*arguments: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, ROOT / "jobs/pretrain_model.py", *map(str, arguments)],
+        [sys.executable, JOB, *map(str, arguments)],
         stdout=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())},
+        env=os.environ | {"OMP_NUM_THREADS": str(CORES)},
     )
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    whole_lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]
-    return [json.loads(line) for line in whole_lines]
+    return read_lines(folder / "metrics.jsonl")
 
 
 def measure_checkpoint(scratch: Path, corpus: Corpus) -> dict[str, Any]:
@@ -289,18 +313,6 @@ def measure_resume(scratch: Path, corpus: Corpus) -> dict[str, float]:
         assert job.wait() == 0
         assert read_metrics(folder)[-1]["progress/epoch"] == 0
     return found
-
-
-def run_peer(name: str, corpus: Corpus, args: argparse.Namespace) -> float:
-    script = Path(__file__).with_name("training_peers.py")
-    numbers = [str(number) for number in (args.rows, args.steps)]
-    done = subprocess.run(
-        [sys.executable, script, name, str(corpus.path), args.preset, *numbers],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return float(done.stdout.split()[-1])
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -1,11 +1,11 @@
-"""One peer of bench_training.py: trains a few steps and prints unpadded tokens per second.
+"""One peer of bench_training.py: trains until it is stopped; each step is a line of JSON.
 
-python training_peers.py PEER CORPUS PRESET ROWS STEPS
+python training_peers.py PEER CORPUS PRESET ROWS
 """
 
 from __future__ import annotations
 
-import statistics
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,23 +32,20 @@ Step = Callable[[], int]
 
 
 def main() -> None:
-    peer, path, preset, rows, steps = sys.argv[1:]
+    peer, path, preset, rows = sys.argv[1:]
     corpus = Corpus.open(Path(path))
     settings = ModelSettings.model_validate({"preset": preset})
     if peer == "bare loop":
         step = bare_loop(corpus, settings, int(rows))
     else:
         step = transformers_loop(corpus, settings, int(rows), by_length=peer.endswith("sorted"))
-    step()  # warms up
-    speeds = []
-    for _ in range(int(steps)):
-        started = time.perf_counter()
+    ended = time.perf_counter()
+    while True:
         tokens = step()
-        speeds.append((tokens, time.perf_counter() - started))
-    if peer == "bare loop":
-        print(statistics.median(tokens / seconds for tokens, seconds in speeds))
-    else:  # batches differ in padding, so their sum counts
-        print(sum(tokens for tokens, _ in speeds) / sum(seconds for _, seconds in speeds))
+        began, ended = ended, time.perf_counter()
+        seconds = ended - began
+        line = {"speed/step_s": seconds, "speed/tokens_per_s": tokens / seconds}
+        print(json.dumps(line), flush=True)
 
 
 def adam(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -88,8 +85,9 @@ def transformers_loop(
     if by_length:
         sequences.sort(key=len)
     batches = [sequences[i : i + each] for i in range(0, len(sequences) - each, each)]
-    np.random.default_rng(1).shuffle(batches)  # type: ignore[arg-type]
-    queue = cycle(batches)
+    # Multiples of the golden ratio spread evenly, so that few batches have the lengths of all.
+    order = np.argsort(np.arange(len(batches)) * (5**0.5 - 1) / 2 % 1)
+    queue = cycle([batches[index] for index in order])
     config = EsmConfig(
         vocab_size=33,
         hidden_size=settings.width,

@@ -1,4 +1,5 @@
 import hashlib
+import time
 from itertools import islice
 
 import numpy as np
@@ -7,6 +8,7 @@ import ray
 
 from raptide.alphabet import ESM_33
 from raptide.data.feeder import BatchReader, Feeder, FeederActor
+from raptide.data.pace import REST_S, Pace
 from raptide.data.stream import (
     Cursor,
     Source,
@@ -118,6 +120,26 @@ def test_the_fingerprint_names_what_differs(plan):
     other = StreamPlan(plan.sources, settings, "esm-33")
     assert describe_difference(plan.fingerprint(), other.fingerprint()) == "seed: 5 -> 6"
     assert describe_difference(plan.fingerprint(), plan.fingerprint()) is None
+
+
+def test_ray_data_rests_while_nobody_waits_for_rows(plan, batches, monkeypatch):
+    steps = 0
+    rest = Pace.on_execution_step
+
+    def counted(self, executor):
+        nonlocal steps
+        rest(self, executor)
+        steps += 1
+
+    monkeypatch.setattr(Pace, "on_execution_step", counted)
+    stream = global_batches(plan, Cursor(), 100_000)
+    assert digest(next(stream)) == digest(batches[0])
+    before = steps
+    assert before > 0
+    time.sleep(4 * REST_S)
+    assert steps - before <= 5
+    assert digest(next(stream)) == digest(batches[1])
+    stream.close()
 
 
 def test_another_corpus_at_the_same_path_is_refused(plan):
