@@ -201,21 +201,18 @@ def plan_of(corpus: Corpus, batch_rows: int) -> StreamPlan:
 def measure_steps(scratch: Path, corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
     """Unpadded tokens and seconds of each peer, a pair a round; raptide's waits, one a step."""
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in ("raptide", *PEERS)}
-    waits: list[float] = []
+    run = scratch / "run"
     with contextlib.ExitStack() as stack:
-        peers = {"raptide": stack.enter_context(start_raptide(scratch / "run", corpus, args))}
+        peers = {"raptide": stack.enter_context(start_raptide(run, corpus, args))}
         for name in PEERS:
             peers[name] = stack.enter_context(start_peer(name, scratch, corpus, args))
         for number in range(args.rounds + 1):
             for name, peer in peers.items():
-                lines = peer.turn(args.steps)
-                seconds = sum(line["speed/step_s"] for line in lines)
-                tokens = sum(line["speed/tokens_per_s"] * line["speed/step_s"] for line in lines)
-                print(f"round {number}: {name}: {tokens / seconds:,.0f} tokens/s", flush=True)
+                turn = peer.turn(args.steps)
+                print(f"round {number}: {name}: {speed([turn]):,.0f} tokens/s", flush=True)
                 if number > 0:
-                    turns[name].append((tokens, seconds))
-                if number > 0 and name == "raptide":
-                    waits += [line["speed/data_wait_fraction"] for line in lines]
+                    turns[name].append(turn)
+    waits = [line["speed/data_wait_fraction"] for line in read_metrics(run)[1 + args.steps :]]
     return {"turns": turns, "data_wait_fraction": waits}
 
 
@@ -235,7 +232,8 @@ def start_raptide(folder: Path, corpus: Corpus, args: argparse.Namespace) -> Tak
 def start_peer(name: str, scratch: Path, corpus: Corpus, args: argparse.Namespace) -> TakesTurns:
     script = Path(__file__).with_name("training_peers.py")
     lines = scratch / f"{name}.jsonl"
-    command = [script, name, corpus.path, args.preset, args.rows]
+    # As many batches as there are steps that count: each counts once.
+    command = [script, name, corpus.path, args.preset, args.rows, args.rounds * args.steps]
     return TakesTurns(command, lines, lines.open("w"), args.threads)
 
 

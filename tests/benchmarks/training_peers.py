@@ -1,6 +1,6 @@
 """One peer of bench_training.py: trains until it is stopped; each step is a line of JSON.
 
-python training_peers.py PEER CORPUS PRESET ROWS
+python training_peers.py PEER CORPUS PRESET ROWS BATCHES
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ Step = Callable[[], int]
 
 
 def main() -> None:
-    peer, path, preset, rows = sys.argv[1:]
+    peer, path, preset, rows, count = sys.argv[1:]
     corpus = Corpus.open(Path(path))
     settings = ModelSettings.model_validate({"preset": preset})
     if peer == "bare loop":
         step = bare_loop(corpus, settings, int(rows))
     else:
-        step = transformers_loop(corpus, settings, int(rows), by_length=peer.endswith("sorted"))
+        by_length = peer.endswith("sorted")
+        step = transformers_loop(corpus, settings, int(rows), int(count), by_length=by_length)
     ended = time.perf_counter()
     while True:
         tokens = step()
@@ -77,17 +78,19 @@ def bare_loop(corpus: Corpus, settings: ModelSettings, rows: int) -> Step:
 
 
 def transformers_loop(
-    corpus: Corpus, settings: ModelSettings, rows: int, *, by_length: bool
+    corpus: Corpus, settings: ModelSettings, rows: int, count: int, *, by_length: bool
 ) -> Step:
-    """EsmForMaskedLM on padded batches that hold about as many tokens as `rows` packed rows."""
+    """EsmForMaskedLM on `count` padded batches of about as many tokens as `rows` packed rows.
+
+    They lie evenly in all that there are, since the speed of a batch depends on its lengths.
+    """
     sequences = list(islice(residues(corpus), 4096))
     each = round(rows * ROW_TOKENS / np.mean([len(sequence) + 2 for sequence in sequences]))
     if by_length:
         sequences.sort(key=len)
     batches = [sequences[i : i + each] for i in range(0, len(sequences) - each, each)]
-    # Multiples of the golden ratio spread evenly, so that few batches have the lengths of all.
-    order = np.argsort(np.arange(len(batches)) * (5**0.5 - 1) / 2 % 1)
-    queue = cycle([batches[index] for index in order])
+    evenly = (np.arange(count) + 0.5) * len(batches) / count
+    queue = cycle([batches[int(place)] for place in evenly])
     config = EsmConfig(
         vocab_size=33,
         hidden_size=settings.width,

@@ -23,7 +23,8 @@ import psutil
 class TakesTurns:
     """A process, with all that it starts, which appends a line of JSON to a file after each step.
 
-    A line holds `speed/step_s`, the seconds since the step before; it stands still from the start.
+    A line holds `speed/step_s`, the seconds since the step before, and `speed/tokens_per_s` in
+    these. After its first step the process stands still.
 
     Args:
         command: of Python, without the interpreter.
@@ -44,13 +45,16 @@ class TakesTurns:
         self._wait_for(1)
         self._suspend()
 
-    def turn(self, steps: int) -> list[dict[str, Any]]:
-        """Go on for so many whole steps; their lines, without the step that a pause cut in two."""
+    def turn(self, steps: int) -> tuple[float, float]:
+        """Go on for so many steps; their tokens and seconds, without those it stood still in."""
+        began = len(read_lines(self._lines))
         _each(self._tree(), "resume")
-        began = len(read_lines(self._lines)) + 1
+        still_s = time.monotonic() - self._suspended
         self._wait_for(began + steps)
         self._suspend()
-        return read_lines(self._lines)[began : began + steps]
+        lines = read_lines(self._lines)[began : began + steps]
+        tokens = sum(line["speed/tokens_per_s"] * line["speed/step_s"] for line in lines)
+        return tokens, sum(line["speed/step_s"] for line in lines) - still_s
 
     def __enter__(self) -> TakesTurns:
         return self
@@ -73,6 +77,7 @@ class TakesTurns:
 
     def _suspend(self) -> None:
         _each(self._tree(), "suspend")
+        self._suspended = time.monotonic()
 
     def _tree(self) -> list[psutil.Process]:
         root = psutil.Process(self._process.pid)
