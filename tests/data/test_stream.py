@@ -140,6 +140,7 @@ def test_ray_data_rests_while_nobody_waits_for_rows(plan, batches, monkeypatch):
     assert steps - before <= 5
     assert digest(next(stream)) == digest(batches[1])
     stream.close()
+    assert Pace not in ray.data.DataContext.get_current().execution_callback_classes
 
 
 def test_another_corpus_at_the_same_path_is_refused(plan):

@@ -253,6 +253,8 @@ def _packed_tables(plan: StreamPlan, cursor: Cursor, tokens: int) -> Iterator[pa
         dataset = ray.data.range(plan_blocks, override_num_blocks=min(4, plan_blocks))
         dataset = dataset.repartition(target_num_rows_per_block=task_blocks)
         dataset = dataset.map_batches(prepare, batch_size=None)
+        # Of this dataset alone: another's reader would not say when it waits.
+        dataset.context.custom_execution_callback_classes = [Pace]
         yield from paced(
             dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
         )
@@ -265,7 +267,6 @@ def _configure_ray_data(plan: StreamPlan) -> None:
     context.execution_options.resource_limits = ray.data.ExecutionResources(
         object_store_memory=plan.settings.lookahead_mb * 1e6
     )
-    context.custom_execution_callback_classes = [Pace]
     context.execution_no_progress_timeout_s = -1  # waiting for the trainer is no hang
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
