@@ -115,8 +115,7 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
     if "steps" in args.parts:
         steps = measure_steps(scratch, runs, args)
         report["tokens_per_s"] = {
-            name: [tokens / seconds for tokens, seconds in turns]
-            for name, turns in steps["turns"].items()
+            name: [speed([turn]) for turn in turns] for name, turns in steps["turns"].items()
         }
         ratios["data_wait_fraction"] = statistics.median(steps["data_wait_fraction"])
         for name, ratio in PEERS.items():
@@ -203,9 +202,13 @@ def measure_steps(scratch: Path, corpus: Corpus, args: argparse.Namespace) -> di
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in ("raptide", *PEERS)}
     run = scratch / "run"
     with contextlib.ExitStack() as stack:
-        peers = {"raptide": stack.enter_context(start_raptide(run, corpus, args))}
-        for name in PEERS:
-            peers[name] = stack.enter_context(start_peer(name, scratch, corpus, args))
+        peers = {}
+        for name in turns:
+            if name == "raptide":
+                peer = start_raptide(run, corpus, args)
+            else:
+                peer = start_peer(name, scratch, corpus, args)
+            peers[name] = stack.enter_context(contextlib.closing(peer))
         for number in range(args.rounds + 1):
             for name, peer in peers.items():
                 turn = peer.turn(args.steps)
@@ -225,16 +228,19 @@ def start_raptide(folder: Path, corpus: Corpus, args: argparse.Namespace) -> Tak
     """A real run of one worker, which is stopped before it comes to its end."""
     tree = recipe_of(corpus, args.preset, args.rows, steps=1_000_000)
     tree["cluster"]["cpus_per_worker"] = args.threads
-    job = [JOB, "--config", write_recipe(folder, tree), "--output", folder]
-    return TakesTurns(job, folder / "metrics.jsonl", subprocess.DEVNULL, args.threads)
+    job = start_job(
+        "--config", write_recipe(folder, tree), "--output", folder, threads=args.threads
+    )
+    return TakesTurns(job, folder / "metrics.jsonl")
 
 
 def start_peer(name: str, scratch: Path, corpus: Corpus, args: argparse.Namespace) -> TakesTurns:
     script = Path(__file__).with_name("training_peers.py")
-    lines = scratch / f"{name}.jsonl"
     # As many batches as there are steps that count: each counts once.
-    command = [script, name, corpus.path, args.preset, args.rows, args.rounds * args.steps]
-    return TakesTurns(command, lines, lines.open("w"), args.threads)
+    arguments = (name, corpus.path, args.preset, args.rows, args.rounds * args.steps)
+    lines = scratch / f"{name}.jsonl"
+    with lines.open("wb") as output:
+        return TakesTurns(start(script, *arguments, threads=args.threads, stdout=output), lines)
 
 
 def recipe_of(corpus: Corpus, preset: str, rows: int, steps: int) -> dict[str, Any]:
@@ -264,11 +270,16 @@ def write_recipe(folder: Path, tree: dict[str, Any]) -> Path:
     return recipe
 
 
-def start_job(*arguments: Any) -> subprocess.Popen[bytes]:
+def start_job(*arguments: Any, threads: int = CORES) -> subprocess.Popen[bytes]:
+    return start(JOB, *arguments, threads=threads, stdout=subprocess.DEVNULL)
+
+
+def start(*command: Any, threads: int, stdout: Any) -> subprocess.Popen[bytes]:
+    """Start a Python script that computes with so many threads."""
     return subprocess.Popen(
-        [sys.executable, JOB, *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": str(CORES)},
+        [sys.executable, *map(str, command)],
+        stdout=stdout,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
     )
 
 

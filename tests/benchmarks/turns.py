@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
@@ -27,28 +24,19 @@ class TakesTurns:
     these. After its first step the process stands still.
 
     Args:
-        command: of Python, without the interpreter.
         lines: the file of steps, which need not exist yet.
-        output: where its standard output goes.
-        threads: that compute.
     """
 
-    def __init__(
-        self, command: Sequence[object], lines: Path, output: IO[Any] | int, threads: int
-    ) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], lines: Path) -> None:
+        self._process = process
         self._lines = lines
-        self._process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            stdout=output,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        )
         self._wait_for(1)
         self._suspend()
 
     def turn(self, steps: int) -> tuple[float, float]:
         """Go on for so many steps; their tokens and seconds, without those it stood still in."""
         began = len(read_lines(self._lines))
-        _each(self._tree(), "resume")
+        self._each(psutil.Process.resume)
         still_s = time.monotonic() - self._suspended
         self._wait_for(began + steps)
         self._suspend()
@@ -56,17 +44,10 @@ class TakesTurns:
         tokens = sum(line["speed/tokens_per_s"] * line["speed/step_s"] for line in lines)
         return tokens, sum(line["speed/step_s"] for line in lines) - still_s
 
-    def __enter__(self) -> TakesTurns:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End it, and wait for its end."""
         if self._process.poll() is None:
-            _each(self._tree(), "resume")
+            self._each(psutil.Process.resume)
             self._process.terminate()
         self._process.wait()
 
@@ -76,12 +57,14 @@ class TakesTurns:
             time.sleep(0.1)
 
     def _suspend(self) -> None:
-        _each(self._tree(), "suspend")
+        self._each(psutil.Process.suspend)
         self._suspended = time.monotonic()
 
-    def _tree(self) -> list[psutil.Process]:
+    def _each(self, action: Callable[[psutil.Process], None]) -> None:
         root = psutil.Process(self._process.pid)
-        return [root, *root.children(recursive=True)]
+        for process in (root, *root.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                action(process)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -89,9 +72,3 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
-
-
-def _each(processes: Sequence[psutil.Process], action: str) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
-            getattr(process, action)()
