@@ -42,7 +42,9 @@ class TakesTurns:
         self._suspend()
         lines = read_lines(self._lines)[began : began + steps]
         tokens = sum(line["speed/tokens_per_s"] * line["speed/step_s"] for line in lines)
-        return tokens, sum(line["speed/step_s"] for line in lines) - still_s
+        seconds = sum(line["speed/step_s"] for line in lines)
+        # It stood still for longer than it went, unless that fell between two steps.
+        return tokens, seconds - still_s if seconds > still_s else seconds
 
     def close(self) -> None:
         """End it, and wait for its end."""
