@@ -43,7 +43,8 @@ class TakesTurns:
         lines = read_lines(self._lines)[began : began + steps]
         tokens = sum(line["speed/tokens_per_s"] * line["speed/step_s"] for line in lines)
         seconds = sum(line["speed/step_s"] for line in lines)
-        # It stood still for longer than it went, unless that fell between two steps.
+        # A run that was logging stood still between two steps: then none of them holds the pause,
+        # which is longer than its turn, since all others had theirs in it.
         return tokens, seconds - still_s if seconds > still_s else seconds
 
     def close(self) -> None:
