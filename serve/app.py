@@ -55,6 +55,8 @@ ACTORS = {
     # not handed from loop to loop four times.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # gRPC would take no message above 4 MB.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
     # Logs go to Serve's files, once.
     "RAY_SERVE_LOG_TO_STDERR": "0",
 }

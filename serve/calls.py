@@ -34,6 +34,13 @@ class Ask:
         """Whether each residue takes a pass of its own, in which it is masked."""
         return self.method in ("pseudo-ppl", "masked-marginals")
 
+    @property
+    def brief(self) -> bool:
+        """Whether an answer is a vector a layer or a number a variant, however long the protein."""
+        if self.call == "embed":
+            return self.pooling != "residue"
+        return self.call in ("score", "variants")
+
     def tokens(self, residues: int, positions: int | None = None) -> int:
         """Tokens to compute for one sequence.
 

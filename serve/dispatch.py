@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from grpc.aio import AioRpcError
 from ray.exceptions import (
-    ActorDiedError,
     ObjectLostError,
     RayActorError,
     RpcError,
@@ -29,7 +29,10 @@ from serve.refusals import Refusal, internal, invalid, overloaded, too_late, una
 
 logger = logging.getLogger("ray.serve")
 
-GONE = (RayActorError, ObjectLostError, RpcError, WorkerCrashedError, TaskCancelledError)
+DIED = (RayActorError, AioRpcError)
+"""What is raised when a replica has gone away with work that it had taken."""
+
+GONE = (*DIED, ObjectLostError, RpcError, WorkerCrashedError, TaskCancelledError)
 """What is raised when a replica, or the node that holds its answer, has gone away."""
 
 MAX_DEATHS = 4
@@ -47,6 +50,9 @@ class Dispatcher:
 
     def __init__(self, handle: DeploymentHandle, on_retry: Callable[[str], None]) -> None:
         self._handle = handle
+        # Of a stream the router hears at once that a replica has taken the work, and counts it.
+        self._by_store = handle.options(stream=True)
+        self._by_message = handle.options(stream=True, _by_reference=False)
         self._on_retry = on_retry
 
     async def run(self, work: Work, deadline: float, param: str, first: int = 0) -> Done:
@@ -70,7 +76,7 @@ class Dispatcher:
             except BackPressureError:
                 raise overloaded(1.0) from None
             except (*GONE, RayServeException) as error:
-                deaths += isinstance(error, ActorDiedError)
+                deaths += isinstance(error, DIED)
                 self._on_retry(type(error).__name__)
             except Exception as error:
                 # Without its message: it may repeat what was sent.
@@ -118,10 +124,14 @@ class Dispatcher:
         raise unavailable()
 
     async def _ask(self, work: Work, left_s: float) -> Done | Refused:
-        response = self._handle.run.remote(work)
+        """Small answers come in one gRPC message, which is soonest; large ones through Ray's
+        object store, which copies nothing and knows no limit."""
+        handle = self._by_message if work.ask.brief else self._by_store
+        response = handle.run.remote(work)
         try:
             async with asyncio.timeout(left_s):
-                return await response
+                [answer] = [each async for each in response]
+                return answer
         except (TimeoutError, asyncio.CancelledError):
             response.cancel()  # it leaves the replica's queue at once
             raise

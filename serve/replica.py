@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,8 +60,11 @@ class Replica:
             self._compute, settings.max_batch_tokens, settings.max_queued_tokens, self._observe
         )
 
-    async def run(self, work: Work) -> Done | Refused:
-        """Answer, or say why not; never raises for what a client did."""
+    async def run(self, work: Work) -> AsyncIterator[Done | Refused]:
+        """One answer, or why there is none; never raises for what a client did."""
+        yield await self._answer(work)
+
+    async def _answer(self, work: Work) -> Done | Refused:
         deadline = time.monotonic() + work.timeout_s
         try:
             self._refuse_unknown_layers(work.ask)
