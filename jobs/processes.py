@@ -1,14 +1,16 @@
-"""Child processes that never outlive their parent."""
+"""Child processes that never outlive their parent, and ports for them."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -85,3 +87,15 @@ def _end(processes: list[psutil.Process], first_wait_s: float) -> None:
             except psutil.NoSuchProcess:
                 continue
         _, alive = psutil.wait_procs(alive, timeout=5.0)
+
+
+def free_port() -> int:
+    """A port for a server that is about to start, which nobody takes before it does.
+
+    It lies below those that Linux gives to connections, above those of Ray's workers, and apart
+    from those of Serve's HAProxy mode.
+    """
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(20_000, 30_000)))
+            return probe.getsockname()[1]

@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ import numpy as np
 import yaml
 
 from commandline import job_parser, run_job
-from processes import no_orphans, run, running
+from processes import free_port, no_orphans, run, running
 from raptide import Corpus, CorpusError, Engine, RaptideError
 from raptide.alphabet import decode_sequences
 from raptide.data.corpus import sha256_of_file
@@ -126,7 +125,7 @@ def _job(script: str, *arguments: object) -> None:
 def serve_and_check(bundle: Path, corpus: Corpus) -> float:
     """Deploy the bundle, ask over HTTP, and compare with the library; the largest difference."""
     sequences = _some_sequences(corpus)
-    port = _free_port()
+    port = free_port()
     config = RUN / "serve.yaml"
     config.write_text(yaml.safe_dump(_serve_config(bundle, port)))
     log = RUN / "serve.log"
@@ -189,12 +188,6 @@ def _wait_until_ready(client: httpx.Client, server: subprocess.Popen, log: Path)
             pass
         time.sleep(0.5)
     raise RaptideError(f"The endpoint was not ready within {READY_S:.0f} s; see {log}.")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def summarise(

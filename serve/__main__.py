@@ -24,17 +24,9 @@ from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from raptide.cluster import local_cpus, ray_session
 from raptide.errors import ConfigError, RaptideError
+from serve.environment import PROXIES
 
 LOOK_EVERY_S = 1.0
-
-PROXIES = {
-    # A proxy asks a gateway by gRPC, not by calls of actors, and from the loop it runs in.
-    "RAY_SERVE_PROXY_USE_GRPC": "1",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    # gRPC would take no message above 4 MB.
-    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
-}
-"""Environment of a Ray that is started here (docs/serving.md, "The load balancer")."""
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from ray.serve.schema import LoggingConfig
 
 from raptide.config import parse_settings
 from raptide.training.checkpoint import find_bundle
+from serve.environment import ACTORS
 from serve.gateway import Gateway
 from serve.replica import Replica
 from serve.routing import TokenRouter
@@ -48,19 +49,6 @@ SURGE_PERCENT = 25
 
 METRICS_INTERVAL_S = 1.0
 """How often replicas report their tokens to the autoscaler (Serve's default is 10)."""
-
-
-ACTORS = {
-    # Our code never blocks the event loop, so Serve needs no threads beside it: a request is then
-    # not handed from loop to loop four times.
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    # gRPC would take no message above 4 MB.
-    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
-    # Logs go to Serve's files, once.
-    "RAY_SERVE_LOG_TO_STDERR": "0",
-}
-"""Environment of gateways and replicas."""
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from ray import serve as ray_serve
 
+from processes import free_port
 from raptide.inference.engine import Engine
 from raptide.model.bundle import write_bundle
 from raptide.model.config import ModelSettings
@@ -22,12 +22,6 @@ from serve.app import build
 from serve.keys import make_key
 
 LINEAGE = {"step": 5, "corpus_digest": "abc"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def make_bundle(folder: Path, seed: int, step: int = 5) -> Path:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import venv
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,10 @@ from raptide import RaptideError
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+sys.path.append(str(ROOT / "jobs"))
+
+from processes import free_port  # noqa: E402
+
 CORES = len(os.sched_getaffinity(0))
 INFINITY = ("infinity-emb[torch,server]==0.0.78", "transformers<5")
 """What was seen to serve ESM-2 folders."""
@@ -262,12 +264,3 @@ def _answers(url: str) -> bool:
         return httpx.get(url, timeout=10.0).status_code == 200
     except httpx.TransportError:
         return False
-
-
-def free_port() -> int:
-    """A port that is free and stays so: below those that Linux gives to connections, above those
-    of Ray's workers, apart from those of Serve's HAProxy mode."""
-    while True:
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", random.randrange(20_000, 30_000)))
-            return probe.getsockname()[1]

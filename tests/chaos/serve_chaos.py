@@ -32,12 +32,11 @@ import checkout  # noqa: F401
 import httpx
 import psutil
 import torch
-from endpoints import free_port
 from ray import serve as ray_serve
 from safetensors.torch import load_file, save_file
 from steady_load import SteadyLoad, Told, longest_stall
 
-from processes import no_orphans
+from processes import free_port, no_orphans
 from raptide.cluster import ray_session
 from raptide.config import parse_settings
 from raptide.model.bundle import write_bundle

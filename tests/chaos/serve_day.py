@@ -21,12 +21,11 @@ from typing import Any
 import checkout  # noqa: F401
 import httpx
 import ray
-from endpoints import free_port
 from ray import serve as ray_serve
 from serve_chaos import bundle, say, summary
 from steady_load import SteadyLoad
 
-from processes import no_orphans
+from processes import free_port, no_orphans
 from raptide.cluster import ray_session
 from serve.app import build
 from serve.keys import make_key

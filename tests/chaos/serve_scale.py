@@ -21,12 +21,11 @@ from typing import Any
 import checkout  # noqa: F401
 import httpx
 import ray
-from endpoints import free_port
 from ray import serve as ray_serve
 from ray.cluster_utils import Cluster
 from serve_chaos import say
 
-from processes import no_orphans
+from processes import free_port, no_orphans
 from raptide.model.bundle import write_bundle
 from raptide.model.config import ModelSettings
 from raptide.model.transformer import Esm

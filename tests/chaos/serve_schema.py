@@ -19,10 +19,10 @@ import tempfile
 from pathlib import Path
 
 import checkout  # noqa: F401
-from endpoints import free_port, make_bundle
+from endpoints import make_bundle
 from ray import serve as ray_serve
 
-from processes import no_orphans
+from processes import free_port, no_orphans
 from raptide.cluster import ray_session
 from serve.app import build
 

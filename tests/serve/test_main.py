@@ -9,7 +9,8 @@ import threading
 import httpx
 import yaml
 from conftest import ROOT
-from endpoints import free_port
+
+from processes import free_port
 
 SLOW = {"sequences": "MKTAYIAKQR" * 40}
 """400 masked passes: seconds, also for a small model."""

@@ -1,0 +1,26 @@
+"""Environment variables of Serve's processes, for a short way from one to the next."""
+
+from __future__ import annotations
+
+HOPS = {
+    # Nothing of ours blocks an event loop, so whoever sends needs none beside it.
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # gRPC would take no message above 4 MB.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
+}
+
+PROXIES = {
+    **HOPS,
+    # A proxy asks a gateway by gRPC, not by calls of actors.
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+}
+"""Of a Ray that `python -m serve` starts (docs/serving.md, "The load balancer")."""
+
+ACTORS = {
+    **HOPS,
+    # Nor does a request have to be handed to another loop to be answered.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # Logs go to Serve's files, once.
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
+"""Of gateways and replicas."""
