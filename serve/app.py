@@ -93,9 +93,9 @@ def _replicas(model: ModelSettings, replica: type) -> serve.Application:
     scale: dict[str, Any] = {"num_replicas": model.replicas}
     if model.max_replicas is not None:
         scale = {"autoscaling_config": _autoscaling(model, model.max_replicas)}
-    # One core passed from thread to thread by spinning starves gateway and proxy beside it.
+    # No more threads than cores: those of one pass spin while they wait for each other.
     threads = str(max(1, math.floor(model.cpus_per_replica)))
-    environment = {**ACTORS, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}
+    environment = {**ACTORS, "OMP_NUM_THREADS": threads}
     return serve.deployment(
         replica,
         name=f"replica-{model.name}",

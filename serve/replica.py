@@ -6,7 +6,9 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,10 +50,7 @@ class Replica:
     def __init__(self, settings: ModelSettings) -> None:
         sys.setswitchinterval(SWITCH_S)
         self._settings = settings
-        self._engine = Engine.load(
-            settings.path, dtype=settings.dtype, max_batch_tokens=settings.max_batch_tokens
-        )
-        self._verified = verify_check(Path(settings.path), self._engine.model)
+        self._engine, self._verified = _in_its_own_thread(partial(_load, settings)).result()
         self._weights = digest_weights(Path(settings.path))[:16]
         step = self._engine.lineage.get("step")
         self._step = step if isinstance(step, int) else None
@@ -100,7 +99,7 @@ class Replica:
 
     async def probe(self) -> None:
         """Returns once the model has answered, beside whatever is being computed."""
-        await asyncio.to_thread(self._answer_with_numbers)
+        await asyncio.wrap_future(_in_its_own_thread(self._answer_with_numbers))
 
     async def check_health(self) -> None:
         """Serve's probe: the model must answer with numbers."""
@@ -169,6 +168,27 @@ class Replica:
     def _observe(self, batch: Batch) -> None:
         self._metrics.batch(batch)
         self._metrics.queued(self._batcher.queued_tokens)
+
+
+def _load(settings: ModelSettings) -> tuple[Engine, bool]:
+    """The engine, and whether its bundle had a check, which it has passed."""
+    engine = Engine.load(
+        settings.path, dtype=settings.dtype, max_batch_tokens=settings.max_batch_tokens
+    )
+    return engine, verify_check(Path(settings.path), engine.model)
+
+
+def _in_its_own_thread(compute: Callable[[], Any]) -> Future[Any]:
+    """Computes in a thread that then ends, and OpenMP's threads for it with it.
+
+    OpenMP keeps a team for every living thread that ever computed. Were there more of them than
+    cores, no thread would spin any more while it waits for the others of its team, and each of the
+    batcher's passes would take a few milliseconds longer.
+    """
+    once = ThreadPoolExecutor(1)
+    future = once.submit(compute)
+    once.shutdown(wait=False)
+    return future
 
 
 class _Unfit(Exception):

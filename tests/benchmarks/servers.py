@@ -33,9 +33,6 @@ CORES = len(os.sched_getaffinity(0))
 INFINITY = ("infinity-emb[torch,server]==0.0.78", "transformers<5")
 """What was seen to serve ESM-2 folders."""
 
-# Threads that spin while they wait fight with the other processes of a server.
-THREADS = {"OMP_NUM_THREADS": str(CORES), "OMP_WAIT_POLICY": "PASSIVE"}
-
 READY_S = 240.0
 STOP_S = 60.0
 
@@ -143,7 +140,8 @@ def plain_server(model: Path, scratch: Path, *options: str) -> Iterator[Server]:
     port = free_port()
     command = [sys.executable, str(HERE / "plain_server.py"), str(model), str(port), *options]
     name = "FastAPI, one at a time" if options else "FastAPI"
-    env = {"HF_HUB_OFFLINE": "1"}
+    # It computes in many threads: a quarter faster if those that wait for others sleep.
+    env = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     with _serving(name, command, port, scratch, "/v1/models", env) as server:
         yield server
 
@@ -193,7 +191,6 @@ class EngineAlone:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | THREADS,
         )
         self._read()
 
@@ -240,7 +237,7 @@ def _serving(
             command,
             stdout=output,
             stderr=output,
-            env=os.environ | THREADS | env,
+            env=os.environ | env,
             start_new_session=True,
         )
     try:
