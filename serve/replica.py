@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +49,8 @@ class Replica:
     def __init__(self, settings: ModelSettings) -> None:
         sys.setswitchinterval(SWITCH_S)
         self._settings = settings
-        self._engine, self._verified = _in_its_own_thread(partial(_load, settings)).result()
+        self._engine, self._verified = _in_its_own_thread(_load, settings).result()
+        self._probe: Future[None] | None = None
         self._weights = digest_weights(Path(settings.path))[:16]
         step = self._engine.lineage.get("step")
         self._step = step if isinstance(step, int) else None
@@ -98,8 +98,13 @@ class Replica:
         }
 
     async def probe(self) -> None:
-        """Returns once the model has answered, beside whatever is being computed."""
-        await asyncio.wrap_future(_in_its_own_thread(self._answer_with_numbers))
+        """Returns once the model has answered, beside whatever is being computed.
+
+        Who asks meanwhile waits for the same answer: /readyz takes no key.
+        """
+        if self._probe is None or self._probe.done():
+            self._probe = _in_its_own_thread(self._answer_with_numbers)
+        await asyncio.shield(asyncio.wrap_future(self._probe))
 
     async def check_health(self) -> None:
         """Serve's probe: the model must answer with numbers."""
@@ -178,7 +183,7 @@ def _load(settings: ModelSettings) -> tuple[Engine, bool]:
     return engine, verify_check(Path(settings.path), engine.model)
 
 
-def _in_its_own_thread(compute: Callable[[], Any]) -> Future[Any]:
+def _in_its_own_thread(compute: Callable[..., Any], *args: Any) -> Future[Any]:
     """Computes in a thread that then ends, and OpenMP's threads for it with it.
 
     OpenMP keeps a team for every living thread that ever computed. Were there more of them than
@@ -186,7 +191,7 @@ def _in_its_own_thread(compute: Callable[[], Any]) -> Future[Any]:
     batcher's passes would take a few milliseconds longer.
     """
     once = ThreadPoolExecutor(1)
-    future = once.submit(compute)
+    future = once.submit(compute, *args)
     once.shutdown(wait=False)
     return future
 

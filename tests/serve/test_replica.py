@@ -21,3 +21,18 @@ def test_of_threads_that_computed_only_the_batchers_stays(bundle):
         return names
 
     assert asyncio.run(names_after_a_probe()) == ["batcher"]
+
+
+def test_who_asks_during_a_probe_waits_for_its_answer(bundle):
+    before = set(threading.enumerate())
+
+    async def threads_of_many_probes():
+        replica = Replica(ModelSettings(name="alone", path=str(bundle)))
+        probes = [asyncio.ensure_future(replica.probe()) for _ in range(50)]
+        await asyncio.sleep(0)
+        started = len(set(threading.enumerate()) - before)
+        probes[0].cancel()
+        assert await asyncio.gather(*probes[1:]) == [None] * 49
+        return started
+
+    assert asyncio.run(threads_of_many_probes()) <= 3  # the batcher's, the probe's, one that ends
