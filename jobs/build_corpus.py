@@ -31,10 +31,10 @@ from pathlib import Path
 from commandline import job_parser, run_job
 from raptide.cluster import local_cpus, ray_session
 from raptide.config import parse_settings
-from raptide.data.build import BuildSettings, build_corpus
-from raptide.data.cleaning import CleaningSettings
+from raptide.data.building.build import BuildSettings, build_corpus
+from raptide.data.building.cleaning import CleaningSettings
+from raptide.data.building.picture import draw_corpus
 from raptide.data.corpus import Corpus
-from raptide.data.picture import draw_corpus
 from raptide.errors import ConfigError
 
 

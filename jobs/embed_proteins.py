@@ -27,7 +27,7 @@ from raptide.cluster import local_cpus, ray_session
 from raptide.data.fasta import read_fasta
 from raptide.errors import ConfigError, SequenceError, plain_errors
 from raptide.methods import Long
-from raptide.training.checkpoint import find_bundle
+from raptide.training.checkpoints.checkpoint import find_bundle
 
 BATCH_SEQUENCES = 256
 

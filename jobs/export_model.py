@@ -39,11 +39,11 @@ from commandline import job_parser, run_job
 from raptide.errors import ConfigError, InputError
 from raptide.inference.contact_fit import contact_map, fit_contacts, long_range_precision
 from raptide.inference.engine import CONTACT_RESIDUES, Engine
-from raptide.model.bundle import write_bundle
 from raptide.model.contacts import ContactHead
-from raptide.model.fair_esm import regression_file, write_fair_esm
-from raptide.model.weights import Weights
-from raptide.training.export import read_model
+from raptide.model.formats.detect import write_weights
+from raptide.model.formats.fair_esm import regression_file
+from raptide.model.formats.weights import Weights
+from raptide.training.checkpoints.export import read_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -85,10 +85,7 @@ def write(weights: Weights, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        if target.suffix != ".pt":
-            write_bundle(partial / target.name, weights)
-        else:
-            write_fair_esm(partial / target.name, weights)
+        write_weights(partial / target.name, weights)
         for made in sorted(partial.iterdir()):
             made.rename(target.parent / made.name)
     finally:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from xopen import xopen
 
 from commandline import job_parser, run_job
-from raptide.data.fetch import fetch, find_file
+from raptide.data.building.fetch import fetch, find_file
 from raptide.errors import FetchError
 
 MIRROR = "https://ftp.uniprot.org/pub/databases/uniprot"

@@ -20,9 +20,9 @@ from commandline import job_parser, run_job
 from raptide.cluster import DATA_CPUS, ray_session
 from raptide.config import load_settings
 from raptide.errors import ConfigError
-from raptide.training.deepspeed_config import check_deepspeed
-from raptide.training.estimate import describe_run
-from raptide.training.recipe import Recipe
+from raptide.training.planning.deepspeed_config import check_deepspeed
+from raptide.training.planning.estimate import describe_run
+from raptide.training.planning.recipe import Recipe
 from raptide.training.trainer import RunResult, load_resumed, prepare_run, pretrain
 
 

@@ -23,11 +23,11 @@ from ray.serve.config import (
 from ray.serve.schema import LoggingConfig
 
 from raptide.config import parse_settings
-from raptide.training.checkpoint import find_bundle
+from raptide.training.checkpoints.checkpoint import find_bundle
 from serve.environment import ACTORS
-from serve.gateway import Gateway
-from serve.replica import Replica
-from serve.routing import TokenRouter
+from serve.gateway.deployment import Gateway
+from serve.gateway.routing import TokenRouter
+from serve.replica.deployment import Replica
 from serve.scaling import TokenScaling
 from serve.settings import ModelSettings, ServeSettings
 
@@ -42,7 +42,7 @@ GATEWAY_CHECK_S = 1
 """How often Serve asks a gateway whether it lives: for so long a dead one may go unnoticed."""
 
 LOGS = LoggingConfig(encoding="JSON", enable_access_log=False)
-"""One line of JSON a request, written by the gateway (serve/guard.py)."""
+"""One line of JSON a request, written by the gateway (serve/gateway/guard.py)."""
 
 SURGE_PERCENT = 25
 """Replicas, of all, that an update starts before it stops as many old ones; at least one."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from ray.serve import metrics
 
-from serve.batcher import Answers, Batch
-
 SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 TOKENS = [64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0]
 SHARES = [0.1, 0.25, 0.5, 0.75, 0.9, 0.99]
@@ -54,14 +52,14 @@ class ReplicaMetrics:
         self._up.set(1, tags=self._tags)
         self._padding.inc(1e-9, tags=self._tags)  # shows the series; packed batches add nothing
 
-    def request(self, answers: Answers) -> None:
-        self._queue.observe(max(answers.queue_s, 1e-6), tags=self._tags)
+    def request(self, queue_s: float) -> None:
+        self._queue.observe(max(queue_s, 1e-6), tags=self._tags)
 
-    def batch(self, batch: Batch) -> None:
-        self._compute.observe(max(batch.seconds, 1e-6), tags=self._tags)
-        self._tokens.observe(batch.tokens, tags=self._tags)
-        self._fill.observe(batch.tokens / self._budget, tags=self._tags)
-        self._computed.inc(batch.tokens, tags=self._tags)
+    def batch(self, tokens: int, compute_s: float) -> None:
+        self._compute.observe(max(compute_s, 1e-6), tags=self._tags)
+        self._tokens.observe(tokens, tags=self._tags)
+        self._fill.observe(tokens / self._budget, tags=self._tags)
+        self._computed.inc(tokens, tags=self._tags)
 
     def queued(self, tokens: int) -> None:
         self._queued.set(tokens, tags=self._tags)

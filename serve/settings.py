@@ -79,7 +79,7 @@ class GatewaySettings(Settings):
     """Seconds a request may take, waiting included; X-Raptide-Timeout-S may ask for less."""
 
     keys_file: str | None = None
-    """API keys, hashed (serve/keys.py). Read again whenever it changes; every node needs it."""
+    """API keys, hashed (gateway/keys.py). Read again whenever it changes; every node needs it."""
 
     residues_per_minute: int | None = Field(None, ge=1)
     """What a key may send whose line sets no other rate; None means any number."""

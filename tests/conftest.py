@@ -11,10 +11,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import draws
 import pytest
 
 from processes import no_orphans
-from raptide.data.build import BuildSettings, build_corpus
+from raptide.data.building.build import BuildSettings, build_corpus
 from raptide.data.corpus import Corpus
 
 if TYPE_CHECKING:
@@ -38,6 +39,16 @@ os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token)
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
+
+
+def pytest_report_header() -> str:
+    return f"random draws: RAPTIDE_TEST_SEED={draws.SEED}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before any fixture of the test draws."""
+    draws.seed_for(item.nodeid)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -50,11 +50,11 @@ def test_layers_hold():
 @pytest.mark.parametrize(
     ("module", "unneeded"),
     [
-        ("raptide.data.stream", {"torch"}),
-        ("raptide.data.letters", {"torch"}),
+        ("raptide.data.streaming.stream", {"torch"}),
+        ("raptide.data.streaming.letters", {"torch"}),
         ("raptide.client", {"torch", "ray", "fastapi"}),
         ("raptide.load.requests", {"torch", "ray"}),
-        ("serve.gateway", {"torch"}),
+        ("serve.gateway.deployment", {"torch"}),
     ],
 )
 def test_a_layer_loads_no_heavy_library_it_does_not_need(module, unneeded):

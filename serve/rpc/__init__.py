@@ -1,1 +1,5 @@
-"""The same calls over gRPC, through Serve's gRPC proxy. raptide.proto is the contract."""
+"""The contract of the gRPC calls: raptide.proto, and what protoc makes of it.
+
+In and out: messages. serve/gateway/rpc.py answers them.
+Deployment files and clients name these modules, so they stay where they are.
+"""

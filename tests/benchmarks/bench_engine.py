@@ -34,11 +34,11 @@ from machine import publish
 
 from raptide.alphabet import decode_sequences
 from raptide.data.fasta import read_fasta
-from raptide.model.bundle import read_weights, write_bundle
 from raptide.model.config import PRESETS, ModelSettings
 from raptide.model.contacts import ContactHead
+from raptide.model.formats.detect import read_weights, write_weights
+from raptide.model.formats.weights import Weights
 from raptide.model.transformer import Esm
-from raptide.model.weights import Weights
 
 HERE = Path(__file__).parent
 SHORTEST, LONGEST = 20, 1022
@@ -112,7 +112,7 @@ def write_inputs(folder: Path, preset: str, count: int) -> list[str]:
     settings = ModelSettings.model_validate({"preset": preset})
     head = ContactHead(torch.zeros(1, settings.layers * settings.heads), torch.zeros(1))
     weights = Weights.of(Esm(settings).initialise(1))
-    write_bundle(folder / "model", Weights(settings, weights.state, contact_head=head))
+    write_weights(folder / "model", Weights(settings, weights.state, contact_head=head))
     proteome = files("pyhmmer") / "tests/data/seqs/938293.PRJEB85.HG003687.faa"
     proteins = []
     for batch in read_fasta(str(proteome), 1000):
@@ -189,9 +189,9 @@ def measure_memory(folder: Path, threads: int) -> dict[str, float]:
     half = read_weights(folder / "model")
     state = {name: tensor.bfloat16() for name, tensor in half.state.items()}
     (folder / "half").mkdir()
-    write_bundle(folder / "half/model", Weights(half.settings, state))
+    write_weights(folder / "half/model", Weights(half.settings, state))
     tiny = Esm(ModelSettings(layers=1, width=32, heads=4)).initialise(1)
-    write_bundle(folder / "half/model-tiny", Weights.of(tiny))
+    write_weights(folder / "half/model-tiny", Weights.of(tiny))
     shutil.copy(folder / "sequences.json", folder / "half")
     peer = Peer("memory", sys.executable, folder / "half", threads)
     peer.stop()

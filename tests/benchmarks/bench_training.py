@@ -43,11 +43,11 @@ from turns import TakesTurns, read_lines
 
 from raptide.alphabet import ESM_33
 from raptide.cluster import ray_session
-from raptide.data.build import BuildSettings, build_corpus
+from raptide.data.building.build import BuildSettings, build_corpus
 from raptide.data.corpus import Corpus
-from raptide.data.feeder import BatchReader, Feeder
-from raptide.data.rows import RowSettings, pack_block
-from raptide.data.stream import (
+from raptide.data.streaming.feeder import BatchReader, Feeder
+from raptide.data.streaming.rows import RowSettings, pack_block
+from raptide.data.streaming.stream import (
     Cursor,
     GlobalBatch,
     Source,

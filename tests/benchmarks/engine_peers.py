@@ -36,13 +36,13 @@ def fair_esm(folder: str, order: str) -> Pass:
     import esm
     import torch
 
-    from raptide.model.bundle import read_weights
-    from raptide.model.weights import name_tensors
+    from raptide.model.formats.detect import read_weights
+    from raptide.model.formats.weights import name_tensors
 
     weights = read_weights(folder)
     shape = weights.settings
     model = esm.ESM2(shape.layers, shape.width, shape.heads).eval()
-    tensors = name_tensors(weights, "fair_esm")
+    tensors = name_tensors(weights, "fair_esm").tensors
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert not unexpected, unexpected
     assert all("contact_head" in m or "inv_freq" in m or m == "lm_head.weight" for m in missing)
@@ -112,7 +112,7 @@ def matrix_products(folder: str, dtype: str, attention: bool) -> Pass:
     from torch.nn.functional import linear, scaled_dot_product_attention
 
     from raptide.inference.batching import plan_batches
-    from raptide.model.bundle import read_weights
+    from raptide.model.formats.detect import read_weights
 
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     weights = read_weights(folder)
@@ -174,7 +174,7 @@ def memory_mb(field: str) -> float:
 def measure_memory(folder: str, sequences: list[str]) -> dict[str, float]:
     """Megabytes that a model adds to a process in which a tiny one has run: code is not counted."""
     from raptide import Engine
-    from raptide.model.bundle import read_weights
+    from raptide.model.formats.detect import read_weights
 
     Engine.load(f"{folder}-tiny", device="cpu", dtype="bf16").embed(["MKTAYIAKQR"])
     before = memory_mb("VmRSS")

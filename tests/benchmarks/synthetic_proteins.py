@@ -2,9 +2,9 @@
 
     python tests/benchmarks/synthetic_proteins.py 500000 proteins.fasta
 
-They are those of raptide.data.synthetic, cut at 10 and 35,000 residues, 60 a line. No two proteins
-are related, so zstd finds nothing but the frequencies. The first records can be put into one
-cluster.
+They are those of raptide.data.building.synthetic, cut at 10 and 35,000 residues, 60 a line. No two
+proteins are related, so zstd finds nothing but the frequencies. The first records can be put into
+one cluster.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from raptide.data.synthetic import draw_lengths, draw_letters
+from raptide.data.building.synthetic import draw_lengths, draw_letters
 
 LINE = 60
 BATCH = 10_000

@@ -27,11 +27,11 @@ from typing import Any
 from moving_cluster import TRAINER, MovingCluster, moving_cluster
 
 from raptide.config import parse_settings
-from raptide.data.build import BuildSettings, build_corpus
+from raptide.data.building.build import BuildSettings, build_corpus
 from raptide.data.corpus import Corpus
-from raptide.training.audit import audited_steps
-from raptide.training.recipe import Recipe
+from raptide.training.planning.recipe import Recipe
 from raptide.training.trainer import RunResult, prepare_run, pretrain
+from raptide.training.watching.audit import audited_steps
 
 MOST_NODES = 4
 KILLS = ("worker killed", "node killed", "node preempted")

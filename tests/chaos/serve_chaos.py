@@ -39,12 +39,12 @@ from steady_load import SteadyLoad, Told, longest_stall
 from processes import free_port, no_orphans
 from raptide.cluster import ray_session
 from raptide.config import parse_settings
-from raptide.model.bundle import write_bundle
 from raptide.model.config import ModelSettings
+from raptide.model.formats.detect import write_weights
+from raptide.model.formats.weights import Weights
 from raptide.model.transformer import Esm
-from raptide.model.weights import Weights
 from serve.app import compose
-from serve.replica import Replica
+from serve.replica.deployment import Replica
 from serve.settings import ModelSettings as ServedModel
 from serve.settings import ServeSettings
 
@@ -68,7 +68,7 @@ class SlowReplica(Replica):
 def bundle(folder: Path, step: int) -> Path:
     """Weights of their own for each step, in the 8 M shape's width."""
     model = Esm(ModelSettings(layers=3, width=320, heads=20)).initialise(step)
-    write_bundle(folder, replace(Weights.of(model), lineage={"step": step}))
+    write_weights(folder, replace(Weights.of(model), lineage={"step": step}))
     return folder
 
 

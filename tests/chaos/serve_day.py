@@ -28,7 +28,7 @@ from steady_load import SteadyLoad
 from processes import free_port, no_orphans
 from raptide.cluster import ray_session
 from serve.app import build
-from serve.keys import make_key
+from serve.gateway.keys import make_key
 
 
 class Day:

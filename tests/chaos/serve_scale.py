@@ -26,10 +26,10 @@ from ray.cluster_utils import Cluster
 from serve_chaos import say
 
 from processes import free_port, no_orphans
-from raptide.model.bundle import write_bundle
 from raptide.model.config import ModelSettings
+from raptide.model.formats.detect import write_weights
+from raptide.model.formats.weights import Weights
 from raptide.model.transformer import Esm
-from raptide.model.weights import Weights
 from serve.app import build
 
 MAX_REPLICAS = 3
@@ -114,7 +114,7 @@ def main() -> None:
     args = parser.parse_args()
     with no_orphans(), tempfile.TemporaryDirectory() as folder:
         model = Esm(ModelSettings(layers=12, width=480, heads=20)).initialise(1)
-        write_bundle(folder, Weights.of(model))
+        write_weights(folder, Weights.of(model))
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
         for _ in range(MAX_REPLICAS - 1):
             cluster.add_node(num_cpus=1)

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raptide.alphabet import decode_residues
-from raptide.data.build import BuildSettings, build_corpus
+from raptide.data.building.build import BuildSettings, build_corpus
 from raptide.data.corpus import CLUSTER_ROW, MANIFEST, Corpus
 from raptide.errors import CorpusError, FastaError
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from test_engine import CPU, random_sequence, random_weights
+from draws import random_sequence, random_weights
 
 from raptide.errors import InputError
 from raptide.inference.contact_fit import contact_map, fit_contacts, long_range_precision
@@ -11,7 +11,7 @@ from raptide.inference.engine import Engine
 @pytest.fixture(scope="module")
 def engine():
     weights = random_weights(layers=3, width=32, heads=4)
-    return Engine(weights.build(), {}, CPU, 1024)
+    return Engine(weights.build(), {}, torch.device("cpu"), 1024)
 
 
 def answers_of_one_head(engine, sequence, layer=1, head=2):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from draws import generator, random_sequence, random_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import EsmForMaskedLM
@@ -13,33 +14,16 @@ from raptide.alphabet import RESIDUES
 from raptide.errors import BundleError, ConfigError, SequenceError
 from raptide.inference.batching import plan_batches
 from raptide.inference.engine import CONTACT_RESIDUES, Engine
-from raptide.model.bundle import write_bundle
 from raptide.model.config import ModelSettings
-from raptide.model.contacts import ContactHead
+from raptide.model.formats.detect import write_weights
+from raptide.model.formats.weights import Weights
 from raptide.model.transformer import Esm
-from raptide.model.weights import Weights
-
-LETTERS = "LAGVSERTIDPKQNFYMHWC"
-
-
-def random_sequence(length):
-    return "".join(np.random.default_rng().choice(list(LETTERS), length))
-
-
-def random_weights(**shape):
-    model = Esm(ModelSettings(**shape)).initialise(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)  # far from uniform, so that differences show
-    heads = shape["layers"] * shape["heads"]
-    head = ContactHead(3 * torch.randn(1, heads), torch.zeros(1))
-    return replace(Weights.of(model), contact_head=head, lineage={"step": 1})
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle")
-    write_bundle(folder, random_weights(layers=3, width=64, heads=4))
+    write_weights(folder, random_weights(layers=3, width=64, heads=4))
     return folder
 
 
@@ -179,7 +163,7 @@ def cosine(a, b):
 def shape_35m(tmp_path_factory):
     folder = tmp_path_factory.mktemp("35m")
     settings = ModelSettings.model_validate({"preset": "esm2_t12_35M"})
-    write_bundle(folder, Weights.of(Esm(settings).initialise(1)))
+    write_weights(folder, Weights.of(Esm(settings).initialise(1)))
     return folder
 
 
@@ -187,7 +171,7 @@ def shape_35m(tmp_path_factory):
 def test_numbers_do_not_depend_on_batch_mates_or_order(shape_35m, dtype, tolerance):
     """At the 35 M shape: alone, among a hundred others, and in another order."""
     engine = Engine.load(shape_35m, device="cpu", dtype=dtype)
-    rng = np.random.default_rng()
+    rng = generator()
     crowd = [random_sequence(int(n)) for n in rng.integers(1, 120, 100)]
     mine = [random_sequence(n) for n in (5, 60, 333)]
     together = engine.embed([*crowd, *mine])[-3:]

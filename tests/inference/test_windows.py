@@ -7,9 +7,9 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from draws import random_sequence, random_weights
 from hypothesis import given
 from hypothesis import strategies as st
-from test_engine import CPU, random_sequence, random_weights
 
 from raptide.errors import SequenceError
 from raptide.inference import forward
@@ -49,7 +49,7 @@ def test_a_masked_position_lies_in_its_window_as_central_as_the_ends_allow(size,
 def engine():
     """ESM-1b with places for 40 residues."""
     weights = random_weights(family="esm1b", layers=2, width=32, heads=4, max_positions=42)
-    return Engine(weights.build(), {}, CPU, 128)
+    return Engine(weights.build(), {}, torch.device("cpu"), 128)
 
 
 def by_hand(engine, sequence, numbers):
@@ -97,7 +97,7 @@ def test_a_masked_position_is_seen_in_a_window_of_its_own(engine):
 
 def test_rotary_models_take_longer_sequences_whole_up_to_a_stated_limit(monkeypatch):
     weights = random_weights(layers=2, width=32, heads=4)
-    engine = Engine(weights.build(), {}, CPU, 4096)
+    engine = Engine(weights.build(), {}, torch.device("cpu"), 4096)
     assert engine.max_residues == 16384
     sequence = random_sequence(3000)
     whole = engine.embed([sequence])

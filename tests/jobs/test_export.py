@@ -17,7 +17,7 @@ from transformers import EsmForMaskedLM
 from transformers_shapes import esm_config
 
 from raptide.inference.engine import Engine
-from raptide.model.bundle import read_weights
+from raptide.model.formats.detect import read_weights
 
 
 def export(*arguments):

@@ -11,9 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT
 
-from raptide.data import fetch as fetch_module
+from raptide.data.building import fetch as fetch_module
+from raptide.data.building.fetch import fetch, find_file
 from raptide.data.fasta import read_fasta
-from raptide.data.fetch import fetch, find_file
 from raptide.errors import FetchError
 
 NAME = "/uniref/uniref50/uniref50.fasta.gz"

@@ -16,10 +16,10 @@ from in_process import job_in_process
 
 from raptide import Corpus, Engine
 from raptide.data.fasta import read_fasta
-from raptide.model.bundle import write_bundle
 from raptide.model.config import ModelSettings
+from raptide.model.formats.detect import write_weights
+from raptide.model.formats.weights import Weights
 from raptide.model.transformer import Esm
-from raptide.model.weights import Weights
 
 JOBS = sorted(p for p in (ROOT / "jobs").glob("*.py") if "def main" in p.read_text())
 
@@ -191,7 +191,7 @@ def test_sigterm_ends_a_job_and_its_ray(demo, tmp_path):
 
 def test_a_protein_too_long_for_the_model_is_named(tmp_path):
     model = Esm(ModelSettings(family="esm1b", layers=1, width=8, heads=2, max_positions=32))
-    write_bundle(tmp_path / "m", Weights.of(model.initialise(1)))
+    write_weights(tmp_path / "m", Weights.of(model.initialise(1)))
     (tmp_path / "a.fasta").write_text(">ok\nMKLV\n>long one\n" + "M" * 31 + "\n")
     done = job(
         *("embed_proteins.py", "--model", "m", "--input", "a.fasta", "--output", "e.parquet"),

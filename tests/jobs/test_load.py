@@ -13,7 +13,7 @@ from aiohttp import web
 from conftest import ROOT
 
 from raptide.alphabet import encode_residues
-from raptide.data.synthetic import random_proteins
+from raptide.data.building.synthetic import random_proteins
 from raptide.load.levels import Level, LoadGenerator
 from raptide.load.report import summarise
 from raptide.load.requests import embedding_requests, read_proteins, score_requests

@@ -6,17 +6,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raptide.errors import BundleError
-from raptide.model.bundle import read_weights, write_bundle
 from raptide.model.check import CHECK, verify_check
 from raptide.model.config import ModelSettings
-from raptide.model.tensor_files import digest_weights
+from raptide.model.formats.detect import read_weights, write_weights
+from raptide.model.formats.tensor_files import digest_weights
+from raptide.model.formats.weights import Weights
 from raptide.model.transformer import Esm
-from raptide.model.weights import Weights
 
 
 def write(folder, seed=1, family="esm2"):
     model = Esm(ModelSettings(family=family, layers=2, width=32, heads=4)).initialise(seed)
-    write_bundle(folder, Weights.of(model))
+    write_weights(folder, Weights.of(model))
     return folder
 
 
@@ -29,7 +29,7 @@ def test_a_bundle_answers_as_its_record_says(tmp_path, family, dtype):
 
 def test_a_bundle_in_bf16_answers_as_its_record_says(tmp_path):
     model = Esm(ModelSettings(layers=2, width=32, heads=4)).initialise(1).to(torch.bfloat16)
-    write_bundle(tmp_path, Weights.of(model))
+    write_weights(tmp_path, Weights.of(model))
     assert verify_check(tmp_path, read_weights(tmp_path).build())
 
 

@@ -4,42 +4,19 @@ import subprocess
 import sys
 import textwrap
 
-import numpy as np
 import pytest
 import torch
+from draws import pack, pad, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import EsmForMaskedLM, EsmModel
 from transformers_shapes import esm_config
 
-from raptide.model.bundle import read_weights, write_bundle
 from raptide.model.config import ModelSettings
 from raptide.model.contacts import corrected_maps
 from raptide.model.device import CPU_SIZES, token_chunks
-from raptide.model.packed import Packed
+from raptide.model.formats.detect import read_weights, write_weights
 from raptide.model.transformer import Esm
-
-LENGTHS = (5, 77, 30, 3, 128)
-
-
-def random_tokens(alphabet, lengths=LENGTHS, seed=None):
-    """Fresh random sequences with masks inside, specials around."""
-    rng = np.random.default_rng(seed)
-    pieces = []
-    for length in lengths:
-        residues = rng.integers(4, 29, length - alphabet.num_specials)
-        residues[rng.random(len(residues)) < 0.15] = alphabet.mask
-        pieces.append(torch.from_numpy(alphabet.add_specials(residues).astype(np.int64)))
-    return pieces
-
-
-def pad(pieces):
-    """[n, longest] tokens padded with <pad>."""
-    return torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=1)
-
-
-def pack(pieces):
-    return Packed(torch.cat(pieces), tuple(map(len, pieces)))
 
 
 def transformers_model(rotary, **options):
@@ -108,7 +85,7 @@ def test_a_folder_that_transformers_wrote_comes_back_bit_for_bit(rotary, shard, 
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard or "1GB")
     assert (len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1) == (shard is not None)
     weights = read_weights(tmp_path / "theirs")
-    write_bundle(tmp_path / "ours", weights)
+    write_weights(tmp_path / "ours", weights)
     again = EsmForMaskedLM.from_pretrained(tmp_path / "ours").state_dict()
     expected = theirs.state_dict()
     assert again.keys() == expected.keys()

@@ -12,7 +12,7 @@ from steady_load import SteadyLoad
 
 from raptide.errors import BundleError
 from serve.app import build
-from serve.replica import Replica
+from serve.replica.deployment import Replica
 from serve.settings import ModelSettings
 
 

@@ -32,11 +32,11 @@ from raptide.errors import (
     TrainingDiverged,
 )
 from raptide.inference.engine import Engine
-from raptide.model.bundle import read_weights
-from raptide.training.audit import audited_steps
-from raptide.training.estimate import checkpoint_bytes
-from raptide.training.export import read_model, read_zero_weights
+from raptide.model.formats.detect import read_weights
+from raptide.training.checkpoints.export import read_model, read_zero_weights
+from raptide.training.planning.estimate import checkpoint_bytes
 from raptide.training.trainer import load_resumed, prepare_run, pretrain
+from raptide.training.watching.audit import audited_steps
 
 
 def test_a_run_leaves_what_it_promises(whole):

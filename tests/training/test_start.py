@@ -7,7 +7,7 @@ from transformers import EsmForMaskedLM
 from transformers_shapes import esm_config
 
 from raptide.errors import ConfigError
-from raptide.model.bundle import read_weights
+from raptide.model.formats.detect import read_weights
 from raptide.training.engine import build_model
 from raptide.training.trainer import prepare_run
 

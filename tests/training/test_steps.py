@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from raptide.alphabet import ESM_33
-from raptide.data.rows import PackedRows
-from raptide.data.stream import Cursor, GlobalBatch
+from raptide.data.streaming.rows import PackedRows
+from raptide.data.streaming.stream import Cursor, GlobalBatch
 from raptide.model.config import ModelSettings
 from raptide.model.transformer import Esm
 from raptide.training.batches import share_bounds

@@ -1,1 +1,5 @@
-"""From FASTA files to global batches: fasta -> build -> corpus -> rows -> stream."""
+"""Proteins to global batches.
+
+In: FASTA files and tables of clusters. Out: packed, masked rows, batch by batch.
+The way: fasta, building, corpus, streaming.
+"""

@@ -39,6 +39,9 @@ MANIFEST = "manifest.json"
 BLOCK_TABLE = "blocks.parquet"
 MAX_ROW_GROUPS = 256
 
+LENGTH_BIN = 50
+"""Residues in one bin of the manifest's length histogram."""
+
 Split = Literal["train", "heldout"]
 
 CLUSTER_ROW = pa.schema(

@@ -36,8 +36,8 @@ from raptide.inference.scoring import (
 )
 from raptide.inference.variants import apply_variant, parse_variant
 from raptide.methods import Long, Pooling, ScanMethod, ScoreMethod, VariantMethod
-from raptide.model.bundle import read_weights
 from raptide.model.device import compilation_pays, multiplies_bf16_faster
+from raptide.model.formats.detect import read_weights
 from raptide.model.transformer import Esm
 
 CONTACT_RESIDUES = 2048

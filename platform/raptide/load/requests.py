@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from raptide.alphabet import decode_sequences
+from raptide.data.building.synthetic import random_proteins
 from raptide.data.fasta import read_fasta
-from raptide.data.synthetic import random_proteins
 from raptide.errors import ConfigError
 from raptide.load.levels import Request
 

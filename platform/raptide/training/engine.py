@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raptide.model.bundle import read_weights
+from raptide.model.formats.detect import read_weights
 from raptide.model.transformer import Esm
-from raptide.training.checkpoint import ZERO, ZERO_TAG, SavedCheckpoint, find_bundle
-from raptide.training.deepspeed_config import deepspeed_config
-from raptide.training.recipe import Recipe, TrainingSettings
-from raptide.training.scratch import made_once
+from raptide.training.checkpoints.checkpoint import ZERO, ZERO_TAG, SavedCheckpoint, find_bundle
+from raptide.training.checkpoints.scratch import made_once
+from raptide.training.planning.deepspeed_config import deepspeed_config
+from raptide.training.planning.recipe import Recipe, TrainingSettings
 
 
 def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoint | None) -> Any:

@@ -24,12 +24,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from raptide.cluster import DATA_CPUS, joins_cluster, on_this_node
 from raptide.data.corpus import Corpus
-from raptide.data.stream import Source, StreamPlan
+from raptide.data.streaming.stream import Source, StreamPlan
 from raptide.errors import CheckpointError, ConfigError, CorpusError, plain_errors
-from raptide.model.bundle import read_weights
 from raptide.model.config import ModelSettings
-from raptide.training.audit import Audit, write_audit
-from raptide.training.checkpoint import (
+from raptide.model.formats.detect import read_weights
+from raptide.training.checkpoints.checkpoint import (
     MODEL,
     RUN_INFO,
     SavedCheckpoint,
@@ -39,12 +38,19 @@ from raptide.training.checkpoint import (
     local_checkpoint,
     newest_checkpoint,
 )
-from raptide.training.heldout import UNIFORM_ECE, Ece, Evaluations, heldout_rows, unigram_ece
-from raptide.training.picture import draw_run
-from raptide.training.progress import BoardActor, shown
-from raptide.training.recipe import CorpusShare, Recipe
-from raptide.training.tracking import METRICS
-from raptide.training.validation import CheckpointEvaluation
+from raptide.training.planning.recipe import CorpusShare, Recipe
+from raptide.training.watching.audit import Audit, write_audit
+from raptide.training.watching.heldout import (
+    UNIFORM_ECE,
+    Ece,
+    Evaluations,
+    heldout_rows,
+    unigram_ece,
+)
+from raptide.training.watching.picture import draw_run
+from raptide.training.watching.progress import BoardActor, shown
+from raptide.training.watching.tracking import METRICS
+from raptide.training.watching.validation import CheckpointEvaluation
 from raptide.training.worker import Run, train_worker
 
 RECIPE, RESULT = "recipe.yaml", "result.json"

@@ -15,15 +15,13 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from raptide.alphabet import ALPHABETS
 from raptide.cluster import on_this_node
-from raptide.data.corpus import MANIFEST, Corpus
-from raptide.data.feeder import BatchReader, FeederActor
-from raptide.data.stream import Cursor, GlobalBatch, StreamPlan
+from raptide.data.streaming.feeder import BatchReader, FeederActor
+from raptide.data.streaming.stream import Cursor, GlobalBatch, StreamPlan
 from raptide.errors import CheckpointUnsaved, OutOfMemory, RaptideError
-from raptide.model.bundle import write_bundle
-from raptide.model.weights import Weights
-from raptide.training.audit import AuditWriter
+from raptide.model.formats.detect import write_weights
+from raptide.model.formats.weights import Weights
 from raptide.training.batches import share_bounds
-from raptide.training.checkpoint import (
+from raptide.training.checkpoints.checkpoint import (
     MODEL,
     SavedCheckpoint,
     Storage,
@@ -31,21 +29,27 @@ from raptide.training.checkpoint import (
     checkpoint_step,
     newest_checkpoint,
 )
+from raptide.training.checkpoints.saving import CheckpointWriter
+from raptide.training.checkpoints.scratch import scratch_folder
 from raptide.training.engine import build_engine, full_state, load_state
-from raptide.training.estimate import (
+from raptide.training.planning.estimate import (
     checkpoint_bytes,
     explain_memory,
     peak_flops,
     ran_out_of_memory,
 )
-from raptide.training.heldout import Evaluation, Evaluations, HeldoutEvaluator, heldout_rows
-from raptide.training.metrics import loss_metrics, memory_gb, speed_metrics
-from raptide.training.recipe import Recipe, learning_rate
-from raptide.training.saving import CheckpointWriter
-from raptide.training.scratch import scratch_folder
+from raptide.training.planning.recipe import Recipe, learning_rate
 from raptide.training.step import train_step
-from raptide.training.tracking import Tracker, resolve_mode
-from raptide.training.watch import HangWatch, LossWatch, describe_hang
+from raptide.training.watching.audit import AuditWriter
+from raptide.training.watching.heldout import (
+    Evaluation,
+    Evaluations,
+    HeldoutEvaluator,
+    heldout_rows,
+)
+from raptide.training.watching.metrics import loss_metrics, memory_gb, speed_metrics
+from raptide.training.watching.tracking import Tracker, start_tracking
+from raptide.training.watching.watch import HangWatch, LossWatch, describe_hang
 
 LOOK_EVERY_S = 5.0
 """Seconds between two looks at what goes on beside the steps: preemption notices, evaluations."""
@@ -318,7 +322,7 @@ class Worker:
         self._writer.save(
             self._engine,
             manifest,
-            lambda folder: write_bundle(folder, weights),
+            lambda folder: write_weights(folder, weights),
             evaluate=evaluate and recipe.evaluation.asynchronous,
         )
         if self._save_at_once:  # the notice may be short
@@ -358,27 +362,11 @@ class Worker:
     def _start_tracking(self, stack: ExitStack) -> Tracker | None:
         if self._rank != 0:
             return None
-        run, recipe = self._run, self._recipe
-        corpora = [source.open() for source in run.plan.sources]
-        facts = [corpus_facts(corpus) for corpus in corpora]
-        config = recipe.model_dump() | {
-            "corpus_manifest": facts[0] if len(facts) == 1 else facts,
-            "code_version": run.code_version,
-            "workers": self._workers,
-        }
-        tracker = stack.enter_context(
-            Tracker(
-                recipe.tracking,
-                Path(run.folder),
-                mode=resolve_mode(recipe.tracking),
-                run_id=run.run_id,
-                name=recipe.name,
-                config=config,
-            )
-        )
-        for corpus, known in zip(corpora, facts, strict=True):
-            uri = (corpus.path.resolve() / MANIFEST).as_uri()
-            tracker.link("corpus", corpus.digest[:16], uri, **known)
+        run, corpora = self._run, [source.open() for source in self._run.plan.sources]
+        facts = {"code_version": run.code_version, "workers": self._workers}
+        tracker = start_tracking(self._recipe, Path(run.folder), run.run_id, corpora, facts)
+        stack.enter_context(tracker)
+        tracker.link_corpora(corpora)
         return tracker
 
     def _post(self, **state: Any) -> None:
@@ -388,8 +376,3 @@ class Worker:
     def _warn(self, sentence: str) -> None:
         if self._rank == 0:
             self._run.board.warn.remote(sentence)
-
-
-def corpus_facts(corpus: Corpus) -> dict[str, Any]:
-    """What a corpus's manifest says, without its lists of files."""
-    return {k: v for k, v in corpus.manifest.items() if k not in ("shards", "inputs")}

@@ -1,0 +1,242 @@
+"""Build a corpus with Ray Data, in two passes over the files.
+
+    FASTA files ─ survey ─> notes: each record's cluster (from tables), what is dropped
+                ─ parse, less what is dropped ─ shuffle by cluster ─> one task a bucket ─> shards
+                                                                      manifest, last of all
+
+A bucket is a range of the cluster hash, small enough for one task. The number of buckets follows
+from the residues alone, so the digest does not depend on cores, block sizes or input order.
+
+While it is built, a corpus is a folder `NAME.partial`. An interrupted build leaves it, and the next
+build of the same files with the same settings goes on in it: the survey and the finished buckets
+are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from pydantic import Field
+
+from raptide.config import Settings
+from raptide.data.building.cleaning import REASONS, CleaningSettings
+from raptide.data.building.manifest import write_manifest
+from raptide.data.building.records import cluster_hashes
+from raptide.data.building.shards import BucketReport, write_bucket
+from raptide.data.building.shuffle import range_bucket, shuffle
+from raptide.data.building.survey import Source, survey
+from raptide.data.corpus import FORMAT_VERSION, Corpus, sha256_of_file
+from raptide.data.fasta import FastaPart, split_fasta
+from raptide.errors import CorpusError, InputError, plain_errors
+
+BUCKET_RESIDUES = 32 << 20
+"""Residues in a bucket, about: the paper's 86 G residues take 2,600 buckets. A cluster is never
+divided among buckets, so one of 300 M residues makes a bucket of as many. The task that sorts a
+bucket holds its residues up to four times."""
+
+PLAN, SURVEY, NOTES = "plan.json", "survey.json", "notes"
+
+
+class BuildSettings(Settings):
+    """What shapes a corpus, beside its input."""
+
+    holdout_fraction: float = Field(0.1, ge=0.0, lt=1.0)
+    """Share of clusters held out from training, by hash of the name."""
+
+    block_residues: int = Field(1 << 20, ge=1, le=8 << 20)
+    """A block closes when it holds at least this many residues."""
+
+    cleaning: CleaningSettings = CleaningSettings()
+
+    cluster_tag: str | None = None
+    """Header field that names a record's cluster, e.g. `cluster50` for `cluster50=P12345`; a record
+    without it belongs to the cluster of its own name. None makes every record its own cluster."""
+
+
+def build_corpus(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    settings: BuildSettings,
+    *,
+    cluster_tables: Sequence[str | Path] = (),
+    heldout_clusters: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> Corpus:
+    """Build a corpus folder from FASTA files. Ray must be running.
+
+    The folder appears under its name only when it is finished; the manifest is written last.
+
+    Args:
+        cluster_tables: files of `representative, tab, member` lines; they decide a record's cluster
+            before its header does.
+        heldout_clusters: names of clusters to hold out beside those that the hash chooses.
+        say: is told what the build is at, a line at a time.
+
+    Raises:
+        FastaError: an input file is no protein FASTA.
+        CorpusError: the output folder exists; a cluster table contradicts itself or the input; or
+            nothing is left.
+    """
+    output = Path(output).resolve()
+    if output.exists():
+        raise CorpusError(f"{output} exists already; remove it or choose another output folder.")
+    parts = [part for path in sorted(map(str, inputs)) for part in split_fasta(path)]
+    files = sorted(map(Path, [*inputs, *cluster_tables]))
+    partial = output.with_name(output.name + ".partial")
+    _open_partial(partial, _fingerprint(parts, files, settings, heldout_clusters), say)
+    try:
+        with plain_errors():
+            inputs_described = [_describe.remote(str(file.resolve())) for file in files]
+            source = Source(
+                parts=parts,
+                tables=sorted(str(Path(table).resolve()) for table in cluster_tables),
+                cluster_tag=settings.cluster_tag,
+                holdout_fraction=settings.holdout_fraction,
+                # The hashes only: a published list has millions of names, and every task gets it.
+                listed=ray.put(np.unique(cluster_hashes(heldout_clusters)[:, 1])),
+                notes=partial / NOTES,
+            )
+            input_bytes = sum(file.stat().st_size for file in files)
+            counts = _survey_once(partial, source, settings.cleaning, input_bytes, say)
+            reports = _write_buckets(partial, source, settings, counts["residues"], say)
+            described = ray.get(inputs_described)
+    except InputError:
+        shutil.rmtree(partial)
+        raise
+    write_manifest(
+        partial,
+        reports,
+        read=sum(counts[reason] for reason in REASONS),
+        dropped={reason: counts[reason] for reason in REASONS if reason and counts[reason]},
+        stated_members=counts["stated_members"],
+        settings=settings.model_dump(),
+        listed_heldout_clusters=len(set(heldout_clusters)),
+        inputs=sorted(described, key=lambda file: (file["name"], file["sha256"])),
+    )
+    _tidy(partial, len(reports))
+    partial.rename(output)
+    return Corpus.open(output)
+
+
+def _fingerprint(
+    parts: Sequence[FastaPart],
+    files: Sequence[Path],
+    settings: BuildSettings,
+    heldout_clusters: Sequence[str],
+) -> dict[str, Any]:
+    """What an interrupted build must share with the one that goes on."""
+    names = hashlib.sha256("\n".join(sorted(heldout_clusters)).encode())
+    status = [(file.resolve(), file.stat()) for file in files]
+    return {
+        "format_version": FORMAT_VERSION,
+        "settings": settings.model_dump(),
+        "parts": [list(part) for part in parts],
+        "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in status],
+        "heldout_clusters": names.hexdigest(),
+        "bucket_residues": BUCKET_RESIDUES,
+    }
+
+
+def _open_partial(partial: Path, fingerprint: dict[str, Any], say: Callable[[str], None]) -> None:
+    plan = partial / PLAN
+    if plan.exists() and json.loads(plan.read_text()) == fingerprint:
+        say(f"Going on with the interrupted build in {partial}")
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / NOTES).mkdir(parents=True)
+    _write_json(plan, fingerprint)
+
+
+def _survey_once(
+    partial: Path,
+    source: Source,
+    cleaning: CleaningSettings,
+    input_bytes: int,
+    say: Callable[[str], None],
+) -> dict[str, int]:
+    file = partial / SURVEY
+    if not file.exists():
+        say("Pass 1 of 2: what is there, and what is dropped")
+        _write_json(file, survey(source, cleaning, input_bytes))
+    counts: dict[str, int] = json.loads(file.read_text())
+    if not counts[""]:
+        read = sum(counts[reason] for reason in REASONS)
+        why = ", ".join(f"{reason}: {counts[reason]}" for reason in REASONS if counts[reason])
+        raise CorpusError(f"All {read} records were dropped ({why}); loosen the cleaning settings.")
+    return counts
+
+
+def _write_buckets(
+    partial: Path,
+    source: Source,
+    settings: BuildSettings,
+    residues: int,
+    say: Callable[[str], None],
+) -> list[BucketReport]:
+    """Shuffle the records into buckets and write those that are not finished yet."""
+    buckets = -(-residues // BUCKET_RESIDUES)
+    done = np.array([_is_finished(partial, bucket) for bucket in range(buckets)])
+    one_each = settings.cluster_tag is None and not source.tables
+
+    def bucket_of(table: pa.Table) -> np.ndarray:
+        return range_bucket(table["order"], buckets)
+
+    def write(bucket: int, records: pa.Table) -> pa.Table:
+        report = write_bucket(
+            bucket,
+            records,
+            partial,
+            block_residues=settings.block_residues,
+            one_each=one_each,
+        )
+        _write_json(_report_of(partial, bucket), report)
+        return pa.table({"bucket": [bucket]})
+
+    if not done.all():
+        say(f"Pass 2 of 2: {buckets - done.sum():,} of {buckets:,} buckets to write")
+        records = source.placed(lambda table: ~done[bucket_of(table)])
+        shuffle(records, buckets, bucket_of, write).take_all()
+    files = [_report_of(partial, bucket) for bucket in range(buckets)]
+    empty = BucketReport(shards=[], renamed=0)
+    return [json.loads(file.read_text()) if file.exists() else empty for file in files]
+
+
+def _is_finished(partial: Path, bucket: int) -> bool:
+    report = _report_of(partial, bucket)
+    if not report.exists():
+        return False
+    shards = json.loads(report.read_text())["shards"]
+    files = [(partial / shard["name"], shard["bytes"]) for shard in shards]
+    return all(file.exists() and file.stat().st_size == size for file, size in files)
+
+
+def _report_of(partial: Path, bucket: int) -> Path:
+    return partial / f"bucket-{bucket:05d}.json"
+
+
+@ray.remote
+def _describe(file: str) -> dict[str, Any]:
+    """Name, size and hash of an input file."""
+    path = Path(file)
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+
+
+def _tidy(partial: Path, buckets: int) -> None:
+    shutil.rmtree(partial / NOTES)
+    for file in (PLAN, SURVEY, *(_report_of(partial, bucket).name for bucket in range(buckets))):
+        (partial / file).unlink(missing_ok=True)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    """Write whole or not at all."""
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(content))
+    new.replace(file)

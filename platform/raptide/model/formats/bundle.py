@@ -1,0 +1,180 @@
+"""A model folder, the *bundle*: what training writes and everything else loads.
+
+    config.json         the shape, as Hugging Face's EsmConfig
+    model.safetensors   the weights, under Hugging Face's names
+    vocab.txt           the tokens, one a line
+    raptide.json        lineage: corpus, run, step, code version
+    check.json          a known sequence's answer (model/check.py)
+
+`transformers.EsmForMaskedLM.from_pretrained` opens a bundle of ESM-1b or ESM-2 shape, and raptide
+opens folders that transformers wrote: safetensors or .bin, whole or in shards, layer norms spelled
+either way. ESM-1, which transformers does not know, keeps raptide's own tensor names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from raptide.errors import BundleError
+from raptide.model.config import ModelSettings
+from raptide.model.formats.names import Named, tensor_names
+from raptide.model.formats.tensor_files import SAFETENSORS, read_folder
+
+CONFIG, VOCABULARY, LINEAGE = "config.json", "vocab.txt", "raptide.json"
+
+POSITION_IDS = "esm.embeddings.position_ids"
+POSITION_TABLE = "esm.embeddings.position_embeddings.weight"
+
+
+def read_bundle(folder: Path) -> Named:
+    """Read a model folder; the tensors keep the stored precision and are mapped, not copied.
+
+    Raises:
+        BundleError: a file is missing or damaged, or describes no model; the message names it.
+    """
+    settings = _from_config(_read_json(folder / CONFIG), folder / CONFIG)
+    _check_vocabulary(folder / VOCABULARY, settings)
+    tensors, source = read_folder(folder)
+    if settings.family != "esm1":
+        tensors = _normalise(tensors, settings, source)
+    lineage = _read_json(folder / LINEAGE) if (folder / LINEAGE).exists() else {}
+    return Named(settings, tensors, column(settings), source, lineage)
+
+
+def write_bundle(folder: Path, named: Named) -> None:
+    """Write a bundle into an existing or new folder, in the precision of the tensors."""
+    settings = named.settings
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(named.tensors), folder / SAFETENSORS, metadata={"format": "pt"})
+    dtype = named.tensors[tensor_names(settings, named.column)["embed.weight"]].dtype
+    _write_json(folder / CONFIG, _to_config(settings, str(dtype).removeprefix("torch.")))
+    (folder / VOCABULARY).write_text("\n".join(settings.alphabet.tokens))
+    _write_json(folder / LINEAGE, named.lineage)
+
+
+def column(settings: ModelSettings) -> str:
+    """Whose tensor names a bundle of this shape has: transformers does not know ESM-1."""
+    return "native" if settings.family == "esm1" else "hugging_face"
+
+
+def _normalise(
+    tensors: dict[str, torch.Tensor], settings: ModelSettings, source: Path
+) -> dict[str, torch.Tensor]:
+    """One spelling for all writers, and without what no model of the shape uses.
+
+    transformers writes layer norms as gamma/beta or as weight/bias. The position indices are not
+    learned, and the published ESM-2 folders carry a position table from before the rotary ones.
+    """
+    clean: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        spelled = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+        if spelled in clean:
+            raise BundleError(f"{source} holds {spelled} twice, also as gamma or beta.")
+        if name == POSITION_IDS or (
+            name == POSITION_TABLE and settings.traits.positions == "rotary"
+        ):
+            continue
+        clean[spelled] = tensor
+    return clean
+
+
+def _to_config(settings: ModelSettings, dtype: str) -> dict[str, Any]:
+    traits = settings.traits
+    if settings.family == "esm1":
+        return {"model_type": "raptide-esm1", "dtype": dtype, **settings.model_dump()}
+    rotary = traits.positions == "rotary"
+    return {
+        "architectures": ["EsmForMaskedLM"],
+        "model_type": "esm",
+        "dtype": dtype,
+        "vocab_size": len(settings.alphabet),
+        "mask_token_id": settings.alphabet.mask,
+        "pad_token_id": settings.alphabet.pad,
+        "hidden_size": settings.width,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "intermediate_size": settings.ffn_width,
+        "max_position_embeddings": 2 + settings.max_positions,
+        "position_embedding_type": "rotary" if rotary else "absolute",
+        "token_dropout": traits.token_dropout,
+        "emb_layer_norm_before": traits.norm_before,
+        "layer_norm_eps": settings.eps,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "tie_word_embeddings": True,
+    }
+
+
+def _from_config(config: dict[str, Any], source: Path) -> ModelSettings:
+    try:
+        if config.get("model_type") == "raptide-esm1":
+            fields = {name: config[name] for name in ModelSettings.model_fields if name in config}
+            return ModelSettings.model_validate(fields)
+        return _from_hugging_face(config, source)
+    except KeyError as error:
+        raise BundleError(f"{source} lacks the field {error}; copy it again.") from None
+    except ValueError as error:  # pydantic's own, many lines long
+        reason = " ".join(str(error).split())
+        raise BundleError(f"{source} describes no model ({reason}).") from None
+
+
+def _from_hugging_face(config: dict[str, Any], source: Path) -> ModelSettings:
+    kind = (config.get("model_type"), config.get("vocab_size"), config.get("token_dropout"))
+    if kind != ("esm", 33, True):
+        raise BundleError(
+            f"{source} is no ESM masked language model with 33 tokens and token dropout "
+            f"(model_type, vocab_size, token_dropout: {kind})."
+        )
+    if config.get("rope_theta", 10000.0) != 10000.0:
+        raise BundleError(f"{source}: rope_theta is {config['rope_theta']}, but ESM-2's is 10000.")
+    rotary = config.get("position_embedding_type") == "rotary"
+    norm_before = bool(config.get("emb_layer_norm_before"))
+    if rotary and norm_before:
+        raise BundleError(
+            f"{source}: emb_layer_norm_before belongs to ESM-1b (absolute positions) and not to "
+            "ESM-2 (rotary positions); this mixture is not supported."
+        )
+    return ModelSettings(
+        family="esm2" if rotary else "esm1b",
+        layers=config["num_hidden_layers"],
+        width=config["hidden_size"],
+        heads=config["num_attention_heads"],
+        ffn=config["intermediate_size"],
+        norm_eps=config["layer_norm_eps"],
+        max_positions=config["max_position_embeddings"] - 2,
+        norm_before=None if rotary or norm_before else False,
+    )
+
+
+def _check_vocabulary(file: Path, settings: ModelSettings) -> None:
+    if file.is_file() and tuple(file.read_text().split()) != settings.alphabet.tokens:
+        raise BundleError(
+            f"{file} is not the {len(settings.alphabet)}-token alphabet of the ESM models; a model "
+            "with other tokens cannot be read."
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(
+            f"{path.parent} holds no {path.name}; name a model folder, such as the model/ folder "
+            "of a checkpoint, or a .pt file of fair-esm."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read ({error}).") from None
+    if not isinstance(tree, dict):
+        raise BundleError(f"{path} must hold a JSON object; copy it again.")
+    return tree
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(dict(tree), indent=1) + "\n")

@@ -1,0 +1,51 @@
+"""The door to a model's files: tells which format a path is, and leads there and back.
+
+    path ─ detect ─> bundle or fair_esm ─ place ─> checked weights ─ build ─> model
+    path <─ detect ─ bundle or fair_esm <─ name ── weights
+
+Each format is one file that knows neither the others nor what becomes of its tensors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from raptide.model.check import write_check
+from raptide.model.formats import bundle, fair_esm
+from raptide.model.formats.weights import Weights, name_tensors, place_tensors
+
+Format = Literal["bundle", "fair_esm"]
+
+
+def detect(path: Path) -> Format:
+    """Which format a path holds, or shall hold: a .pt file is fair-esm's, all else a folder."""
+    return "fair_esm" if path.suffix == ".pt" else "bundle"
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Read a model folder, raptide's or transformers', or a .pt file of fair-esm.
+
+    Raises:
+        BundleError: it is none, or a tensor is missing, unused or of another shape.
+    """
+    path = Path(path)
+    readers = {"bundle": bundle.read_bundle, "fair_esm": fair_esm.read_fair_esm}
+    return place_tensors(readers[detect(path)](path))
+
+
+def write_weights(path: str | Path, weights: Weights) -> None:
+    """Write a model folder, or a .pt file that fair-esm opens, in the precision of the tensors.
+
+    The answer on record in a folder is that of the file, so it is computed from what was just
+    written.
+
+    Raises:
+        BundleError: fair-esm would not take the file for what it is.
+    """
+    path = Path(path)
+    if detect(path) == "fair_esm":
+        fair_esm.write_fair_esm(path, name_tensors(weights, fair_esm.COLUMN))
+    else:
+        bundle.write_bundle(path, name_tensors(weights, bundle.column(weights.settings)))
+        write_check(path, read_weights(path).build())

@@ -1,0 +1,150 @@
+"""A model's tensors, free of any file format: checked on the way in, named on the way out.
+
+named = bundle.read_bundle(folder)     # a file's own names
+weights = place_tensors(named)                 # every tensor in its place, each exactly once
+model = weights.build()
+named = name_tensors(weights, "fair_esm")      # and the same way back
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from raptide.errors import BundleError
+from raptide.model.config import ModelSettings
+from raptide.model.contacts import ContactHead
+from raptide.model.formats.names import CONTACT_HEAD, INV_FREQ, TIED_HEAD, Named, tensor_names
+from raptide.model.transformer import Esm, default_inv_freq
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One model: its shape and everything that was learned."""
+
+    settings: ModelSettings
+
+    state: Mapping[str, torch.Tensor]
+    """The tensors of `Esm.state_dict()`, under their names there."""
+
+    inv_freq: torch.Tensor | None = None
+    """Rotary frequencies [K / 2] fp32, if the file held them; None means computed ones."""
+
+    contact_head: ContactHead | None = None
+
+    lineage: Mapping[str, Any] = field(default_factory=dict)
+    """Where the weights come from; plain JSON values."""
+
+    @classmethod
+    def of(cls, model: Esm) -> Weights:
+        """What a model in memory holds; nothing is copied."""
+        inv_freq = model.inv_freq if model.settings.traits.positions == "rotary" else None
+        return cls(model.settings, model.state_dict(), inv_freq, model.contact_head)
+
+    def build(self) -> Esm:
+        """The model around these very tensors, in evaluation mode."""
+        with torch.device("meta"):
+            model = Esm(self.settings)
+        model.load_state_dict(self.state, assign=True)
+        if self.settings.traits.positions == "rotary":
+            model.inv_freq = self.frequencies()
+        model.contact_head = self.contact_head
+        return model.eval()
+
+    def frequencies(self) -> torch.Tensor:
+        """The rotary frequencies in use, [K / 2] fp32."""
+        if self.inv_freq is not None:
+            return self.inv_freq
+        return default_inv_freq(self.settings.head_width)
+
+
+def place_tensors(named: Named) -> Weights:
+    """Give each tensor of a file its place, each exactly once.
+
+    Raises:
+        BundleError: a tensor is missing, unused, of another shape, or contradicts another.
+    """
+    settings, column, source = named.settings, named.column, named.source
+    left = dict(named.tensors)
+    inv_freq = _take_inv_freq(settings, left, column, source)
+    contact_head = _take_contact_head(settings, left, column, source)
+    with torch.device("meta"):
+        expected = Esm(settings).state_dict()
+    names = tensor_names(settings, column)
+    state = {n: _take(left, names[n], t.shape, source) for n, t in expected.items()}
+    tied = left.pop(TIED_HEAD.get(column, ""), None) if settings.traits.tied_head else None
+    if tied is not None and not torch.equal(tied, state["embed.weight"]):
+        raise BundleError(
+            f"{source}: {TIED_HEAD[column]} differs from the embedding it is tied to; no model of "
+            "the family has an output projection of its own beside it."
+        )
+    if left:
+        raise BundleError(f"{source} holds {min(left)}, which a model of its shape has no use for.")
+    return Weights(settings, state, inv_freq, contact_head, named.lineage)
+
+
+def _take(
+    left: dict[str, torch.Tensor], name: str, shape: torch.Size, source: object
+) -> torch.Tensor:
+    if name not in left:
+        raise BundleError(f"{source} lacks the tensor {name}, which a model of its shape needs.")
+    tensor = left.pop(name)
+    if tensor.shape == (1, 1, *shape):  # as fair-esm keeps ESM-1's bias_k and bias_v
+        tensor = tensor.reshape(shape)
+    if tensor.shape != shape:
+        raise BundleError(
+            f"{source}: {name} has shape {tuple(tensor.shape)}, but a model of its shape needs "
+            f"{tuple(shape)}."
+        )
+    return tensor
+
+
+def _take_inv_freq(
+    settings: ModelSettings, left: dict[str, torch.Tensor], column: str, source: object
+) -> torch.Tensor | None:
+    """The rotary frequencies, which every layer repeats (transformers 5 writes `*` for it)."""
+    if settings.traits.positions != "rotary" or column not in INV_FREQ:
+        return None
+    found = None
+    for layer in ("*", *range(settings.layers)):
+        name = INV_FREQ[column].format(layer=layer)
+        if name not in left:
+            continue
+        tensor = _take(left, name, torch.Size([settings.head_width // 2]), source).float()
+        if found is not None and not torch.equal(found, tensor):
+            raise BundleError(f"{source}: {name} differs from that of the layers before it.")
+        found = tensor
+    return found
+
+
+def _take_contact_head(
+    settings: ModelSettings, left: dict[str, torch.Tensor], column: str, source: object
+) -> ContactHead | None:
+    names = [f"{CONTACT_HEAD[column]}.{kind}" for kind in ("weight", "bias")]
+    if not any(name in left for name in names):
+        return None
+    shapes = torch.Size([1, settings.layers * settings.heads]), torch.Size([1])
+    return ContactHead(
+        *(_take(left, name, shape, source) for name, shape in zip(names, shapes, strict=True))
+    )
+
+
+def name_tensors(weights: Weights, column: str) -> Named:
+    """The tensors under a format's names, for writing; the inverse of `place_tensors`.
+
+    Computed rotary frequencies are written out too: other readers expect them in the file.
+    """
+    settings = weights.settings
+    names = tensor_names(settings, column)
+    tensors = {names[name]: tensor for name, tensor in weights.state.items()}
+    if settings.traits.positions == "rotary" and column in INV_FREQ:
+        for layer in range(settings.layers):
+            tensors[INV_FREQ[column].format(layer=layer)] = weights.frequencies().clone()
+    if weights.contact_head is not None:
+        tensors[CONTACT_HEAD[column] + ".weight"] = weights.contact_head.weight
+        tensors[CONTACT_HEAD[column] + ".bias"] = weights.contact_head.bias
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return Named(settings, tensors, column, lineage=weights.lineage)

@@ -1,0 +1,346 @@
+"""Checkpoints of a run, in its storage.
+
+    step-00000200/
+      manifest.json   step, cursor, fingerprint, recipe, sha256 of every file; written last
+      zero/state/     DeepSpeed's files, one or more a rank (pickle: only from your own storage)
+      model/          the bundle
+
+A checkpoint counts if every file of its manifest is there with its hash. Ray's own idea of the
+latest checkpoint is not used: it registers late and verifies nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import ray.train
+from pyarrow import ArrowInvalid
+
+from raptide.data.streaming.stream import Cursor, describe_difference
+from raptide.errors import BundleError, CheckpointError, ConfigError
+from raptide.training.checkpoints.scratch import made_once
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+ZERO, ZERO_TAG, MODEL = "zero", "state", "model"
+CHECKPOINTS = "checkpoints"
+"""A run's storage, which is Ray Train's too, where the recipe names no other."""
+
+RUN_INFO = "run.json"
+"""What stays the same through all restarts of a run, in its folder."""
+
+FETCHED = "fetched"
+"""Folder of a run for bundles that were fetched from its storage elsewhere."""
+
+TRANSFERS = 8
+"""Files that are read from, or sent to, the storage at once."""
+
+CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where a run's checkpoints lie; any pyarrow file system."""
+
+    filesystem: Any
+    path: str
+
+    @classmethod
+    def of(cls, folder: str | Path) -> Storage:
+        """The storage in a folder on this machine's file systems."""
+        return cls(pyarrow.fs.LocalFileSystem(), str(Path(folder).resolve()))
+
+    @classmethod
+    def at(cls, uri: str) -> Storage:
+        """The storage at a URI.
+
+        Raises:
+            ConfigError: pyarrow knows no such file system.
+        """
+        try:
+            return cls(*pyarrow.fs.FileSystem.from_uri(uri))
+        except (ArrowInvalid, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"checkpoint.storage cannot be {uri!r} ({reason}); give a URI such as "
+                "s3://bucket/runs or file:///shared/runs."
+            ) from None
+
+    @classmethod
+    def of_run(cls, folder: Path) -> Storage:
+        """The storage of the run in a folder."""
+        info = folder / RUN_INFO
+        uri = json.loads(info.read_text())["checkpoints"] if info.is_file() else None
+        return cls.of(folder / CHECKPOINTS) if uri is None else cls.at(uri)
+
+    @classmethod
+    def of_ray_train(cls) -> Storage:
+        """The storage of the Ray Train run that this worker belongs to."""
+        context = ray.train.get_context().get_storage()
+        return cls(context.storage_filesystem, context.experiment_fs_path)
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of the checkpoint after a step."""
+    return f"step-{step:08d}"
+
+
+def checkpoint_step(name: str) -> int:
+    """The inverse of `checkpoint_name`."""
+    return int(name.removeprefix("step-"))
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint that counts."""
+
+    storage: Storage
+    name: str
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+    @property
+    def cursor(self) -> Cursor:
+        return Cursor(**self.manifest["cursor"])
+
+    @property
+    def uri(self) -> str:
+        scheme = "file" if self.storage.is_local else self.storage.filesystem.type_name
+        return f"{scheme}://{self.storage.path}/{self.name}"
+
+    def refuse_other_run(self, fingerprint: dict[str, Any], zero_stage: int) -> None:
+        """Refuse to go on with another stream, or between ZeRO stages that do not convert.
+
+        Raises:
+            CheckpointError: names the first difference.
+        """
+        difference = describe_difference(self.manifest["fingerprint"], fingerprint)
+        if difference is not None:
+            raise CheckpointError(
+                f"{self.name} belongs to another stream ({difference}); resume with the settings "
+                "it was made with, or start a new run."
+            )
+        before = self.manifest["recipe"]["training"]["zero_stage"]
+        if before != zero_stage:
+            raise CheckpointError(
+                f"{self.name} was written with ZeRO stage {before} and cannot go on with stage "
+                f"{zero_stage}; resume with training.zero_stage={before}."
+            )
+
+    def fetch(self) -> Path:
+        """A local folder with the checkpoint's files: its own, or a copy made once per node."""
+        if self.storage.is_local:
+            return Path(self.storage.path) / self.name
+        return made_once(self.manifest["wandb_run_id"], FETCHED, self.key, self.copy_to)
+
+    def copy_to(self, target: Path, only: str = "") -> None:
+        """Copy the files whose names start with `only` into a folder on this machine."""
+        for file in self.manifest["files"]:
+            if file.startswith(only):
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                pyarrow.fs.copy_files(
+                    f"{self.storage.path}/{self.name}/{file}",
+                    str(target / file),
+                    source_filesystem=self.storage.filesystem,
+                    destination_filesystem=pyarrow.fs.LocalFileSystem(),
+                )
+
+    @property
+    def key(self) -> str:
+        """A name for what is derived from this checkpoint and no other."""
+        files = json.dumps(self.manifest["files"], sort_keys=True)
+        return f"{self.name}-{hashlib.sha256(files.encode()).hexdigest()[:16]}"
+
+
+def newest_checkpoint(
+    storage: Storage, *, only: str = "", skipped: Callable[[str], Any] = print
+) -> SavedCheckpoint | None:
+    """The newest checkpoint that counts, or None; those that do not are left where they are.
+
+    Args:
+        only: verify the files whose names start so; by default all of them.
+        skipped: told, in one sentence each, of those that do not count.
+
+    Raises:
+        CheckpointError: a checkpoint has another format version.
+    """
+    for name in sorted(_checkpoint_names(storage), reverse=True):
+        manifest, problem = _verify(storage, name, only)
+        if manifest is not None:
+            return SavedCheckpoint(storage, name, manifest)
+        skipped(f"Skipping checkpoint {name}: {problem}.")
+    return None
+
+
+def open_checkpoint(storage: Storage, name: str, *, only: str = "") -> SavedCheckpoint | None:
+    """The checkpoint of that name if it counts; arguments as for `newest_checkpoint`."""
+    manifest, _ = _verify(storage, name, only)
+    return None if manifest is None else SavedCheckpoint(storage, name, manifest)
+
+
+def verify_folder(folder: Path, *, only: str = "") -> dict[str, Any]:
+    """The manifest of a checkpoint folder on this machine's file systems.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or has another format version.
+    """
+    folder = folder.resolve()
+    manifest, problem = _verify(Storage.of(folder.parent), folder.name, only)
+    if manifest is None:
+        raise CheckpointError(f"{folder} is no complete checkpoint: {problem}; take another one.")
+    return manifest
+
+
+def find_bundle(folder: Path) -> Path:
+    """The model that a path stands for: itself, a checkpoint's bundle, or a run's newest.
+
+    Raises:
+        BundleError: there is none.
+    """
+    folder = folder.resolve()
+    if (folder / "config.json").is_file() or folder.suffix == ".pt":
+        return folder
+    if (folder / MODEL / "config.json").is_file():
+        return folder / MODEL
+    saved = newest_checkpoint(Storage.of_run(folder), only=f"{MODEL}/")
+    if saved is None:
+        raise BundleError(
+            f"{folder} is no model folder, no checkpoint, and no run with a complete checkpoint; "
+            "train one, or name another folder."
+        )
+    return local_checkpoint(folder, saved) / MODEL
+
+
+def local_checkpoint(run: Path, saved: SavedCheckpoint) -> Path:
+    """A local folder with a checkpoint's bundle: its own, or one in the run folder."""
+    if saved.storage.is_local:
+        return Path(saved.storage.path) / saved.name
+    target = run / FETCHED / saved.key
+    if not target.exists():
+        partial = target.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        saved.copy_to(partial, only=f"{MODEL}/")
+        partial.rename(target)
+    return target
+
+
+def prune(
+    storage: Storage, newest: str, keep: int, keep_best: int, spare: Collection[str] = ()
+) -> None:
+    """Delete the checkpoints before `newest` that are neither among the newest nor the best.
+
+    Args:
+        spare: names that stay in any case.
+    """
+    earlier = sorted(name for name in _checkpoint_names(storage) if name <= newest)
+    manifests = {name: _read_manifest(storage, name)[0] for name in earlier}
+    finished = [name for name in earlier if manifests[name] is not None]
+    measured: list[tuple[float, str]] = []
+    for name in finished[:-keep]:
+        manifest = manifests[name]
+        assert manifest is not None
+        if manifest["heldout_ece"] and manifest["heldout_step"] == manifest["step"]:
+            measured.append((manifest["heldout_ece"]["all_chosen"], name))
+    best = [name for _, name in sorted(measured)[:keep_best]]
+    for name in earlier:
+        if name not in (*finished[-keep:], *best, *spare):
+            discard(storage, name)
+
+
+def amend_manifest(storage: Storage, name: str, changes: dict[str, Any]) -> None:
+    """Write down what became known after a checkpoint was saved; nothing if it is gone."""
+    manifest, _ = _read_manifest(storage, name)
+    if manifest is not None:
+        write_manifest(storage, name, manifest | changes)
+
+
+def write_manifest(storage: Storage, name: str, manifest: dict[str, Any]) -> None:
+    """Write a checkpoint's manifest, all of it or nothing."""
+    target = f"{storage.path}/{name}/{MANIFEST}"
+    with storage.filesystem.open_output_stream(target + ".partial") as file:
+        file.write((json.dumps(manifest, indent=1) + "\n").encode())
+    storage.filesystem.move(target + ".partial", target)
+
+
+def discard(storage: Storage, name: str) -> None:
+    """Delete a checkpoint, if it is there: an old one, or what an interrupted save has left."""
+    folder = f"{storage.path}/{name}"
+    if storage.filesystem.get_file_info(folder).type == pyarrow.fs.FileType.Directory:
+        storage.filesystem.delete_dir(folder)
+
+
+def forget_ray_snapshot(storage: Storage) -> None:
+    """Remove Ray Train's own list of a run's checkpoints, so that it cannot refuse to resume.
+
+    It names folders that may be gone since, and is not written atomically.
+    """
+    snapshot = f"{storage.path}/checkpoint_manager_snapshot.json"
+    if storage.filesystem.get_file_info(snapshot).type == pyarrow.fs.FileType.File:
+        storage.filesystem.delete_file(snapshot)
+
+
+def _checkpoint_names(storage: Storage) -> Iterator[str]:
+    selector = pyarrow.fs.FileSelector(storage.path, allow_not_found=True)
+    for info in storage.filesystem.get_file_info(selector):
+        if info.type == pyarrow.fs.FileType.Directory and info.base_name.startswith("step-"):
+            yield info.base_name
+
+
+def _verify(storage: Storage, name: str, only: str) -> tuple[dict[str, Any] | None, str]:
+    """The manifest if the checkpoint counts, else None and what is wrong with it."""
+    folder = f"{storage.path}/{name}"
+    manifest, problem = _read_manifest(storage, name)
+    if manifest is None:
+        return None, problem
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{name} has checkpoint format {manifest.get('format_version')}, but this version "
+            f"reads {FORMAT_VERSION}; resume with the version of raptide that wrote it."
+        )
+    files = [file for file in manifest["files"] if file.startswith(only)]
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        found = pool.map(lambda file: _sha256(storage, f"{folder}/{file}"), files)
+        for file, digest in zip(files, found, strict=True):
+            if digest is None:
+                return None, f"{file} is missing"
+            if digest != (expected := manifest["files"][file]):
+                return None, f"{file} is damaged (sha256 {digest}, expected {expected})"
+    return manifest, ""
+
+
+def _read_manifest(storage: Storage, name: str) -> tuple[dict[str, Any] | None, str]:
+    """A checkpoint's manifest, else None and what is wrong with it."""
+    try:
+        with storage.filesystem.open_input_file(f"{storage.path}/{name}/{MANIFEST}") as file:
+            return json.loads(file.read()), ""
+    except FileNotFoundError:
+        return None, f"it has no {MANIFEST}, so it was not finished"
+    except (OSError, ValueError) as error:
+        return None, f"its {MANIFEST} cannot be read ({error})"
+
+
+def _sha256(storage: Storage, path: str) -> str | None:
+    """Digest of a file in the storage, None if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with storage.filesystem.open_input_stream(path) as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    except OSError:
+        return None
+    return digest.hexdigest()

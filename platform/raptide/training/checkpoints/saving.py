@@ -1,0 +1,208 @@
+"""Saving: DeepSpeed writes to local scratch while training waits, all else goes on behind it.
+
+save()     every rank writes its shards to scratch
+_send()    in Ray Train's upload thread: rank 0 writes the bundle; hash the files and copy them to
+           the storage
+_finish()  once every rank has sent its files, rank 0 writes the manifest: now it counts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train import CheckpointUploadMode
+from safetensors import SafetensorError
+
+from raptide.training.checkpoints.checkpoint import (
+    CHUNK,
+    FORMAT_VERSION,
+    MODEL,
+    TRANSFERS,
+    ZERO,
+    ZERO_TAG,
+    Storage,
+    checkpoint_name,
+    discard,
+    prune,
+    write_manifest,
+)
+from raptide.training.planning.recipe import CheckpointSettings
+
+POLL_S = 0.1
+
+
+class CheckpointWriter:
+    """Saves the checkpoints of one worker, one at a time."""
+
+    def __init__(
+        self,
+        settings: CheckpointSettings,
+        board: Any,
+        attempt: int,
+        scratch: Path,
+        needed_bytes: float,
+    ) -> None:
+        """
+        Args:
+            board: handle of the driver's board, through which the workers tell rank 0.
+            attempt: tells this group of workers from the ones before.
+            scratch: a folder of this rank's own.
+            needed_bytes: free space in the scratch without which nothing is saved.
+        """
+        self._settings, self._board, self._attempt = settings, board, attempt
+        self._scratch = scratch
+        self._needed_bytes = needed_bytes
+        self._storage = Storage.of_ray_train()
+        self._manifest: dict[str, Any] = {}
+        self._write_bundle: Callable[[], None] | None = None
+        self._idle = threading.Event()
+        self._idle.set()
+        self.unevaluated: set[str] = set()
+        """Checkpoints that must not be deleted yet."""
+        self.problem: str | None = None
+        """Why the last checkpoint could not be saved, on rank 0."""
+        self.last_seconds: float | None = None
+        """What the last one took until it counted, on rank 0."""
+
+    def save(
+        self,
+        engine: Any,
+        manifest: dict[str, Any],
+        write_bundle: Callable[[Path], None],
+        *,
+        evaluate: bool,
+    ) -> None:
+        """Save through Ray Train; every rank calls it and goes on once its files are written.
+
+        Args:
+            manifest: what rank 0 writes, without `files`.
+            write_bundle: called with the bundle's folder on rank 0, while training goes on.
+            evaluate: let Ray Train evaluate the checkpoint once it is there.
+        """
+        self.wait()
+        self._began = time.perf_counter()
+        name = checkpoint_name(manifest["step"])
+        if not self._everyone_has_room():
+            self._fail(name, f"{self._scratch} has too little space on some node")
+            return
+        folder = self._scratch / name
+        shutil.rmtree(folder, ignore_errors=True)
+        engine.save_checkpoint(str(folder / ZERO), tag=ZERO_TAG, save_latest=False)
+        self._write_bundle = None
+        if dist.get_rank() == 0:
+            self._write_bundle = partial(write_bundle, folder / MODEL)
+            discard(self._storage, name)  # what an interrupted save has left
+            if evaluate:
+                self.unevaluated.add(name)
+        self._manifest = manifest
+        self._idle.clear()
+        ray.train.report(
+            {key: manifest[key] for key in ("step", "train_loss", "heldout_ece")},
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+            checkpoint_dir_name=name,  # agreed on among all ranks, so nobody sends before this
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=self._send,
+            validation=evaluate,
+        )
+
+    def wait(self) -> None:
+        """Return once nothing is on its way any more; on rank 0, once the last one counts."""
+        self._idle.wait()
+
+    def _everyone_has_room(self) -> bool:
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        enough = shutil.disk_usage(self._scratch).free >= self._needed_bytes
+        agreed = torch.tensor([int(enough)])
+        if dist.get_backend() == "nccl":  # not exercised without a GPU
+            agreed = agreed.cuda()
+        dist.all_reduce(agreed, dist.ReduceOp.MIN)
+        return bool(agreed.item())
+
+    def _send(self, local: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """Called by Ray Train in a thread of its own."""
+        rank = ray.train.get_context().get_world_rank()
+        files: dict[str, str] = {}
+        problem = None
+        try:
+            try:
+                if self._write_bundle is not None:
+                    self._write_bundle()
+                files = send_folder(Path(local.path), self._storage, name)
+            except (OSError, SafetensorError) as error:
+                problem = f"rank {rank}: {error}"
+            ray.get(self._board.sent.remote(self._attempt, name, rank, files, problem))
+            if rank == 0:
+                self._finish(name)
+        finally:
+            self._idle.set()
+        return ray.train.Checkpoint(f"{self._storage.path}/{name}", self._storage.filesystem)
+
+    def _finish(self, name: str) -> None:
+        workers = ray.train.get_context().get_world_size()
+        while len(answers := ray.get(self._board.answers.remote(self._attempt, name))) < workers:
+            time.sleep(POLL_S)
+        problems = [problem for _, problem in answers.values() if problem is not None]
+        if problems:
+            self._fail(name, problems[0])
+            return
+        files: dict[str, str] = {}
+        for sent, _ in answers.values():
+            assert not files.keys() & sent.keys(), "two ranks wrote the same file"
+            files |= sent
+        try:
+            full = {"format_version": FORMAT_VERSION, **self._manifest, "files": files}
+            write_manifest(self._storage, name, full)
+        except OSError as error:
+            self._fail(name, str(error))
+            return
+        settings = self._settings
+        prune(self._storage, name, settings.keep, settings.keep_best, self.unevaluated)
+        self.problem = None
+        self.last_seconds = time.perf_counter() - self._began
+
+    def _fail(self, name: str, reason: str) -> None:
+        """Leave no part of a checkpoint, and tell the user."""
+        reason = " ".join(reason.split())
+        self.problem = f"{name} could not be saved ({reason}); free some space in the storage."
+        if dist.get_rank() == 0:
+            self.unevaluated.discard(name)
+            discard(self._storage, name)
+            self._board.warn.remote(self.problem)
+
+
+def send_folder(folder: Path, storage: Storage, name: str) -> dict[str, str]:
+    """Copy a folder's files to `name` in the storage; returns the SHA-256 of each, by its name.
+
+    Raises:
+        OSError: one could not be written.
+    """
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    for parent in sorted({str(file.parent) for file in files}):
+        storage.filesystem.create_dir(f"{storage.path}/{name}/{parent}", recursive=True)
+
+    def send(file: Path) -> str:
+        digest = hashlib.sha256()
+        target = f"{storage.path}/{name}/{file}"
+        with (
+            (folder / file).open("rb") as source,
+            storage.filesystem.open_output_stream(target) as sink,
+        ):
+            while chunk := source.read(CHUNK):
+                digest.update(chunk)
+                sink.write(chunk)
+        return digest.hexdigest()
+
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        return dict(zip(map(str, files), pool.map(send, files), strict=True))

@@ -1,0 +1,259 @@
+"""What a run will take, before it takes it: memory, arithmetic, steps and epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from raptide.alphabet import ALPHABETS
+from raptide.data.corpus import LENGTH_BIN, Corpus
+from raptide.data.streaming.stream import GlobalBatch, StreamPlan
+from raptide.model.config import ModelSettings
+from raptide.model.packed import Packed
+from raptide.model.transformer import Esm, count_parameters
+from raptide.training.planning.recipe import Recipe
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+PROBE_SEQUENCES = (128, 128)
+"""Lengths of the sequences on which saved activations are counted."""
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """Bytes that one worker holds on its device."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    """Adam's two moments, and the fp32 weights beside rounded ones."""
+    activations: float
+    """What the forward pass of one micro-batch keeps for the backward pass."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def worker_memory(recipe: Recipe, workers: int) -> WorkerMemory:
+    """What ZeRO leaves on each worker (Rajbhandari et al., SC 2020), and the activations.
+
+    Not counted: DeepSpeed's buckets, fragmentation, and what CUDA itself takes.
+    """
+    training = recipe.training
+    stage = training.zero_stage
+    parameters = count_parameters(recipe.model)
+    stored = DTYPES[training.precision].itemsize
+    moments = 8 if training.precision == "fp32" else 12
+    held_by = [workers if stage >= least else 1 for least in (3, 2, 1)]
+    tokens = training.micro_batch_rows * recipe.stream.row_tokens
+    return WorkerMemory(
+        weights=0 if training.offload_parameters else stored * parameters / held_by[0],
+        gradients=stored * parameters / held_by[1],
+        optimizer=0 if training.offload_optimizer else moments * parameters / held_by[2],
+        activations=tokens * _kept_bytes(recipe),
+    )
+
+
+def _kept_bytes(recipe: Recipe) -> float:
+    """Bytes of activations for each token; of one layer and of all inputs where they are saved."""
+    model, dtype = recipe.model, DTYPES[recipe.training.precision]
+    if not recipe.training.checkpoint_activations:
+        return activation_bytes(model, dtype)
+    one_layer = activation_bytes(model.model_copy(update={"layers": 1}), dtype)
+    return one_layer + (model.layers - 1) * model.width * dtype.itemsize
+
+
+def activation_bytes(settings: ModelSettings, dtype: torch.dtype) -> float:
+    """Bytes that autograd keeps for each token of a forward pass.
+
+    Counted, not modelled: models of one and of two layers run on the CPU, and every tensor that is
+    saved for the backward pass, parameters apart, is added up once.
+    """
+    one, two = (
+        _saved_bytes(settings.model_copy(update={"layers": layers}), dtype) for layers in (1, 2)
+    )
+    return (one + (settings.layers - 1) * (two - one)) / sum(PROBE_SEQUENCES)
+
+
+def _saved_bytes(settings: ModelSettings, dtype: torch.dtype) -> int:
+    model = Esm(settings).initialise(0).to(dtype)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+    kept = []  # else a freed tensor's address could be another's
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    alphabet = settings.alphabet
+    tokens = torch.randint(4, 24, (sum(PROBE_SEQUENCES),))
+    targets = torch.where(torch.rand(len(tokens)) < 0.15, tokens, -1)
+    tokens[targets >= 0] = alphabet.mask
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        model(Packed(tokens, PROBE_SEQUENCES), targets)
+    return sum(saved.values())
+
+
+def step_flops(settings: ModelSettings, batch: GlobalBatch) -> float:
+    """Floating-point operations of one update: forward, and twice as much backward.
+
+    The layers' matrices for every token, attention within each sequence, the head at the targets
+    alone; padding and recomputation do not count. A multiplication and its addition are two.
+    """
+    width, ffn = settings.width, settings.ffn_width
+    lengths = np.concatenate(batch.rows.segments).astype(np.float64)
+    matrices = 2 * settings.layers * (4 * width**2 + 2 * width * ffn) * lengths.sum()
+    attention = 4 * settings.layers * width * (lengths**2).sum()
+    head = 2 * (width**2 + width * len(settings.alphabet)) * batch.num_targets
+    return 3 * float(matrices + attention + head)
+
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362}
+"""Dense bf16 and fp16 by NVIDIA's data sheets (SXM if there are several), by part of the name."""
+
+
+def peak_flops(recipe: Recipe, device: str) -> float | None:
+    """Operations a second of one worker's device at best; None where that is not known."""
+    if recipe.cluster.peak_tflops is not None:
+        return recipe.cluster.peak_tflops * 1e12
+    if device != "cuda" or recipe.training.precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name()  # not exercised without a GPU
+    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+@dataclass(frozen=True)
+class EpochSize:
+    """What one epoch of a stream holds."""
+
+    sequences: float
+    tokens: float
+    """With specials and crops; estimated from the corpus's length histogram."""
+
+
+def epoch_size(plan: StreamPlan, corpus: Corpus) -> EpochSize:
+    """Sequences and tokens of one epoch, under the plan's sampling, fraction and crop."""
+    counts = corpus.manifest["counts"]["train"]
+    drawn = counts["sequences"] if plan.settings.sampling == "all" else counts["clusters"]
+    histogram = corpus.manifest["length_histogram"]["train"]
+    starts = np.array([int(start) for start in histogram])
+    shares = np.array(list(histogram.values())) / sum(histogram.values())
+    full = starts + LENGTH_BIN / 2 + ALPHABETS[plan.alphabet].num_specials
+    mean = float((np.minimum(full, plan.settings.crop_tokens) * shares).sum())
+    sequences = drawn * plan.settings.fraction
+    return EpochSize(sequences, sequences * mean)
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Bytes of one checkpoint: DeepSpeed's state of all ranks, and the bundle in fp32."""
+    training = recipe.training
+    master = 0 if training.precision == "fp32" and training.zero_stage == 0 else 4
+    per_parameter = DTYPES[training.precision].itemsize + master + 8 + 4
+    return per_parameter * count_parameters(recipe.model)
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether torch found no memory, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def explain_memory(recipe: Recipe, workers: int, rank: int) -> str:
+    """One sentence for a worker that ran out of memory: what it holds, and what to lower."""
+    memory = asdict(worker_memory(recipe, workers))
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
+    return (
+        f"Rank {rank} ran out of memory; by the estimate it holds {sum(memory.values()) / 1e9:.2f} "
+        f"GB ({parts}) and what DeepSpeed and the device's own software take: "
+        f"{_what_to_lower(recipe, memory)}."
+    )
+
+
+def _what_to_lower(recipe: Recipe, memory: dict[str, float]) -> str:
+    training = recipe.training
+    if memory["activations"] >= max(memory.values()):
+        if not training.checkpoint_activations:
+            return "resume with training.checkpoint_activations=true"
+        if training.micro_batch_rows > 1:
+            return f"resume with training.micro_batch_rows={training.micro_batch_rows // 2}"
+    if training.zero_stage > 0 and not training.offload_optimizer:
+        return "resume with training.offload_optimizer=true, or with more cluster.workers"
+    if training.zero_stage == 3 and not training.offload_parameters:
+        return "resume with training.offload_parameters=true, or with more cluster.workers"
+    return "use more cluster.workers with training.zero_stage=3, or GPUs with more memory"
+
+
+def describe_run(recipe: Recipe, plan: StreamPlan) -> str:
+    """The plan of a run, for people."""
+    stream, training = recipe.stream, recipe.training
+    model, step_tokens = recipe.model, stream.batch_rows * stream.row_tokens
+    tokens = training.steps * step_tokens
+    described = [
+        (
+            "model",
+            f"{model.family}, {model.layers} layers of {model.width}, "
+            f"{count_parameters(model):,} parameters, "
+            + (f"from {recipe.init_from}" if recipe.init_from else "fresh"),
+        ),
+        *_describe_corpora(plan, tokens),
+        (
+            "a step",
+            f"{stream.batch_rows} rows of {stream.row_tokens}: {step_tokens:,} tokens; "
+            + ", or ".join(
+                f"{workers} workers, {recipe.accumulation(workers)} times "
+                f"{training.micro_batch_rows} rows"
+                for workers in _sizes(recipe)
+            ),
+        ),
+        ("the run", f"{training.steps:,} steps, at most {tokens:,} tokens"),
+        *(("a worker", _describe_memory(recipe, workers)) for workers in _sizes(recipe)),
+        (
+            "checkpoints",
+            f"{training.steps // recipe.checkpoint.every_steps} of about "
+            f"{checkpoint_bytes(recipe) / 1e9:.2f} GB, the newest {recipe.checkpoint.keep} kept, "
+            f"in {recipe.checkpoint.storage or 'the run folder'}",
+        ),
+        (
+            "evaluations",
+            f"{training.steps // recipe.evaluation.every_steps} on {recipe.evaluation.blocks} "
+            "held-out blocks, "
+            + ("beside the training" if recipe.evaluation.asynchronous else "by the workers"),
+        ),
+        ("DeepSpeed", f"ZeRO {training.zero_stage}, {training.precision}, its own check passed"),
+    ]
+    return "\n".join(f"  {name:12} {what}" for name, what in described)
+
+
+def _sizes(recipe: Recipe) -> list[int]:
+    """The fewest and the most workers."""
+    return sorted(set(recipe.cluster.workers))
+
+
+def _describe_corpora(plan: StreamPlan, tokens: int) -> Iterator[tuple[str, str]]:
+    total = sum(source.weight for source in plan.sources)
+    for source in plan.sources:
+        corpus, share = source.open(), source.weight / total
+        epoch = epoch_size(plan, corpus)
+        mixed = f", {share:.1%} of the tokens" if len(plan.sources) > 1 else ""
+        yield "corpus", f"{source.path}, digest {source.digest[:16]}, every file verified{mixed}"
+        yield (
+            "an epoch",
+            f"{epoch.sequences:,.0f} sequences ({plan.settings.sampling}), about "
+            f"{epoch.tokens:,.0f} tokens; the run takes "
+            f"{tokens * share / max(epoch.tokens, 1):.2f} epochs",
+        )
+
+
+def _describe_memory(recipe: Recipe, workers: int) -> str:
+    memory = worker_memory(recipe, workers)
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in asdict(memory).items())
+    return (
+        f"{memory.total / 1e9:.2f} GB with {workers} workers ({parts}), and what DeepSpeed and the "
+        "device's own software take"
+    )

@@ -1,0 +1,281 @@
+"""A recipe: everything that defines a pretraining run."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_serializer, field_validator, model_validator
+
+from raptide.config import Settings
+from raptide.data.streaming.stream import StreamSettings
+from raptide.model.config import ModelSettings
+
+LINEAR_UNTIL, LINEAR_END = 0.9, 0.1
+"""Share of the steps, and of the rate, at which linear decay ends (Lin et al., Science 2023)."""
+
+
+class OptimizerSettings(Settings):
+    """AdamW (Adam where `weight_decay` is 0), with warm-up and decay."""
+
+    lr: float = Field(1e-4, gt=0.0)
+    """Learning rate at the end of the warm-up."""
+
+    warmup_steps: int = Field(16_000, ge=1)
+
+    decay: Literal["inverse_sqrt", "linear"] = "inverse_sqrt"
+    """After the warm-up: with 1/sqrt(step) as ESM-1, or in a line to a tenth at 90% of the steps
+    and level from there as ESM-2."""
+
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(0.999, ge=0.0, lt=1.0)
+    eps: float = Field(1e-8, gt=0.0)
+    weight_decay: float = Field(0.0, ge=0.0)
+
+    fused: bool = True
+    """Update all weights in one kernel: DeepSpeed's on GPUs, torch's on CPUs."""
+
+    clip_norm: float = Field(1.0, ge=0.0)
+    """Largest norm of the whole gradient; 0 never clips."""
+
+
+class TrainingSettings(Settings):
+    """How long, and how a step is cut up."""
+
+    steps: int = Field(ge=1)
+
+    micro_batch_rows: int = Field(ge=1)
+    """Packed rows in one forward pass of one worker; what GPU memory allows."""
+
+    max_nonfinite_steps: int = Field(10, ge=1)
+    """Steps in a row with a loss that is NaN or infinite after which the run stops. What such a
+    loss comes from is left out of the update, and counted."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in host memory (ZeRO 1 to 3)."""
+
+    offload_parameters: bool = False
+    """Keep the parameters in host memory too (ZeRO 3)."""
+
+    checkpoint_activations: bool = False
+    """Keep only each layer's input and compute the rest again on the way back: a third more work
+    for a fraction of the memory."""
+
+    compile: bool = False
+    """Fuse what surrounds the matrix products with torch.compile; the first steps take a minute
+    more."""
+
+    zero3_keep_whole_below: int = Field(100_000, ge=0)
+    """Parameters with fewer elements stay whole on every worker (ZeRO 3)."""
+
+    seed: int = Field(1, ge=0, lt=2**63)
+    """Seeds the fresh weights."""
+
+    @model_validator(mode="after")
+    def _options_fit_stage(self) -> TrainingSettings:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("offload_parameters needs zero_stage 3")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile needs zero_stage 0, 1 or 2, which keep parameters whole")
+        return self
+
+
+class ClusterSettings(Settings):
+    """What the run takes from the cluster."""
+
+    workers: tuple[int, int]
+    """Training workers, one process and (with `device: cuda`) one GPU each: a number, or the
+    fewest and the most, between which the run follows the size of the cluster."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes GPUs where the cluster has enough of them."""
+
+    cpus_per_worker: int = Field(1, ge=1)
+
+    worker_resources: dict[str, float] = Field(default_factory=dict)
+    """Ray resources of your own that each worker takes besides, for example `{trainer: 1}` to keep
+    workers off nodes without it."""
+
+    resize_check_s: float = Field(60.0, gt=0.0)
+    """Seconds between two looks whether the cluster has room for another number of workers."""
+
+    max_failures: int = Field(3, ge=-1)
+    """Restarts after a worker's death before the run gives up; -1 never gives up. Preempted nodes
+    and changes of size do not count."""
+
+    data_timeout_s: float = Field(600.0, gt=0.0)
+    """Seconds without a batch after which the run stops with a data stall."""
+
+    hang_timeout_s: float = Field(1800.0, gt=0.0)
+    """Seconds without progress after which a worker writes the stacks of its threads to the run
+    folder and ends, so that the run goes on from its last checkpoint."""
+
+    peak_tflops: float | None = Field(None, gt=0.0)
+    """What one worker's device can do at best, in 10^12 operations a second, for MFU; None takes
+    the data sheet of GPUs that are known."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _one_number_or_two(cls, value: Any) -> tuple[int, int]:
+        pair = (value, value) if isinstance(value, int) else tuple(value or ())
+        if len(pair) != 2 or not all(type(n) is int for n in pair) or not 1 <= pair[0] <= pair[1]:
+            raise ValueError("must be a number of at least 1, or [fewest, most]")
+        return pair
+
+    @field_serializer("workers")
+    def _as_written(self, workers: tuple[int, int]) -> int | list[int]:
+        return list(workers) if self.elastic else workers[0]
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change during the run."""
+        return self.min_workers < self.max_workers
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers[1]
+
+
+class CheckpointSettings(Settings):
+    every_steps: int = Field(1000, ge=1)
+
+    storage: str | None = None
+    """Where checkpoints go: a URI of a file system that pyarrow knows (`s3://bucket/runs`,
+    `gs://…`, `file:///shared/runs`), in which each run makes a folder of its own; None puts them
+    into the run folder. Keys come from the environment, never from here."""
+
+    when_unsaved: Literal["continue", "stop"] = "continue"
+    """What follows when one cannot be saved, for want of space say: the run says so and goes on to
+    the next, or stops. Those that were saved before stay in either case."""
+    keep: int = Field(3, ge=1)
+    """Newest checkpoints that stay, counted by step."""
+
+    keep_best: int = Field(0, ge=0)
+    """Of the older ones that were evaluated when they were saved, so many with the lowest held-out
+    ECE stay too."""
+
+    @field_validator("storage")
+    @classmethod
+    def _holds_no_key(cls, storage: str | None) -> str | None:
+        if storage is not None and "@" in urlsplit(storage).netloc:
+            raise ValueError(
+                "must hold no keys, since recipes are kept and tracked; give them in the "
+                "environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3"
+            )
+        return storage
+
+
+class EvaluationSettings(Settings):
+    every_steps: int = Field(1000, ge=1)
+    """Steps between two held-out evaluations; the last step is always evaluated."""
+
+    blocks: int = Field(8, ge=1)
+    """Held-out blocks that are read, from the first on."""
+
+    asynchronous: bool = False
+    """Evaluate checkpoints in a task of Ray's own beside the training, with a GPU where it trains
+    on GPUs; else the workers stop for it."""
+
+    patience: int | None = Field(None, ge=1)
+    """Evaluations in a row without a lower held-out ECE after which the run ends; None runs all
+    steps."""
+
+    seed: int = Field(7, ge=0, lt=2**63)
+    """Fixes crops and masks, so that every evaluation asks for the same residues."""
+
+
+class TrackingSettings(Settings):
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto` is online with a W&B key at hand, else offline."""
+
+    project: str = "raptide"
+    log_every: int = Field(10, ge=1)
+
+    audit: bool = False
+    """Write the ids of the packed rows each worker trains on, step by step, to `audit/`."""
+
+
+class CorpusShare(Settings):
+    """One of several corpora."""
+
+    path: str
+    weight: float = Field(1.0, gt=0.0)
+    """Its share of the residues, against the weights of the others."""
+
+
+class Recipe(Settings):
+    """One pretraining run."""
+
+    name: str
+    corpus: tuple[CorpusShare, ...]
+    """Corpus folder; or several, as a list of `{path: …, weight: …}`."""
+
+    init_from: str | None = None
+    """Model folder, .pt file or run whose weights a new run starts from, of the shape in `model`;
+    None draws fresh ones."""
+
+    stream: StreamSettings = StreamSettings()
+    model: ModelSettings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    training: TrainingSettings
+    cluster: ClusterSettings
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @field_validator("corpus", mode="before")
+    @classmethod
+    def _one_corpus_or_more(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return [{"path": value}]
+        if not value or not isinstance(value, list | tuple):
+            raise ValueError("must be a corpus folder, or a list of {path: …, weight: …}")
+        return value
+
+    @field_serializer("corpus")
+    def _corpus_as_written(self, corpus: tuple[CorpusShare, ...]) -> str | list[dict[str, Any]]:
+        return corpus[0].path if len(corpus) == 1 else [share.model_dump() for share in corpus]
+
+    @model_validator(mode="after")
+    def _crop_fits_positions(self) -> Recipe:
+        limit = self.model.max_tokens
+        if limit is not None and self.stream.crop_tokens > limit:
+            raise ValueError(
+                f"stream.crop_tokens ({self.stream.crop_tokens}) must be at most "
+                f"model.max_positions ({limit})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluates_checkpoints(self) -> Recipe:
+        each, saved = self.evaluation.every_steps, self.checkpoint.every_steps
+        if self.evaluation.asynchronous and each % saved:
+            raise ValueError(
+                "evaluation.asynchronous evaluates checkpoints, so evaluation.every_steps "
+                f"({each}) must be a multiple of checkpoint.every_steps ({saved})"
+            )
+        return self
+
+    def accumulation(self, workers: int) -> int:
+        """Micro-batches each worker runs in a step, so that all rows find a slot."""
+        return -(-self.stream.batch_rows // (workers * self.training.micro_batch_rows))
+
+
+def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
+    """Rate of the update that ends `step` (from 1) of `steps`: linear warm-up, then the decay."""
+    warmup = settings.warmup_steps
+    if step <= warmup:
+        return settings.lr * step / warmup
+    if settings.decay == "inverse_sqrt":
+        return settings.lr * (warmup / step) ** 0.5
+    done = (step - warmup) / max(LINEAR_UNTIL * steps - warmup, 1)
+    return settings.lr * (1 - (1 - LINEAR_END) * min(done, 1.0))

@@ -1,0 +1,307 @@
+"""What the endpoint does, free of any transport: HTTP (api.py) and gRPC (rpc.py) call it.
+
+A request's sequences are checked, cut into runs of about one batch, sent to replicas side by side
+(a bounded number at a time) and come back in order, as `Done` messages with the index of their
+first sequence. So one large request spreads over batches and replicas, and leaves room for others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from ray.serve.handle import DeploymentHandle
+
+from raptide.alphabet import decode_residues, encode_residues
+from raptide.errors import SequenceError
+from raptide.inference.variants import apply_variant, parse_variant
+from serve.calls import Ask, Description, Done, Work, cut, positions_of
+from serve.gateway.cache import Cache, cache_key
+from serve.gateway.dispatch import Dispatcher
+from serve.gateway.keys import Key, Rate
+from serve.gateway.refusals import Refusal, invalid, overloaded
+from serve.metrics import GatewayMetrics
+from serve.settings import GatewaySettings, ModelSettings
+
+RUNS_AT_ONCE = 8
+"""Runs of one request on their way at a time; each holds at most about one batch."""
+
+DESCRIBE_S = 30.0
+"""How long a model may take to say what it is: with no replica, one has to load first."""
+
+LEARN_S = 5.0
+"""How long after an update the cache may answer for the weights before it."""
+
+ATTEMPTS = 5
+"""How often a request is begun again because an update came between its runs."""
+
+
+@dataclass
+class Query:
+    """One request, checked."""
+
+    model: str
+    ask: Ask
+    sequences: list[str]
+    """Plain capitals."""
+    param: str
+    """The field the sequences came in."""
+    deadline: float
+    timeout_s: float
+    request_id: str = ""
+    variants: list[str] = field(default_factory=list)
+    relative: bool = False
+    """Whether the first sequence is the wild type, and the answers are to be relative to it."""
+
+    @property
+    def residues(self) -> int:
+        return sum(map(len, self.sequences))
+
+
+@dataclass
+class Whole:
+    """All answers to one request."""
+
+    arrays: list[np.ndarray]
+    weights: str
+    step: int | None
+    queue_s: float
+    compute_s: float
+
+
+class Service:
+    """The models of one endpoint, as one gateway sees them."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        models: list[ModelSettings],
+        handles: dict[str, DeploymentHandle],
+    ) -> None:
+        self.settings = settings
+        self.metrics = GatewayMetrics()
+        self._models = {model.name: model for model in models}
+        self._dispatchers = {
+            name: Dispatcher(handle, self._count_retry) for name, handle in handles.items()
+        }
+        self._cache = Cache(settings.cache_bytes)
+        self._newest: dict[str, tuple[str, float]] = {}
+        """The weights each model answered with last, and when."""
+        self._rates: dict[str, Rate] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._models)
+
+    async def describe(self, name: str) -> Description:
+        """What a model is and where its weights come from, as one of its replicas says."""
+        return await self._dispatchers[name].describe(DESCRIBE_S)
+
+    async def probe(self, timeout_s: float) -> None:
+        """Every model that always has a replica has just computed something, past its queue."""
+        always = [m for m in self._models.values() if m.max_replicas is None or m.min_replicas]
+        await asyncio.gather(*(self._dispatchers[m.name].probe(timeout_s) for m in always))
+
+    def query(
+        self,
+        model: str | None,
+        ask: Ask,
+        given: str | list[str],
+        param: str,
+        *,
+        timeout_s: float | None = None,
+        variants: list[str] | None = None,
+        request_id: str = "",
+    ) -> Query:
+        """Check a request.
+
+        Raises:
+            Refusal: a rule is broken; the message names the first bad sequence.
+        """
+        started = time.monotonic()
+        chosen = self._choose(model)
+        sequences = self._read(given, param)
+        relative = False
+        if variants is not None:
+            self._check_count(variants, "variants", "variants")
+            if ask.method == "pseudo-ppl":  # a comparison of whole sequences
+                sequences, variants = _mutants(sequences[0], variants), None
+                ask, relative = Ask("score", "pseudo-ppl"), True
+        self._check_cost(chosen, ask, sequences, param, variants or [])
+        allowed_s = min(timeout_s or math.inf, self.settings.timeout_s)
+        self.metrics.tokenise.observe(max(time.monotonic() - started, 1e-6))
+        return Query(
+            chosen.name,
+            ask,
+            sequences,
+            param,
+            started + allowed_s,
+            allowed_s,
+            request_id,
+            variants or [],
+            relative,
+        )
+
+    def admit(self, key: Key | None, residues: int) -> None:
+        """Count residues against the key's rate.
+
+        Raises:
+            Refusal: it is used up.
+        """
+        per_minute = (key and key.residues_per_minute) or self.settings.residues_per_minute
+        if key is None or per_minute is None:
+            return
+        name = f"{key.name}:{per_minute}"
+        rate = self._rates.setdefault(name, Rate(per_minute / self.settings.gateways))
+        wait_s = rate.take(residues)
+        if wait_s > 0:
+            raise Refusal(
+                429,
+                "rate_limit",
+                f"Key {key.name!r} may send {per_minute:,} residues a minute, which are used up; "
+                "wait as long as Retry-After says.",
+                retry_after_s=wait_s,
+            )
+
+    async def gather(self, query: Query) -> Whole:
+        """All answers, from one version of the weights.
+
+        Raises:
+            Refusal: there are none, and why.
+        """
+        for _ in range(ATTEMPTS):
+            parts = [part async for part in self.stream(query)]
+            if len({part.weights for part in parts}) == 1:
+                break
+            self._count_retry("update")
+        else:
+            raise overloaded(1.0)
+        arrays = [array for part in parts for array in part.arrays]
+        if query.relative:
+            totals = np.array(arrays) * [len(sequence) for sequence in query.sequences]
+            arrays = [totals[1:] - totals[0]]
+        return Whole(
+            arrays,
+            parts[0].weights,
+            parts[0].step,
+            max(part.queue_s for part in parts),
+            max(part.compute_s for part in parts),
+        )
+
+    async def stream(self, query: Query) -> AsyncIterator[Done]:
+        """The answers run by run, in order; while an update is going on, perhaps of two versions.
+
+        Raises:
+            Refusal: there are none, and why.
+        """
+        costs = [query.ask.tokens(len(sequence)) for sequence in query.sequences]
+        budget = self._models[query.model].max_batch_tokens
+        runs = deque(cut(costs, budget))
+        going: deque[asyncio.Task[Done]] = deque()
+        try:
+            while runs or going:
+                while runs and len(going) < RUNS_AT_ONCE:
+                    run = runs.popleft()
+                    going.append(asyncio.create_task(self._run(query, run, sum(costs[run]))))
+                yield await going.popleft()
+        finally:
+            for task in going:
+                task.cancel()
+
+    async def _run(self, query: Query, run: slice, tokens: int) -> Done:
+        sequences = query.sequences[run]
+        if query.variants:
+            tokens = query.ask.tokens(len(sequences[0]), positions_of(query.variants))
+        key = None
+        if self._cache.max_bytes and len(query.sequences) == 1:
+            newest, when = self._newest.get(query.model, ("", 0.0))
+            key = cache_key(query.model, newest, query.ask, sequences[0], query.variants)
+            fresh = time.monotonic() - when < LEARN_S
+            kept = self._cache.get(key) if fresh else None
+            self.metrics.cache.inc(tags={"result": "hit" if kept else "miss"})
+            if kept is not None:
+                return kept
+        work = Work(query.ask, sequences, tokens, query.timeout_s, query.request_id, query.variants)
+        done = await self._dispatchers[query.model].run(
+            work, query.deadline, query.param, run.start
+        )
+        if self._cache.max_bytes:
+            self._keep(query, key, done)
+        return done
+
+    def _keep(self, query: Query, key: bytes | None, done: Done) -> None:
+        """Remember an answer under the weights it came from, and that these are the newest."""
+        before, _ = self._newest.get(query.model, ("", 0.0))
+        self._newest[query.model] = (done.weights, time.monotonic())
+        if key is not None and before == done.weights:
+            self._cache.put(key, done)
+            self.metrics.cache_bytes.set(self._cache.held_bytes)
+
+    def _count_retry(self, reason: str) -> None:
+        self.metrics.retries.inc(tags={"reason": reason})
+
+    def _choose(self, name: str | None) -> ModelSettings:
+        if name is None:
+            return next(iter(self._models.values()))
+        if name not in self._models:
+            known = ", ".join(map(repr, self._models))
+            raise invalid(
+                "model", f"This endpoint serves {known}, but {name[:100]!r} was asked for.", 404
+            )
+        return self._models[name]
+
+    def _read(self, given: str | list[str], param: str) -> list[str]:
+        """Sequences in plain capitals."""
+        sequences = [given] if isinstance(given, str) else given
+        self._check_count(sequences, param, "sequences")
+        plain = []
+        for index, sequence in enumerate(sequences):
+            place = "" if param == "sequence" else f"Sequence {index}: "
+            try:
+                plain.append(decode_residues(encode_residues(sequence)))
+            except SequenceError as error:
+                raise invalid(param, f"{place}{error}") from None
+            if (residues := len(plain[-1])) > self.settings.max_residues:
+                raise invalid(
+                    param,
+                    f"{place}at most {self.settings.max_residues} residues are taken, but "
+                    f"{residues} were given; cut it into domains.",
+                )
+        return plain
+
+    def _check_count(self, given: list[str], param: str, noun: str) -> None:
+        if not given:
+            raise invalid(param, f"`{param}` needs at least one of its {noun}, but it is empty.")
+        if len(given) > self.settings.max_sequences:
+            raise invalid(
+                param,
+                f"`{param}` takes at most {self.settings.max_sequences} {noun}, but {len(given)} "
+                "were given; send them in several requests.",
+            )
+
+    def _check_cost(
+        self, model: ModelSettings, ask: Ask, sequences: list[str], param: str, variants: list[str]
+    ) -> None:
+        positions = positions_of(variants) if variants else None
+        cost = sum(ask.tokens(len(sequence), positions) for sequence in sequences)
+        if cost > model.max_queued_tokens:
+            raise invalid(
+                param,
+                f"`{param}` would take {cost:,} tokens to compute, more than the "
+                f"{model.max_queued_tokens:,} that may wait; send fewer or shorter sequences.",
+            )
+
+
+def _mutants(sequence: str, variants: list[str]) -> list[str]:
+    """The wild type, and what each variant makes of it."""
+    residues = encode_residues(sequence)
+    try:
+        changed = [apply_variant(residues, parse_variant(each, residues)) for each in variants]
+    except SequenceError as error:
+        raise invalid("variants", str(error)) from None
+    return [sequence, *map(decode_residues, changed)]

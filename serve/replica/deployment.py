@@ -1,0 +1,187 @@
+"""A replica: one engine and its batcher. Speaks Python, not HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+
+from raptide.alphabet import encode_residues
+from raptide.inference.engine import CONTACT_RESIDUES, Engine
+from raptide.model.check import verify_check
+from raptide.model.formats.tensor_files import digest_weights
+from serve.calls import Ask, Description, Done, Refused, Work
+from serve.metrics import ReplicaMetrics
+from serve.replica.batcher import Answers, Batch, DeadlinePassed, QueueFull, TokenBatcher
+from serve.replica.plan import Plan, Unfit
+from serve.settings import ModelSettings
+
+SWITCH_S = 0.0005
+"""How long the event loop may keep the interpreter from the thread that computes (Python's default
+is ten times that, which the next layer would wait for)."""
+
+
+class Replica:
+    """One model on one device; requests share its batches.
+
+    The constructor does not return before the model has answered as its bundle says, so that no
+    request ever reaches weights that are damaged or another model's.
+    """
+
+    def __init__(self, settings: ModelSettings) -> None:
+        sys.setswitchinterval(SWITCH_S)
+        self._settings = settings
+        self._engine, self._verified = _in_its_own_thread(_load, settings).result()
+        self._probe: Future[None] | None = None
+        self._weights = digest_weights(Path(settings.path))[:16]
+        step = self._engine.lineage.get("step")
+        self._step = step if isinstance(step, int) else None
+        self._metrics = ReplicaMetrics(settings.name, settings.max_batch_tokens)
+        self._batcher = TokenBatcher(
+            self._compute, settings.max_batch_tokens, settings.max_queued_tokens, self._observe
+        )
+
+    async def run(self, work: Work) -> AsyncIterator[Done | Refused]:
+        """One answer, or why there is none; never raises for what a client did."""
+        yield await self._answer(work)
+
+    async def _answer(self, work: Work) -> Done | Refused:
+        deadline = time.monotonic() + work.timeout_s
+        try:
+            self._refuse_unknown_layers(work.ask)
+            residues = [self._read(index, s, work.ask) for index, s in enumerate(work.sequences)]
+            plan = Plan(work, residues, self._settings.max_batch_tokens)
+        except Unfit as unfit:
+            return Refused(unfit.reason, str(unfit), unfit.index)
+        try:
+            answers = await self._batcher.submit(plan.kind, plan.pieces, deadline)
+        except QueueFull:
+            return Refused("full", retry_after_s=max(1, round(self._batcher.drain_s)))
+        except DeadlinePassed:
+            return Refused("deadline")
+        finally:
+            self._metrics.queued(self._batcher.queued_tokens)
+        self._metrics.request(answers.queue_s)
+        return self._done(plan, answers)
+
+    async def describe(self) -> Description:
+        """What /v1/models says."""
+        model = self._engine.model
+        return {
+            "width": self._engine.width,
+            "layers": model.settings.layers,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "dtype": self._engine.dtype,
+            "max_residues": self._engine.max_residues,
+            "tokens": list(self._engine.tokens),
+            "weights": self._weights,
+            "verified": self._verified,
+            "lineage": self._engine.lineage,
+        }
+
+    async def probe(self) -> None:
+        """Returns once the model has answered, beside whatever is being computed.
+
+        A caller that asks during a probe waits for the same answer: /readyz takes no key.
+        """
+        if self._probe is None or self._probe.done():
+            self._probe = _in_its_own_thread(self._answer_with_numbers)
+        await asyncio.shield(asyncio.wrap_future(self._probe))
+
+    async def check_health(self) -> None:
+        """Serve's probe: the model must answer with numbers."""
+        await self.probe()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For the autoscaling policy (serve/scaling.py)."""
+        return {"pending_tokens": float(self._batcher.pending_tokens)}
+
+    async def process(self) -> dict[str, Any]:
+        """Who this is: for those who kill replicas, weigh them, or see how work is shared."""
+        memory = psutil.Process().memory_full_info()
+        return {
+            "pid": os.getpid(),
+            "node": ray.get_runtime_context().get_node_id(),
+            "uss_bytes": memory.uss,
+            "pss_bytes": memory.pss,
+            "computed_tokens": self._batcher.computed_tokens,
+        }
+
+    def _answer_with_numbers(self) -> None:
+        if not np.isfinite(self._engine.embed(["M"])).all():
+            raise RuntimeError("The model answers with something that is no number.")
+
+    def _refuse_unknown_layers(self, ask: Ask) -> None:
+        last = self._engine.model.settings.layers
+        for layer in ask.layers if ask.call == "embed" else ():
+            if not -last - 1 <= layer <= last:
+                raise Unfit(
+                    f"This model has layers 0 to {last} (or -1 to {-last - 1}), but layer {layer} "
+                    "was asked for.",
+                    reason="layers",
+                )
+
+    def _read(self, index: int, sequence: str, ask: Ask) -> np.ndarray:
+        """Residue ids, or a refusal for what this model cannot do."""
+        longest = self._engine.max_residues
+        if ask.call == "contacts":
+            longest = min(longest, CONTACT_RESIDUES)
+            if self._engine.model.contact_head is None:
+                raise Unfit("This model has no contact head; ask another model.", index)
+        residues = encode_residues(sequence)
+        if len(residues) > longest:
+            raise Unfit(
+                f"at most {longest} residues are taken by this model, but {len(residues)} were "
+                "given; cut it into domains.",
+                index,
+            )
+        return residues
+
+    def _compute(self, kind: tuple[Any, ...], payloads: list[Any]) -> Sequence[Any]:
+        """One batch, in the batcher's thread."""
+        if kind[0] == "embed":
+            _, pooling, layers = kind
+            return list(self._engine.embed(payloads, layers, pooling))
+        if kind[0] == "logits":
+            return self._engine.logits(payloads)
+        if kind[0] == "contacts":
+            return self._engine.contacts(payloads)
+        return self._engine.masked_log_p(payloads)
+
+    def _done(self, plan: Plan, answers: Answers) -> Done:
+        arrays = plan.finish(answers.values)
+        return Done(arrays, self._weights, self._step, answers.queue_s, answers.compute_s)
+
+    def _observe(self, batch: Batch) -> None:
+        self._metrics.batch(batch.tokens, batch.seconds)
+        self._metrics.queued(self._batcher.queued_tokens)
+
+
+def _load(settings: ModelSettings) -> tuple[Engine, bool]:
+    """The engine, and whether its bundle had a check, which it has passed."""
+    engine = Engine.load(
+        settings.path, dtype=settings.dtype, max_batch_tokens=settings.max_batch_tokens
+    )
+    return engine, verify_check(Path(settings.path), engine.model)
+
+
+def _in_its_own_thread(compute: Callable[..., Any], *args: Any) -> Future[Any]:
+    """Computes in a thread that then ends, and OpenMP's threads for it with it.
+
+    OpenMP keeps a team for every living thread that ever computed. Were there more of them than
+    cores, no thread would spin any more while it waits for the others of its team, and each of the
+    batcher's passes would take a few milliseconds longer.
+    """
+    once = ThreadPoolExecutor(1)
+    future = once.submit(compute, *args)
+    once.shutdown(wait=False)
+    return future

@@ -1,0 +1,182 @@
+import hashlib
+import time
+from itertools import islice
+
+import numpy as np
+import pytest
+import ray
+
+from raptide.alphabet import ESM_33
+from raptide.data.streaming.feeder import BatchReader, Feeder, FeederActor
+from raptide.data.streaming.pace import REST_S, Pace
+from raptide.data.streaming.stream import (
+    Cursor,
+    Source,
+    StreamPlan,
+    StreamSettings,
+    describe_difference,
+    global_batches,
+    prepare_rows,
+)
+from raptide.errors import CorpusError
+from raptide.training.batches import share_bounds
+
+SETTINGS = StreamSettings(row_tokens=512, crop_tokens=256, batch_rows=24, seed=5)
+
+
+@pytest.fixture(scope="module")
+def plan(corpus):
+    return StreamPlan((Source(str(corpus.path), corpus.digest),), SETTINGS, "esm-33")
+
+
+@pytest.fixture(scope="module")
+def epochs_of_rows(plan, corpus):
+    """The first epochs, prepared one block after the other without Ray: what must come."""
+    blocks = len(plan.training_blocks(corpus))
+    return [
+        ((epoch, position, row), rows.tokens[row], rows.targets[row], rows.segments[row])
+        for epoch in range(3)
+        for position in range(blocks)
+        for rows in [prepare_rows(plan, epoch, position)]
+        for row in range(len(rows.tokens))
+    ]
+
+
+@pytest.fixture(scope="module")
+def batches(plan, epochs_of_rows):
+    count = len(epochs_of_rows) // SETTINGS.batch_rows
+    return list(global_batches(plan, Cursor(), count))
+
+
+def digest(batch):
+    parts = [batch.rows.tokens, batch.rows.targets, batch.row_ids, *batch.rows.segments]
+    return hashlib.sha256(b"".join(p.tobytes() for p in parts)).hexdigest()
+
+
+def test_ray_data_gives_the_rows_of_the_pure_function_in_order(batches, epochs_of_rows):
+    expected = iter(epochs_of_rows)
+    for batch in batches:
+        assert batch.rows.tokens.shape == (24, 512)
+        for i in range(24):
+            row_id, tokens, targets, segments = next(expected)
+            assert tuple(batch.row_ids[i]) == row_id
+            assert (batch.rows.tokens[i] == tokens).all()
+            assert (batch.rows.targets[i] == targets).all()
+            assert (batch.rows.segments[i] == segments).all()
+
+
+def test_batches_cross_from_one_epoch_into_the_next(batches):
+    crossing = [b for b in batches if len(np.unique(b.row_ids[:, 0])) == 2]
+    assert crossing, "choose other sizes: no batch straddles two epochs here"
+
+
+def test_any_cursor_goes_on_with_the_very_next_batch(plan, batches):
+    straddling = next(i for i, b in enumerate(batches) if len(np.unique(b.row_ids[:, 0])) == 2)
+    for index in (0, straddling - 1, straddling):
+        resumed = global_batches(plan, batches[index].next_cursor, 3)
+        assert [digest(b) for b in resumed] == [digest(b) for b in batches[index + 1 : index + 4]]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_workers_change_nothing_in_a_global_batch(plan, batches, workers):
+    feeder = FeederActor.remote(plan, Cursor(), 5, workers)
+    readers = [BatchReader(feeder, 60.0).batches(5) for _ in range(workers)]
+    for expected in batches[:5]:
+        seen = []
+        for rank, reader in enumerate(readers):
+            batch = next(reader)
+            assert digest(batch) == digest(expected)
+            bounds = share_bounds(24, rank, workers, 5, -(-24 // (5 * workers)))
+            seen += [row for first, last in bounds for row in range(first, last)]
+        assert seen == list(range(24)), "the shares cut the batch into each row once"
+
+
+def test_a_fraction_is_a_prefix_of_the_blocks(plan, corpus):
+    blocks = corpus.blocks("train")
+    for percent in (1, 25, 50, 70):
+        settings = SETTINGS.model_copy(update={"fraction": percent / 100})
+        part = StreamPlan(plan.sources, settings, "esm-33")
+        assert part.training_blocks(corpus) == blocks[: -(-len(blocks) * percent // 100)]
+
+
+def test_no_held_out_residue_is_ever_streamed(corpus, epochs_of_rows):
+    heldout = set()
+    for block in corpus.blocks("heldout"):
+        rows = corpus.read_block(block)
+        for a, b in zip(rows.residue_splits, rows.residue_splits[1:], strict=False):
+            heldout.add(rows.residues[a:b].tobytes())
+    seen = 0
+    for _, tokens, targets, segments in epochs_of_rows:
+        true = np.where(targets == ESM_33.pad, tokens, targets)
+        for segment in np.split(true[: segments.sum()], np.cumsum(segments)[:-1]):
+            if segment[0] == ESM_33.cls and segment[-1] == ESM_33.eos:
+                seen += 1
+                assert segment[1:-1].tobytes() not in heldout
+    assert seen > 1000
+
+
+def test_the_fingerprint_names_what_differs(plan):
+    settings = SETTINGS.model_copy(update={"seed": 6, "lookahead_mb": 99})
+    other = StreamPlan(plan.sources, settings, "esm-33")
+    assert describe_difference(plan.fingerprint(), other.fingerprint()) == "seed: 5 -> 6"
+    assert describe_difference(plan.fingerprint(), plan.fingerprint()) is None
+
+
+def test_ray_data_rests_while_nobody_waits_for_rows(plan, batches, monkeypatch):
+    steps = 0
+    rest = Pace.on_execution_step
+
+    def counted(self, executor):
+        nonlocal steps
+        rest(self, executor)
+        steps += 1
+
+    monkeypatch.setattr(Pace, "on_execution_step", counted)
+    stream = global_batches(plan, Cursor(), 100_000)
+    assert digest(next(stream)) == digest(batches[0])
+    before = steps
+    assert before > 0
+    time.sleep(4 * REST_S)
+    assert steps - before <= 5
+    assert digest(next(stream)) == digest(batches[1])
+    stream.close()
+    assert Pace not in ray.data.DataContext.get_current().execution_callback_classes
+
+
+def test_another_corpus_at_the_same_path_is_refused(plan):
+    other = StreamPlan((Source(plan.sources[0].path, "0" * 64),), SETTINGS, "esm-33")
+    with pytest.raises(CorpusError, match="all nodes must see one corpus"):
+        prepare_rows(other, 0, 0)
+
+
+def test_the_batches_before_an_error_come_to_every_reader(cluster, batches):
+    def broken_off():
+        yield from batches[:6]
+        raise CorpusError("shard, row group 7 is damaged.")
+
+    class BreaksOff(Feeder):
+        def __init__(self, num_readers):
+            super().__init__(None, Cursor(), 0, num_readers)
+            self._batches = broken_off()
+
+    feeder = ray.remote(num_cpus=0)(BreaksOff).remote(2)
+    for _ in range(2):
+        reader = BatchReader(feeder, 60.0).batches(100)
+        assert [digest(batch) for batch in islice(reader, 6)] == [digest(b) for b in batches[:6]]
+        with pytest.raises(CorpusError, match="row group 7"):
+            next(reader)
+
+
+def test_a_damaged_block_stops_the_stream_with_its_name(corpus, tmp_path):
+    import shutil
+
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus.path, copy)
+    shard = copy / corpus.manifest["shards"][0]["name"]
+    shard.write_bytes(shard.read_bytes()[:5000])
+    plan = StreamPlan((Source(str(copy), corpus.digest),), SETTINGS, "esm-33")
+    feeder = FeederActor.remote(plan, Cursor(), 3, 2)
+    for _ in range(2):  # every reader is told the same
+        with pytest.raises(CorpusError, match=f"{shard.name}, row group") as caught:
+            list(islice(BatchReader(feeder, 60.0).batches(3), 3))
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,146 @@
+import hashlib
+import json
+
+import pytest
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+
+from raptide.errors import BundleError, CheckpointError
+from raptide.training.checkpoints.checkpoint import (
+    CHECKPOINTS,
+    Storage,
+    discard,
+    find_bundle,
+    newest_checkpoint,
+    prune,
+)
+from raptide.training.checkpoints.scratch import scratch_folder
+
+FINGERPRINT = {"seed": 1, "batch_rows": 8}
+
+
+def write_checkpoint(run, step, **changes):
+    folder = run / CHECKPOINTS / f"step-{step:08d}"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model/config.json").write_text("{}")
+    (folder / "zero.pt").write_bytes(b"weights")
+    files = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in ("zero.pt", "model/config.json")
+    }
+    manifest = {
+        "format_version": 1,
+        "step": step,
+        "wandb_run_id": "run",
+        "cursor": {"epoch": 0, "block": 3, "row": step},
+        "fingerprint": FINGERPRINT,
+        "recipe": {"training": {"zero_stage": 2}},
+        "files": files,
+    } | changes
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    for step in (10, 20, 30):
+        write_checkpoint(tmp_path, step)
+    return tmp_path
+
+
+def newest(run, **kwargs):
+    return newest_checkpoint(Storage.of(run / CHECKPOINTS), **kwargs)
+
+
+def test_the_newest_complete_one_is_taken(run):
+    saved = newest(run)
+    assert (saved.step, saved.cursor.row) == (30, 30)
+    assert find_bundle(run) == run.resolve() / CHECKPOINTS / "step-00000030/model"
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda folder: (folder / "manifest.json").unlink(), "was not finished"),
+        (lambda folder: (folder / "zero.pt").unlink(), "zero.pt is missing"),
+        (lambda folder: (folder / "zero.pt").write_bytes(b"weightz"), "zero.pt is damaged"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "cannot be read"),
+    ],
+)
+def test_a_broken_one_is_skipped_by_name_and_the_one_before_is_used(run, damage, problem, capsys):
+    folder = run / CHECKPOINTS / "step-00000030"
+    damage(folder)
+    assert newest(run).step == 20
+    assert f"Skipping checkpoint step-00000030: {problem}" in capsys.readouterr().out.replace(
+        "it has no manifest.json, so it ", ""
+    ).replace("its manifest.json ", "")
+    assert folder.exists(), "looking must not delete"
+
+
+def test_what_an_interrupted_save_left_is_discarded_before_the_next(run):
+    storage = Storage.of(run / CHECKPOINTS)
+    discard(storage, "step-00000030")
+    discard(storage, "step-00000040")  # not there: nothing to do
+    assert newest(run).step == 20
+
+
+def test_a_checkpoint_on_another_file_system_is_verified_and_fetched(run, tmp_path, monkeypatch):
+    """Any pyarrow file system will do; this one only happens to end on the local disk."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    remote = SubTreeFileSystem(str(run), LocalFileSystem())
+    saved = newest_checkpoint(Storage(remote, CHECKPOINTS))
+    local = saved.fetch()
+    assert saved.fetch() == local
+    assert (local / "model/config.json").read_text() == "{}"
+    assert (local / "zero.pt").read_bytes() == b"weights"
+
+
+def test_a_model_may_be_verified_alone(run):
+    (run / CHECKPOINTS / "step-00000030/zero.pt").write_bytes(b"weightz")
+    assert newest(run, only="model/").step == 30
+
+
+def test_scratch_is_private(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = scratch_folder("run", "rank-0")
+    (folder / "left").write_text("from a killed worker")
+    assert not list(scratch_folder("run", "rank-0", empty=True).iterdir())
+    folder.parent.parent.chmod(0o777)
+    with pytest.raises(CheckpointError, match="can be written by, someone else"):
+        scratch_folder("run", "rank-0")
+
+
+def test_the_newest_and_the_best_stay(tmp_path):
+    eces = {10: 17.0, 20: 15.0, 30: 14.0, 40: 14.5, 50: 16.0, 60: 16.1}
+    for step, ece in eces.items():
+        measured = {"heldout_ece": {"all_chosen": ece}, "heldout_step": step}
+        write_checkpoint(
+            tmp_path, step, **(measured if step != 30 else measured | {"heldout_step": 20})
+        )
+    write_checkpoint(tmp_path, 5, heldout_ece=None, heldout_step=0)
+    prune(Storage.of(tmp_path / CHECKPOINTS), "step-00000060", 2, 2)
+    left = sorted(int(p.name[5:]) for p in (tmp_path / CHECKPOINTS).iterdir())
+    assert left == [20, 40, 50, 60], "30 was not evaluated when it was saved"
+    prune(Storage.of(tmp_path / CHECKPOINTS), "step-00000060", 1, 0)
+    assert [p.name for p in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000060"]
+
+
+def test_nothing_to_resume(tmp_path):
+    assert newest(tmp_path) is None
+    with pytest.raises(BundleError, match="no model folder, no checkpoint"):
+        find_bundle(tmp_path)
+
+
+def test_another_format_is_refused_and_kept(run):
+    folder = write_checkpoint(run, 40, format_version=9)
+    with pytest.raises(CheckpointError, match="step-00000040 has checkpoint format 9"):
+        newest(run)
+    assert folder.exists()
+
+
+def test_another_stream_and_another_stage_are_refused(run):
+    saved = newest(run)
+    saved.refuse_other_run(FINGERPRINT, 2)
+    with pytest.raises(CheckpointError, match=r"another stream \(seed: 1 -> 2\)"):
+        saved.refuse_other_run(FINGERPRINT | {"seed": 2}, 2)
+    with pytest.raises(CheckpointError, match=r"resume with training.zero_stage=2"):
+        saved.refuse_other_run(FINGERPRINT, 0)

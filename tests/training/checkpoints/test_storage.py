@@ -1,0 +1,139 @@
+"""Checkpoints in an S3 bucket and on a full disk: real servers, real disks."""
+
+import contextlib
+import os
+import socket
+import subprocess
+
+import pyarrow.fs
+import pytest
+from moto.server import ThreadedMotoServer
+from small_runs import (
+    EVERY,
+    STEPS,
+    as_recipe,
+    evaluations,
+    losses,
+    make_recipe,
+    run_to_the_end,
+)
+
+from raptide.errors import CheckpointError, CheckpointUnsaved, ConfigError
+from raptide.inference.engine import Engine
+from raptide.training.checkpoints.checkpoint import Storage, find_bundle, newest_checkpoint
+from raptide.training.trainer import prepare_run
+from raptide.training.watching.audit import audited_steps
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The URI of a folder in a bucket of a local S3 server."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    server.start()
+    options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+    filesystem, _ = pyarrow.fs.FileSystem.from_uri(
+        f"s3://runs?{options}&allow_bucket_creation=true"
+    )
+    filesystem.create_dir("runs")
+    yield f"s3://runs/raptide?{options}"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def stored(corpus, bucket, tmp_path_factory):
+    """Half of the shared run, in the bucket, evaluated beside the training."""
+    tree = make_recipe(corpus, steps=STEPS // 2)
+    tree["checkpoint"] |= {"storage": bucket, "keep": 1, "keep_best": 1}
+    tree["evaluation"]["asynchronous"] = True
+    return tree, run_to_the_end(as_recipe(tree), tmp_path_factory.mktemp("stored") / "run")
+
+
+def test_a_run_in_a_bucket_is_the_run_on_a_disk(whole, stored):
+    _, run = stored
+    curve = losses(whole.folder)
+    assert losses(run.folder) == {step: curve[step] for step in range(1, STEPS // 2 + 1)}
+    assert not (run.folder / "checkpoints").exists()
+    names = [info.base_name for info in listed(Storage.of_run(run.folder))]
+    assert names == ["step-00000006", "step-00000012"], "the best, and the newest"
+    assert find_bundle(run.folder) == run.bundle
+    assert Engine.load(run.bundle).lineage["step"] == STEPS // 2
+
+
+def listed(storage):
+    infos = storage.filesystem.get_file_info(pyarrow.fs.FileSelector(storage.path))
+    return sorted((i for i in infos if i.base_name.startswith("step-")), key=lambda i: i.path)
+
+
+def test_evaluation_beside_the_training_finds_what_the_workers_find(whole, stored):
+    found = [evaluations(run.folder) for run in (whole, stored[1])]
+    assert found[1].keys() == {EVERY, 2 * EVERY}
+    for step, metrics in found[1].items():
+        assert metrics.keys() == found[0][step].keys()
+        assert any(name.startswith("eval/ece_length/") for name in metrics)
+        for name, value in metrics.items():
+            assert value == pytest.approx(found[0][step][name], abs=1e-4), name
+
+
+def test_a_run_goes_on_from_a_bucket_past_a_damaged_checkpoint(whole, stored, capsys):
+    """At another number of workers, from the checkpoint before the damaged one."""
+    tree, run = stored
+    storage = Storage.of_run(run.folder)
+    victim = f"{storage.path}/step-00000012/model/config.json"
+    with storage.filesystem.open_output_stream(victim) as file:
+        file.write(b"{}")
+    tree["training"]["steps"] = STEPS // 2 + 2
+    resumed = run_to_the_end(as_recipe(tree, workers=1), run.folder, resume=True)
+    assert (
+        "Skipping checkpoint step-00000012: model/config.json is damaged" in capsys.readouterr().out
+    )
+    assert resumed.step == STEPS // 2 + 2
+    assert resumed.audit.redone_steps == EVERY
+    audit, curve = dict(audited_steps(whole.folder)), losses(whole.folder)
+    assert dict(audited_steps(run.folder)) == {
+        step: audit[step] for step in range(1, resumed.step + 1)
+    }
+    for step, loss in losses(run.folder).items():
+        assert loss == pytest.approx(curve[step], abs=1e-4)
+
+
+def test_no_storage_holds_keys_and_an_unknown_one_is_refused(corpus, tmp_path):
+    tree = make_recipe(corpus)
+    tree["checkpoint"]["storage"] = "s3://key:secret@bucket/runs"
+    with pytest.raises(ConfigError, match="must hold no keys") as caught:
+        as_recipe(tree)
+    assert "secret" not in str(caught.value)
+    tree["checkpoint"]["storage"] = "tape://bucket/runs"
+    with pytest.raises(ConfigError, match="give a URI such as s3://"):
+        prepare_run(as_recipe(tree), tmp_path / "run")
+
+
+@contextlib.contextmanager
+def small_disk(folder, megabytes):
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode != 0:
+        pytest.skip("only root may make a small disk to fill")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_the_run_or_not_and_the_last_good_checkpoint_stays(corpus, tmp_path):
+    tree = make_recipe(corpus, steps=2 * EVERY)
+    with small_disk(tmp_path / "disk", 3) as disk:  # one checkpoint has two megabytes
+        tree["checkpoint"]["storage"] = disk.as_uri()
+        with pytest.raises(CheckpointError, match="ended without its last checkpoint"):
+            run_to_the_end(as_recipe(tree), tmp_path / "goes-on")
+        assert max(losses(tmp_path / "goes-on")) == 2 * EVERY
+        saved = newest_checkpoint(Storage.of_run(tmp_path / "goes-on"))
+        assert saved.step == EVERY
+        assert [info.base_name for info in listed(saved.storage)] == [saved.name], "nothing half"
+        saved.storage.filesystem.delete_dir(saved.storage.path)
+        tree["checkpoint"]["when_unsaved"] = "stop"
+        with pytest.raises(CheckpointUnsaved, match=r"step-00000012 could not be saved .*No space"):
+            run_to_the_end(as_recipe(tree), tmp_path / "stops")
+        assert newest_checkpoint(Storage.of_run(tmp_path / "stops")).step == EVERY

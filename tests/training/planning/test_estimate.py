@@ -1,0 +1,150 @@
+"""What a run is said to take, against what torch counts."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from raptide.alphabet import ESM_33
+from raptide.config import parse_settings
+from raptide.data.streaming.rows import PackedRows
+from raptide.data.streaming.stream import Cursor, GlobalBatch
+from raptide.model.config import ModelSettings
+from raptide.model.packed import Packed
+from raptide.model.transformer import Esm, count_parameters
+from raptide.training.planning.estimate import (
+    activation_bytes,
+    checkpoint_bytes,
+    peak_flops,
+    step_flops,
+    worker_memory,
+)
+from raptide.training.planning.recipe import Recipe
+from raptide.training.watching.heldout import Ece, Evaluations
+
+FAMILIES = ("esm1", "esm1b", "esm2")
+
+
+def model_of(family):
+    return ModelSettings(family=family, layers=5, width=64, heads=4)
+
+
+def recipe_of(**training):
+    tree = {
+        "name": "x",
+        "corpus": "x",
+        "model": {"preset": "esm2_t12_35M"},
+        "training": {"steps": 10, "micro_batch_rows": 4, **training},
+        "cluster": {"workers": 8},
+    }
+    return parse_settings(Recipe, tree, source="test")
+
+
+def a_batch(lengths):
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(4, 24, sum(lengths)).astype(np.uint8)
+    targets = np.where(rng.random(len(tokens)) < 0.15, tokens, ESM_33.pad).astype(np.uint8)
+    rows = PackedRows(tokens[None], targets[None], [np.array(lengths, np.int32)])
+    return GlobalBatch(rows, np.zeros((1, 3), np.int64), Cursor())
+
+
+def forward(model, batch):
+    tokens = torch.from_numpy(batch.rows.tokens[0].astype(np.int64))
+    true = torch.from_numpy(batch.rows.targets[0].astype(np.int64))
+    lengths = tuple(batch.rows.segments[0].tolist())
+    return model(Packed(tokens, lengths), torch.where(true == ESM_33.pad, -1, true)).sum()
+
+
+@pytest.mark.parametrize("family", ["esm1b", "esm2"])
+def test_arithmetic_is_what_torch_counts(family):
+    settings = model_of(family)
+    batch = a_batch([200, 90, 310])
+    model = Esm(settings).initialise(1)
+    # Plain matrix products, since torch does not count the CPU's fused attention.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        forward(model, batch).backward()
+    assert step_flops(settings, batch) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_what_autograd_keeps(family, dtype):
+    settings = model_of(family)
+    batch = a_batch([128, 300, 84])
+    model = Esm(settings).initialise(1).to(dtype)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward(model, batch)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert activation_bytes(settings, dtype) * 512 == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_can_be_computed_again_for_the_same_gradients(family):
+    settings = model_of(family)
+    batch = a_batch([128, 300, 84])
+    model = Esm(settings).initialise(1)
+    kept = []
+    for again in (False, True):
+        model.checkpoint_activations = again
+        model.zero_grad()
+        sizes = {}
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = forward(model, batch)
+        loss.backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        kept.append((sum(sizes.values()), loss.detach(), gradients))
+    (whole, *expected), (inputs, *found) = kept
+    assert inputs < whole / 4
+    torch.testing.assert_close(found, expected)
+    recipe, saving = recipe_of(), recipe_of(checkpoint_activations=True)
+    assert worker_memory(saving, 8).activations < worker_memory(recipe, 8).activations / 4
+
+
+def test_zero_divides_more_from_stage_to_stage():
+    parameters = count_parameters(ModelSettings.model_validate({"preset": "esm2_t12_35M"}))
+    held = [
+        tuple(
+            round(size / parameters, 6)
+            for size in (memory.weights, memory.gradients, memory.optimizer)
+        )
+        for stage in range(4)
+        for memory in [worker_memory(recipe_of(zero_stage=stage), 8)]
+    ]
+    assert held == [(2, 2, 12), (2, 2, 1.5), (2, 0.25, 1.5), (0.25, 0.25, 1.5)]
+    alone = worker_memory(recipe_of(zero_stage=3, precision="fp32"), 1)
+    assert (alone.weights, alone.gradients, alone.optimizer) == tuple(
+        size * parameters for size in (4, 4, 8)
+    )
+    assert checkpoint_bytes(recipe_of()) == 18 * parameters
+
+
+def test_peak_is_that_of_the_recipe_or_of_a_known_device():
+    assert peak_flops(recipe_of(), "cpu") is None
+    tree = recipe_of().model_dump()
+    tree["cluster"]["peak_tflops"] = 2.5
+    assert peak_flops(parse_settings(Recipe, tree, source="test"), "cpu") == 2.5e12
+
+
+def test_patience_counts_evaluations_since_the_best_and_travels_in_the_manifest():
+    found = Evaluations()
+    for step, ece in enumerate([17.0, 16.0, 16.5, 16.0], 1):
+        found = found.after(Ece(ece, ece), step)
+    assert (found.best, found.since_best, found.step) == (16.0, 2, 4)
+    assert Evaluations.of_manifest(found.to_manifest()) == found
+    assert found.is_over(2)
+    assert not found.is_over(3)
+    assert not found.is_over(None)

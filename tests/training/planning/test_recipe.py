@@ -1,0 +1,91 @@
+import math
+import re
+
+import pytest
+from conftest import ROOT
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from raptide.config import load_settings, parse_settings
+from raptide.errors import ConfigError
+from raptide.training.planning.deepspeed_config import deepspeed_config
+from raptide.training.planning.estimate import worker_memory
+from raptide.training.planning.recipe import OptimizerSettings, Recipe, learning_rate
+
+RECIPES = sorted((ROOT / "jobs/recipes").glob("*.yaml"))
+
+
+class DataParallel:
+    """The part of Megatron's `mpu` that DeepSpeed asks for the number of workers."""
+
+    def __init__(self, workers):
+        self.get_data_parallel_world_size = lambda: workers
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_deepspeed_takes_its_configuration(path, monkeypatch):
+    monkeypatch.setattr("deepspeed.runtime.config.dist.get_rank", lambda: 0)
+    recipe = load_settings(Recipe, path)
+    workers = recipe.cluster.max_workers
+    config = deepspeed_config(recipe, workers=workers, device="cuda")
+    parsed = DeepSpeedConfig(config, mpu=DataParallel(workers))
+    assert parsed.zero_optimization_stage == recipe.training.zero_stage
+    assert parsed.train_batch_size == recipe.stream.batch_rows
+    assert parsed.gradient_accumulation_steps == recipe.accumulation(workers)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_memory_that_a_recipe_states_is_the_estimate(path):
+    stated = re.search(r"about ([\d.]+)\s+GB a GPU", path.read_text().replace("\n#", ""))
+    if path.stem == "demo":
+        assert stated is None
+        return
+    recipe = load_settings(Recipe, path)
+    estimate = worker_memory(recipe, recipe.cluster.max_workers).total / 1e9
+    assert float(stated[1]) == pytest.approx(estimate, rel=0.1)
+
+
+def test_the_papers_batch_is_131072_tokens_on_128_gpus():
+    for name in ("esm1_t34_ur50s", "esm1b_t33_650m"):
+        recipe = load_settings(Recipe, ROOT / f"jobs/recipes/{name}.yaml")
+        assert recipe.stream.batch_rows * recipe.stream.row_tokens == 131_072
+        assert recipe.cluster.max_workers == 128
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.zero_stage=4", "zero_stage"),
+        ("stream.crop_tokens=4096", "crop_tokens .4096. must be at most row_tokens"),
+        ("training.offload_parameters=true", "offload_parameters needs zero_stage 3"),
+        ("training.compile=true training.zero_stage=3", "compile needs zero_stage 0, 1 or 2"),
+        ("model.heads=7", "must be an even multiple of heads"),
+        ("model.layer=3", "did you mean `layers`"),
+    ],
+)
+def test_a_bad_setting_is_one_sentence(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_settings(Recipe, ROOT / "jobs/recipes/demo.yaml", override.split())
+    assert "\n" not in str(caught.value)
+
+
+def test_esm1b_refuses_crops_beyond_its_positions():
+    tree = load_settings(Recipe, ROOT / "jobs/recipes/esm1b_t33_650m.yaml").model_dump()
+    tree["model"]["max_positions"] = 512
+    with pytest.raises(ConfigError, match=r"max_positions .512."):
+        parse_settings(Recipe, tree, source="x")
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5, 128, 200])
+def test_any_number_of_workers_finds_slots_for_all_rows(workers):
+    recipe = load_settings(Recipe, ROOT / "jobs/recipes/esm1b_t33_650m.yaml")
+    assert workers * recipe.training.micro_batch_rows * recipe.accumulation(workers) >= 128
+
+
+def test_the_rate_warms_up_and_decays_as_the_inverse_square_root():
+    settings = OptimizerSettings(lr=1e-3, warmup_steps=100)
+    assert learning_rate(settings, 1, 500) == pytest.approx(1e-5)
+    assert learning_rate(settings, 100, 500) == pytest.approx(1e-3)
+    assert learning_rate(settings, 400, 500) == pytest.approx(1e-3 / math.sqrt(4))
+    linear = settings.model_copy(update={"decay": "linear"})
+    rates = [learning_rate(linear, step, 1000) for step in (50, 100, 500, 900, 1000)]
+    assert rates == pytest.approx([5e-4, 1e-3, 5.5e-4, 1e-4, 1e-4])
