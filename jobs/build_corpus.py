@@ -5,16 +5,17 @@
         --output corpora/mine
     python jobs/build_corpus.py inspect corpora/mine --verify
 
-Reads plain, gz, bz2, xz and zst files of protein sequences, orders clusters by a hash, holds a
-share of them out, and writes Parquet shards with a manifest. The result does not depend on the
-order of the files or on the number of cores. Unpack large files first: plain ones are read by all
-cores at once, a compressed one by a single core.
+Reads plain, gz, bz2, xz and zst files of protein sequences (told by content, not by name), orders
+clusters by a hash, holds a share of them out, and writes Parquet shards with a manifest. The result
+does not depend on the order of the files or on the number of cores. Unpack large files first: plain
+ones are read by all cores at once, a compressed one by a single core.
 
 A build that was interrupted goes on when the same command is given again, and ends with the same
 corpus. Until then it is a folder DIR.partial.
 
 Letters A to Z are residues (J reads as X); lower case counts as upper case; a trailing * is
-dropped; anything else stops the build with its file and line.
+dropped; anything else stops the build with its file and line, or is dropped and counted
+(--stop-codons, --bad-letters, --nucleotides).
 
 Whole clusters are held out, chosen by a hash of the name or listed in a file. A training sequence
 that equals a held-out one letter for letter is dropped; what else is dropped is up to you. The
@@ -23,18 +24,26 @@ manifest counts every reason.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from commandline import job_parser, run_job
+from commandline import (
+    add_reading_options,
+    job_parser,
+    reading_rules,
+    refuse_output,
+    run_job,
+)
 from raptide.cluster import local_cpus, ray_session
 from raptide.config import parse_settings
 from raptide.data.building.build import BuildSettings, build_corpus
 from raptide.data.building.cleaning import CleaningSettings
 from raptide.data.building.picture import draw_corpus
 from raptide.data.corpus import Corpus
+from raptide.data.fasta_text import refuse_missing
 from raptide.errors import ConfigError
 
 
@@ -129,7 +138,8 @@ def build() -> None:
         "--cluster-tag",
         metavar="NAME",
         help="header field that names a record's cluster, e.g. cluster50 for cluster50=P12345, or "
-        "UniRef's Tax for whole species (default: each record is its own cluster)",
+        "UniRef's Tax for whole species (default: each record is its own cluster); refused if no "
+        "header has it",
     )
     parser.add_argument(
         "--clusters",
@@ -144,8 +154,15 @@ def build() -> None:
         "--holdout-clusters",
         type=Path,
         metavar="FILE",
-        help="names of clusters to hold out, one a line, beside those that the hash chooses",
+        help="names of clusters to hold out, one a line, beside those that the hash chooses; "
+        "P69905 and sp|P69905|HBA_HUMAN are one name, as in cluster tables",
     )
+    parser.add_argument(
+        "--clusters-of-a-larger-set",
+        action="store_true",
+        help="the tables may name members that the input has not, as UniRef's do for a part of it",
+    )
+    add_reading_options(parser)
     cleaning = parser.add_argument_group("cleaning")
     cleaning.add_argument("--min-residues", type=int, metavar="N", help="drop shorter sequences")
     cleaning.add_argument("--max-residues", type=int, metavar="N", help="drop longer sequences")
@@ -162,8 +179,11 @@ def build() -> None:
     given = {name: value for name, value in vars(args).items() if value is not None}
     rules = {name: given[name] for name in CleaningSettings.model_fields if name in given}
     shape = {name: given[name] for name in BuildSettings.model_fields if name in given}
-    tree = shape | {"cleaning": rules}
+    tree = shape | {"cleaning": rules, "reading": reading_rules(args)}
     settings = parse_settings(BuildSettings, tree, source="command line")
+    refuse_output(args.output, "--output")
+    for file in [*args.input, *args.clusters]:
+        refuse_missing(file)
     listed = _read_names(args.holdout_clusters) if args.holdout_clusters else []
     with _told_how_to_go_on(), ray_session(num_cpus=local_cpus(), verbose=args.verbose):
         corpus = build_corpus(
@@ -203,7 +223,7 @@ def _print_summary(corpus: Corpus) -> None:
     _draw(corpus)
     print(
         f"Train on it: python jobs/pretrain_model.py --config jobs/recipes/demo.yaml "
-        f"--output runs/mine corpus={corpus.path}"
+        f"--output runs/mine {shlex.quote(f'corpus={corpus.path}')}"
     )
 
 
@@ -218,9 +238,16 @@ def _print_counts(corpus: Corpus) -> None:
     if stated := corpus.manifest.get("stated_members"):
         print(f"  UniRef's headers count {stated:,} members of these clusters (n=)")
     for reason, count in corpus.manifest["dropped"].items():
-        print(f"  {count:,} of {corpus.manifest['read']:,} records dropped: {reason}")
+        first = corpus.manifest.get("dropped_first", {}).get(reason)
+        named = f", first {first}" if first else ""
+        print(f"  {count:,} of {corpus.manifest['read']:,} records dropped: {reason}{named}")
+    if latin1 := corpus.manifest.get("latin1_headers"):
+        print(f"  {latin1:,} headers are no UTF-8 and were read as Latin-1")
     if renamed := corpus.manifest["renamed_duplicates"]:
-        print(f"  {renamed:,} records shared a name with another and were numbered (name#2)")
+        print(
+            f"  {renamed:,} records shared a name with another and were numbered (name#2, or "
+            "name##2 where a name ends so already)"
+        )
 
 
 if __name__ == "__main__":

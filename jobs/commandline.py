@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
-from raptide.errors import RaptideError
+from raptide.data.fasta import ReadingRules
+from raptide.errors import ConfigError, RaptideError
 
 
 def job_parser(description: str | None) -> argparse.ArgumentParser:
@@ -20,6 +23,59 @@ def job_parser(description: str | None) -> argparse.ArgumentParser:
         "-v", "--verbose", action="store_true", help="show what Ray and its workers print"
     )
     return parser
+
+
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """Options for records that are no proteins as they stand; `reading_rules` reads them."""
+    defaults = ReadingRules()
+    group = parser.add_argument_group(
+        "records that are no proteins", "refused with file and line unless you say otherwise"
+    )
+    group.add_argument(
+        "--stop-codons",
+        choices=("refuse", "drop", "split"),
+        default=defaults.stop_codons,
+        help="records with an inner * or .; split cuts them there into NAME/START-END",
+    )
+    group.add_argument(
+        "--bad-letters",
+        choices=("refuse", "drop"),
+        default=defaults.bad_letters,
+        help="records with digits, gaps or anything else that is no letter",
+    )
+    group.add_argument(
+        "--nucleotides",
+        choices=("refuse", "drop", "keep"),
+        default=defaults.nucleotides,
+        help="records of DNA or RNA (PDB's mol:na, or nearly all ACGTUN); keep takes them for "
+        "proteins, such as poly-GA",
+    )
+
+
+def reading_rules(args: argparse.Namespace) -> ReadingRules:
+    return ReadingRules(
+        stop_codons=args.stop_codons,
+        bad_letters=args.bad_letters,
+        nucleotides=args.nucleotides,
+    )
+
+
+def refuse_output(path: Path, option: str) -> None:
+    """Before anything starts: a place that nothing can be written to is no output.
+
+    Raises:
+        ConfigError: it, or the nearest folder above it that exists, cannot be written to.
+    """
+    folder = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if folder != path and not folder.is_dir():
+        raise ConfigError(
+            f"{option} {path} lies below {folder}, which is a file; choose another place."
+        )
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(
+            f"{option} {path} cannot be written ({folder} is read-only for this user); choose "
+            "another place or change its permissions."
+        )
 
 
 def run_job(main: Callable[[], None]) -> None:

@@ -21,10 +21,17 @@ import pyarrow.parquet as pq
 import ray
 from tqdm import tqdm
 
-from commandline import job_parser, run_job
-from raptide.alphabet import decode_sequences
+from commandline import (
+    add_reading_options,
+    job_parser,
+    reading_rules,
+    refuse_output,
+    run_job,
+)
+from raptide.alphabet import decode_residues
 from raptide.cluster import local_cpus, ray_session
-from raptide.data.fasta import read_fasta
+from raptide.data.fasta import SOUND, FastaBatch, ReadingRules, read_fasta
+from raptide.data.fasta_text import refuse_missing
 from raptide.errors import ConfigError, SequenceError, plain_errors
 from raptide.methods import Long
 from raptide.training.checkpoints.checkpoint import find_bundle
@@ -63,24 +70,39 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="PARQUET")
     parser.add_argument("--workers", type=int, default=1, help="engines (default: %(default)s)")
     parser.add_argument("--long", choices=("error", "window"), default="error")
+    add_reading_options(parser)
     args = parser.parse_args()
     if args.output.exists():
         raise ConfigError(f"{args.output} exists already; remove it or choose another --output.")
+    refuse_output(args.output, "--output")
+    for file in args.input:
+        refuse_missing(file)
     if args.workers < 1:
         raise ConfigError(f"--workers needs at least 1, but {args.workers} was given.")
     bundle = find_bundle(args.model)
     with ray_session(num_cpus=args.workers + local_cpus(), verbose=args.verbose):
-        count = embed(bundle, args.input, args.output, args.workers, args.long)
+        rules = reading_rules(args)
+        count, dropped = embed(bundle, args.input, args.output, args.workers, args.long, rules)
+    if dropped:
+        print(f"Left out {dropped:,} records that are no proteins")
     print(f"Embedded {count:,} proteins with {bundle}\n  {args.output}")
 
 
-def embed(bundle: Path, inputs: list[Path], output: Path, workers: int, long: Long) -> int:
-    """Write one row a protein; the file appears under its name only when it is complete."""
+def embed(
+    bundle: Path, inputs: list[Path], output: Path, workers: int, long: Long, rules: ReadingRules
+) -> tuple[int, int]:
+    """Write one row a protein; the file appears under its name only when it is complete.
+
+    Returns how many were written, and how many records were left out by the rules.
+    """
+    dropped: Any = ray.remote(num_cpus=0)(Tally).remote()
 
     def parse(files: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         for path in files["path"]:
-            for batch in read_fasta(str(path), BATCH_SEQUENCES):
-                yield _to_table(batch.names, batch.residues, batch.lengths)
+            for batch in read_fasta(str(path), BATCH_SEQUENCES, rules):
+                if flawed := int((batch.flaws != SOUND).sum()):
+                    ray.get(dropped.add.remote(flawed))
+                yield _to_table(batch)
 
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
     ray.data.DataContext.get_current().execution_options.preserve_order = True
@@ -97,6 +119,7 @@ def embed(bundle: Path, inputs: list[Path], output: Path, workers: int, long: Lo
             num_gpus=gpus,
         )
     )
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
     try:
         with plain_errors():
@@ -105,12 +128,30 @@ def embed(bundle: Path, inputs: list[Path], output: Path, workers: int, long: Lo
         partial.unlink(missing_ok=True)
         raise
     partial.rename(output)
-    return count
+    return count, ray.get(dropped.total.remote())
 
 
-def _to_table(names: list[str], residues: bytes, lengths: np.ndarray) -> pa.Table:
-    sequences = decode_sequences(np.frombuffer(residues, np.uint8), lengths)
-    return pa.table({"id": names, "length": lengths, "sequence": sequences})
+class Tally:
+    """Counts what tasks leave out."""
+
+    def __init__(self) -> None:
+        self._total = 0
+
+    def add(self, count: int) -> None:
+        self._total += count
+
+    def total(self) -> int:
+        return self._total
+
+
+def _to_table(batch: FastaBatch) -> pa.Table:
+    """The records that are to be embedded."""
+    ends = np.cumsum(batch.lengths)
+    residues = np.frombuffer(batch.residues, np.uint8)
+    kept = np.flatnonzero(batch.flaws == SOUND).tolist()
+    sequences = [decode_residues(residues[ends[i] - batch.lengths[i] : ends[i]]) for i in kept]
+    names = [batch.names[index] for index in kept]
+    return pa.table({"id": names, "length": batch.lengths[kept], "sequence": sequences})
 
 
 def _write(tables: Iterator[pa.Table], file: Path) -> int:

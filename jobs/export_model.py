@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from commandline import job_parser, run_job
+from commandline import job_parser, refuse_output, run_job
 from raptide.errors import ConfigError, InputError
 from raptide.inference.contact_fit import contact_map, fit_contacts, long_range_precision
 from raptide.inference.engine import CONTACT_RESIDUES, Engine
@@ -61,6 +61,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     refuse_existing(args.target)
+    refuse_output(args.target, "TARGET")
     weights = read_model(args.source)
     if not weights.lineage:
         weights = replace(weights, lineage={"converted_from": args.source.name})

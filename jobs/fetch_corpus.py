@@ -20,6 +20,7 @@ MD5 are those of UniProt's RELEASE.metalink; a file appears under its name only 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,12 +29,13 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+from isal import igzip
 from tqdm import tqdm
-from xopen import xopen
 
-from commandline import job_parser, run_job
+from commandline import job_parser, refuse_output, run_job
 from raptide.data.building.fetch import fetch, find_file
-from raptide.errors import FetchError
+from raptide.data.compressed import open_plain
+from raptide.errors import FetchError, InputError
 
 MIRROR = "https://ftp.uniprot.org/pub/databases/uniprot"
 """UniProt's own server; EBI and SIB mirror it."""
@@ -75,6 +77,7 @@ def main() -> None:
         help="leave a plain FASTA file beside, which all cores can read at once",
     )
     args = parser.parse_args()
+    refuse_output(args.output, "--output")
     source = SOURCES[args.source]
     remote = find_file(f"{args.mirror.rstrip('/')}/{source.path}")
     file = fetch(remote, args.output)
@@ -83,10 +86,11 @@ def main() -> None:
     elif args.unpack:
         file = unpack(file)
     print(f"{file}: {file.stat().st_size:,} bytes, UniProt release {remote.release}")
+    made = shlex.quote(str(file))
     if source.is_table:
-        print(f"Next: python jobs/build_corpus.py --input uniref100.fasta --clusters {file} ...")
+        print(f"Next: python jobs/build_corpus.py --input uniref100.fasta --clusters {made} ...")
     else:
-        print(f"Next: python jobs/build_corpus.py --input {file} --output corpora/{args.source}")
+        print(f"Next: python jobs/build_corpus.py --input {made} --output corpora/{args.source}")
 
 
 def unpack(file: Path) -> Path:
@@ -94,7 +98,7 @@ def unpack(file: Path) -> Path:
     plain = file.with_suffix("")
     with (
         _whole_or_nothing(plain) as part,
-        xopen(file, "rb") as packed,
+        open_plain(file) as packed,
         part.open("wb") as output,
         tqdm(unit="B", unit_scale=True, desc=plain.name) as bar,
     ):
@@ -109,8 +113,8 @@ def write_members(idmapping: Path, table: Path) -> Path:
     names = [str(number) for number in range(IDMAPPING_COLUMNS)]
     with (
         _whole_or_nothing(table) as part,
-        xopen(idmapping, "rb") as packed,
-        xopen(part, "wb", format="gz") as output,
+        open_plain(idmapping) as packed,
+        igzip.open(part, "wb") as output,
         tqdm(unit=" entries", desc=table.name) as bar,
     ):
         reader = pyarrow.csv.open_csv(
@@ -148,7 +152,7 @@ def _whole_or_nothing(file: Path) -> Iterator[Path]:
     part = file.with_name(file.name + ".part")
     try:
         yield part
-    except (OSError, EOFError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+    except (InputError, OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         raise FetchError(f"{file} cannot be written ({error}); fetch again.") from None
     else:
         part.replace(file)

@@ -14,9 +14,10 @@ training.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
-from commandline import job_parser, run_job
+from commandline import job_parser, refuse_output, run_job
 from raptide.cluster import DATA_CPUS, ray_session
 from raptide.config import load_settings
 from raptide.errors import ConfigError
@@ -44,7 +45,7 @@ def main() -> None:
         action="store_true",
         help="write which packed rows each step trains on (tracking.audit=true)",
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     overrides = [*args.overrides, *(["tracking.audit=true"] if args.audit else [])]
 
     if args.resume and (args.output or args.replace):
@@ -52,6 +53,7 @@ def main() -> None:
     file = load_resumed(args.resume) if args.resume else args.config
     recipe = load_settings(Recipe, file, overrides)
     folder = args.resume or args.output or Path("runs") / recipe.name
+    refuse_output(folder, "--output")
     plan = prepare_run(recipe, folder, resume=bool(args.resume), replace=args.replace)
     if args.dry_run:
         check_deepspeed(recipe, "cpu" if recipe.cluster.device == "cpu" else "cuda")
@@ -71,7 +73,7 @@ def _print_summary(result: RunResult) -> None:
         f"uniform {result.uniform_ece:.0f}).\n"
         f"  model     {result.bundle}\n"
         f"  metrics   {result.folder / 'metrics.jsonl'}, drawn in {result.folder / 'loss.png'}\n"
-        f"Serve it:   serve run serve.app:build model={result.bundle}"
+        f"Serve it:   serve run serve.app:build {shlex.quote(f'model={result.bundle}')}"
     )
     if result.audit is not None:
         audit = result.audit

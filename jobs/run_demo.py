@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="settings of the recipe"
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     source = args.input or Path(str(files("pyhmmer") / PROTEOME))
     seconds: dict[str, float] = {}
     with no_orphans():

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from pathlib import Path
 import ray
 import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raptide.errors import ConfigError
 
 DATA_CPUS = 2
 """Logical CPUs that stay free for data tasks beside the training workers."""
@@ -43,6 +46,7 @@ def ray_session(*, num_cpus: int, verbose: bool = False) -> Iterator[None]:
         package = str(Path(__file__).parent)
         ray.init(runtime_env={"py_modules": [package]}, log_to_driver=verbose, logging_level=level)
     else:
+        _refuse_long_paths()
         ray.init(
             address="local",
             num_cpus=num_cpus,
@@ -56,6 +60,24 @@ def ray_session(*, num_cpus: int, verbose: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+SOCKET = "ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
+"""Where a Ray of its own puts its longest socket, below the temporary folder."""
+
+SOCKET_BYTES = 107
+"""Bytes that Linux allows in the path of a socket."""
+
+
+def _refuse_long_paths() -> None:
+    """Ray fails on them with a stack trace, seconds later."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    most = SOCKET_BYTES - len(SOCKET) - 1
+    if len(os.fsencode(folder)) > most:
+        raise ConfigError(
+            f"Ray's sockets need a temporary folder of at most {most} bytes, but {folder} has "
+            f"{len(os.fsencode(folder))}; set RAY_TMPDIR to a shorter one, such as /tmp."
+        )
 
 
 def joins_cluster() -> bool:

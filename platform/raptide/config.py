@@ -2,6 +2,9 @@
 
 A file may build on another: `base: FILE`, relative to itself. Its own fields replace the base's,
 section by section.
+
+Values mean what people write: numbers are decimal (`0300` is 300, `1e3` is 1000, `1:30` is none),
+and an override of a text field is that text to the last character, `#` and all.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -35,7 +39,7 @@ def load_settings(cls: type[S], path: str | Path, overrides: Iterable[str] = ())
     """
     tree = _read_tree(Path(path), ())
     for override in overrides:
-        _apply(tree, override)
+        _apply(cls, tree, override)
     return parse_settings(cls, tree, source=str(path))
 
 
@@ -44,7 +48,7 @@ def _read_tree(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise ConfigError(f"{path} builds on itself by way of its base; remove one `base:` line.")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = _parse_yaml(path.read_text()) or {}
     except OSError as error:
         raise ConfigError(
             f"Cannot read the settings file {path}: {error.strerror}; give an existing YAML file."
@@ -77,23 +81,81 @@ def parse_settings(cls: type[S], tree: dict[str, Any], *, source: str) -> S:
         raise ConfigError(f"{source}: {_first_problem(cls, error)}") from None
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(cls: type[BaseModel], tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(
             f"An override has the form section.field=value, but {override!r} was given."
         )
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
     *sections, field = key.split(".")
+    value = _parse_value(text, _annotation_at(cls, [*sections, field]))
     for section in sections:
         node = tree.setdefault(section, {})
         if not isinstance(node, dict):
             raise ConfigError(f"Override {override!r}: `{section}` is a value, not a section.")
         tree = node
     tree[field] = value
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML whose plain scalars are null, true, false, decimal numbers, or else text."""
+
+
+_PlainLoader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _starts in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+        list("-+.0123456789"),
+    ),
+):
+    _PlainLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _starts
+    )
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value), 10))
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_PlainLoader)
+
+
+def _parse_value(text: str, annotation: Any) -> Any:
+    """What the value of an override means for a field of this type."""
+    if text.strip() in ("", "null", "~"):
+        return None
+    nested = text.lstrip().startswith(("[", "{"))
+    if _takes(annotation, str) and not (nested and _takes(annotation, list, tuple, dict)):
+        return text
+    try:
+        return _parse_yaml(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _takes(annotation: Any, *types: type) -> bool:
+    """Whether a field of this type takes a value of one of some types."""
+    if get_origin(annotation) is Literal:
+        return any(isinstance(choice, types) for choice in get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        return any(_takes(each, *types) for each in get_args(annotation))
+    plain = get_origin(annotation) or annotation
+    return isinstance(plain, type) and issubclass(plain, types)
+
+
+def _annotation_at(cls: type[BaseModel], path: list[str]) -> Any:
+    """The type of a field, or None where there is no such field."""
+    field: Any = None
+    for part in path:
+        if not (isinstance(cls, type) and issubclass(cls, BaseModel)):
+            return None
+        field = cls.model_fields.get(part)
+        if field is None:
+            return None
+        cls = field.annotation
+    return cls
 
 
 def _first_problem(cls: type[BaseModel], error: ValidationError) -> str:

@@ -5,11 +5,13 @@ import lzma
 import numpy as np
 import pytest
 from backports import zstd
+from draws import generator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raptide.alphabet import RESIDUES, decode_sequences
-from raptide.data.fasta import read_fasta
+from raptide.alphabet import RESIDUES, decode_residues, decode_sequences
+from raptide.data.fasta import FLAWS, ReadingRules, locate, read_fasta
+from raptide.data.fasta_text import FastaPart, split_fasta
 from raptide.errors import FastaError
 
 PROTEINS = ">a first\nMKTLLILAVVAAALAQPWER\n>b\nGSHMLEDPVAFYWRKDEQ\n"
@@ -78,10 +80,10 @@ def test_records_come_back_as_written(tmp_path_factory, records, width):
         (b"hello\n>a\nMK\n", ":1: text before the first > line .'hello'."),
         (b"\n\n>a\nMK\n", ":1: a blank line before the first > line"),
         (b"\xef\xbb\xbf>a\nMK\n", ":1: the file starts with a byte-order mark"),
-        (b">a\rMK\r>b\rMK\r", ":1: lines end with CR alone"),
+        (b">a\rMK\r>b\rMK\r", ":1: a header holds a CR, so lines end with CR alone"),
         (">a\nMKéL\n".encode(), ":1: record 'a': .*position 3 holds 'é'"),
         (b">a\nMK\n>b\n>c\nMK\n", ":3: the record 'b' has no residues"),
-        (b">a\nMK\n>b\n", ":3: the record"),
+        (b">a\nMK\n>b c\n", ":3: the record 'b' has no residues"),
         (b">a\nMK\n>b\n*\n", ":3: the record 'b' has no residues"),
         (b">a\nMK\n>\nMK\n", ":3: a record needs a name"),
         (b">a\nMK\n>b\nMKL\nM1K\n", ":3: record 'b': .*position 5 holds '1'"),
@@ -110,3 +112,148 @@ def test_a_folder_and_a_missing_file_are_refused(tmp_path):
 
 def test_a_header_that_is_not_utf8_is_read(write):
     assert read(write(b">a\xff b\nMKL\n"))[0][2] == "MKL"
+
+
+def outcome(path, **rules):
+    """(name, letters, flaw) of each record under some rules."""
+    records = []
+    for batch in read_fasta(path, rules=ReadingRules(**rules)):
+        ends = np.cumsum(batch.lengths)
+        flaws = [FLAWS[flaw] for flaw in batch.flaws]
+        for name, end, length, flaw in zip(batch.names, ends, batch.lengths, flaws, strict=True):
+            residues = np.frombuffer(batch.residues, np.uint8)[end - length : end]
+            records.append((name, "" if flaw else decode_residues(residues), flaw))
+    return records
+
+
+def in_parts(path, part_bytes):
+    return [each for part in split_fasta(path, part_bytes) for each in read(part)]
+
+
+@pytest.mark.parametrize("at", [0, 1, 40, 99])
+def test_a_cr_in_a_header_is_refused_with_its_line_in_every_part(write, at):
+    records = [f">r{n}\n{'MKWLV' * 9}\n" for n in range(100)]
+    records[at] = f">r{at}\rMKWLVMKWLV\rMK\nGSH\n"
+    path = write("".join(records))
+    for part_bytes in (1 << 20, 700):
+        with pytest.raises(FastaError, match=rf":{2 * at + 1}: a header holds a CR"):
+            in_parts(path, part_bytes)
+
+
+def test_a_cr_at_the_end_of_headers_and_within_sequences_is_white_space(write):
+    assert read(write(b">a x\r\nMK\rLV\r\n>b\r\r\nMKW\r")) == [("a", "x", "MKLV"), ("b", "", "MKW")]
+
+
+@pytest.mark.parametrize("name", ["a.fasta", "a.fasta.gz", "a.fasta.xz", "a.bz2", "a.zst"])
+@pytest.mark.parametrize(
+    "compress", [bytes, gzip.compress, bz2.compress, lzma.compress, zstd.compress]
+)
+def test_a_name_says_nothing_about_compression(write, compress, name):
+    assert [record[0] for record in read(write(compress(PROTEINS.encode()), name))] == ["a", "b"]
+
+
+SKIPPABLE = b"\x5a\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"12345"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        gzip.compress(PROTEINS.encode()) + b"\0" * 700,
+        lzma.compress(PROTEINS.encode()) + b"\0" * 512,
+        gzip.compress(b"") + b"\0\0" + gzip.compress(PROTEINS.encode()),
+        SKIPPABLE + zstd.compress(PROTEINS.encode()) + SKIPPABLE,
+        SKIPPABLE + zstd.compress(PROTEINS[:30].encode()) + zstd.compress(PROTEINS[30:].encode()),
+    ],
+)
+def test_padding_empty_members_and_skippable_frames_are_passed_over(write, content):
+    assert [record[0] for record in read(write(content))] == ["a", "b"]
+
+
+def zstd_with_checksum(content):
+    """As the command writes it; without one, zstd cannot know what letters were."""
+    return zstd.compress(content, options={zstd.CompressionParameter.checksum_flag: 1})
+
+
+@pytest.mark.parametrize(
+    "compress", [gzip.compress, bz2.compress, lzma.compress, zstd_with_checksum]
+)
+@pytest.mark.parametrize("change", ["tail", "cut", "flipped", "other"])
+def test_damage_to_a_compressed_file_is_one_sentence(write, compress, change):
+    letters = "".join(generator().choice(list("MKWLVSERTI"), 60_000))
+    content = bytearray(compress(f">a\n{letters}\n".encode()))
+    if change == "tail":
+        content += b"something else"
+    elif change == "cut":
+        del content[len(content) // 2 :]
+    elif change == "flipped":
+        content[len(content) // 2] ^= 0x10
+    else:
+        content += b">b\nMKWLV\n"
+    path = write(bytes(content))
+    with pytest.raises(FastaError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_headers_that_are_no_utf8_stay_different(write):
+    path = write(b">caf\xe9 x\nMKL\n>caf\xe8 x\nMKV\n>caf\xc3\xa9 y\nMKI\n")
+    (batch,) = read_fasta(path)
+    assert batch.names == ["café", "cafè", "café"]  # Latin-1, Latin-1, UTF-8
+    assert batch.latin1.tolist() == [True, True, False]
+
+
+def test_only_blanks_end_a_name(write):
+    assert read(write(">a\u00a0b\tc d\nMKL\n".encode())) == [("a\u00a0b", "c d", "MKL")]
+
+
+def test_stops_are_refused_dropped_or_split(write):
+    path = write(">a\nMKLV\n>b x\nMKW*WWL.\n>c\nMKV**\n>d\n**\n>e\nMM1\n")
+    with pytest.raises(FastaError, match=r":3: record 'b'.*position 4 holds '\*'.*--stop-codons"):
+        outcome(path)
+    with pytest.raises(FastaError, match=r":9: record 'e'.*position 3 holds '1'.*--bad-letters"):
+        outcome(path, stop_codons="drop")
+    stop, bad = ("", "stop_codon"), ("", "bad_letters")
+    assert outcome(path, stop_codons="drop", bad_letters="drop") == [
+        ("a", "MKLV", ""),
+        *(("b", *stop), ("c", *stop), ("d", *stop), ("e", *bad)),
+    ]
+    assert outcome(path, stop_codons="split", bad_letters="drop") == [
+        ("a", "MKLV", ""),
+        *(("b/1-3", "MKW", ""), ("b/5-7", "WWL", ""), ("c", "MKV", "")),
+        *(("d", *stop), ("e", *bad)),
+    ]
+
+
+SEQRES = (
+    ">1a_A mol:na length:12 DNA\nCGCAAATTTGCG\n>1b_A mol:protein length:9 X\nGAGAGAGAGA\n"
+    ">1c_A mol:protein\nMKWLV\n"
+)
+
+
+def test_nucleotides_are_refused_dropped_or_let_in(write):
+    path = write(SEQRES)
+    with pytest.raises(FastaError, match=r":1: this chain is of nucleotides.*--nucleotides drop"):
+        outcome(path)
+    flaws = [flaw for *_, flaw in outcome(path, nucleotides="drop")]
+    assert flaws == ["nucleotides", "", ""]
+    assert [flaw for *_, flaw in outcome(path, nucleotides="keep")] == ["", "", ""]
+    late = write(">p\nMKWLVSERTI\n" * 5000 + SEQRES, "late.fasta")
+    with pytest.raises(FastaError, match=":10001: this chain is of nucleotides"):
+        outcome(late)
+
+
+@pytest.mark.parametrize("letters", ["GA" * 30, "N" * 40])
+def test_a_protein_that_looks_like_dna_can_be_let_in(write, letters):
+    path = write(f">poly\n{letters}\n")
+    with pytest.raises(FastaError, match="keep to take them for proteins"):
+        outcome(path)
+    assert outcome(path, nucleotides="keep") == [("poly", letters, "")]
+
+
+def test_the_place_of_a_record_is_found_again(write):
+    rules = ReadingRules(stop_codons="split")
+    path = write(">a\nMK\nLV\n>b\nMK*WW\n>c\nMK\n")
+    assert [locate(FastaPart(str(path)), index, rules) for index in range(4)] == [
+        *(("a", 1), ("b/1-2", 4), ("b/4-5", 4), ("c", 6))
+    ]

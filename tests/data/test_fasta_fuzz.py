@@ -9,7 +9,8 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from raptide.alphabet import RESIDUES, decode_sequences
-from raptide.data.fasta import FastaPart, read_fasta, split_fasta
+from raptide.data.fasta import read_fasta
+from raptide.data.fasta_text import FastaPart, split_fasta
 from raptide.errors import FastaError
 
 LETTERS = re.compile(rb"[A-Za-z]+\*?")
@@ -32,7 +33,14 @@ def plain_reading(content):
     records = []
     for block in re.split(rb"(?:^|\n)>", content)[1:]:
         header, _, lines = block.partition(b"\n")
-        words = header.decode("utf-8", "replace").split(maxsplit=1)
+        if b"\r" in header.rstrip(b"\r"):
+            return None
+        try:
+            text = header.decode()
+        except UnicodeDecodeError:
+            text = header.decode("latin-1")
+        words = re.split("[ \t\r\v\f]+", text.strip(" \t\r\v\f"))
+        words = words if words[0] else []
         sequence = lines.translate(None, BLANKS)
         if not words or not LETTERS.fullmatch(sequence):
             return None

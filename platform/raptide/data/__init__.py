@@ -1,5 +1,5 @@
 """Proteins to global batches.
 
 In: FASTA files and tables of clusters. Out: packed, masked rows, batch by batch.
-The way: fasta, building, corpus, streaming.
+The way: compressed, fasta_text, fasta, building, corpus, streaming.
 """

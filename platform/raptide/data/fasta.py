@@ -1,52 +1,71 @@
-"""FASTA files of proteins, plain or compressed (gz, bz2, xz, zst; told by content, not by name).
+"""FASTA files of proteins: residue ids, and what becomes of records that are no proteins.
 
-needletail parses (440 M residues/s on one Zen 5 core, 60 letters a line); what is said here is what
-a protein file must hold, and which line breaks the rule. A plain file can be read in parts, by byte
-range: a record belongs to the part in which its > lies.
+fasta_text.py reads the file; what is said here is what a protein must hold, and which line breaks
+the rule.
 """
 
 from __future__ import annotations
 
-import mmap
-import shutil
-import tempfile
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-import needletail
 import numpy as np
-from xopen import xopen
 
-from raptide.alphabet import BAD_RESIDUE, describe_bad_residue, translate_batch
+from raptide.alphabet import (
+    BAD_RESIDUE,
+    FIRST_RESIDUE,
+    RESIDUES,
+    describe_bad_residue,
+    translate_batch,
+)
+from raptide.config import Settings
+from raptide.data.fasta_text import (
+    BLANKS,
+    LONGEST,
+    FastaPart,
+    Record,
+    line_of_record,
+    parse,
+    refuse_empty_record,
+    split_header,
+)
 from raptide.errors import FastaError
 
-NUCLEOTIDES = b"ACGTUNacgtun"
+NUCLEOTIDES = "ACGTUN"
 NUCLEOTIDE_SHARE = 0.95
-"""A file whose first batch has a larger share of A, C, G, T, U and N is taken for nucleotides;
-these letters make up a quarter of natural proteins."""
+"""Records with a larger share of A, C, G, T, U and N are taken for nucleotides; these letters make
+up a quarter of natural proteins."""
 
+NUCLEOTIDE_LETTERS = 20
+"""Fewer letters are too few to tell by."""
 
-PART_BYTES = 64 << 20
-"""Bytes of a plain file that one task reads."""
-
-PIECE_BYTES = 4 << 20
-"""Bytes of it that are parsed at once, so that they stay in the processor's cache."""
 
 BATCH_LETTERS = 16 << 20
 """Letters after which a batch ends early, so that giant records do not gather in one."""
 
-LONGEST = 1 << 30
-"""Letters in a record, at most: 30,000 times titin; what is longer is no protein."""
+
+FLAWS = ("", "stop_codon", "bad_letters", "nucleotides")
+"""What may be wrong with a record that is to be dropped, by number."""
+
+SOUND, STOP_CODON, BAD_LETTERS, NUCLEOTIDE = range(len(FLAWS))
 
 
-class FastaPart(NamedTuple):
-    """A byte range of one file; `end` None reads to the end."""
+class ReadingRules(Settings):
+    """What becomes of records that are no proteins as they stand. By default they are refused."""
 
-    path: str
-    start: int = 0
-    end: int | None = None
+    stop_codons: Literal["refuse", "drop", "split"] = "refuse"
+    """Records with a stop (`*` or `.`) that is not a single `*` at the end; `split` cuts them there
+    into records of their own, called NAME/START-END."""
+
+    bad_letters: Literal["refuse", "drop"] = "refuse"
+    """Records with anything else that is no residue letter."""
+
+    nucleotides: Literal["refuse", "drop", "keep"] = "refuse"
+    """Records of DNA or RNA: those whose header says `mol:na` and those of which nearly all letters
+    are A, C, G, T, U or N (where `mol:protein` does not say otherwise). `refuse` judges letters by
+    the file's first records together; `keep` takes every record for a protein."""
 
 
 class FastaBatch(NamedTuple):
@@ -59,51 +78,56 @@ class FastaBatch(NamedTuple):
     """The rest of the header, [n]."""
 
     residues: bytes
-    """Residue ids, one byte each, [sum of lengths]."""
+    """Residue ids, one byte each, [sum of lengths]; of flawed records also BAD_RESIDUE."""
 
     lengths: np.ndarray
     """Residues in each record, [n] int64."""
 
+    flaws: np.ndarray
+    """Why a record is to be dropped, an index into FLAWS, [n] int8; all SOUND by default."""
 
-def split_fasta(path: str | Path, part_bytes: int = PART_BYTES) -> list[FastaPart]:
-    """The parts of one file: byte ranges of a plain one, the whole of a compressed one.
+    latin1: np.ndarray
+    """Whether a record's header was no UTF-8, [n] bool."""
 
-    Raises:
-        FastaError: the path is no file.
-    """
-    path = Path(path).resolve()
-    _refuse_missing(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        plain = file.read(1) == b">"
-    if not plain or size <= part_bytes:
-        return [FastaPart(str(path))]
-    starts = range(0, size, part_bytes)
-    return [FastaPart(str(path), start, min(start + part_bytes, size)) for start in starts]
+    places: np.ndarray
+    """Which record of its part each one is, or is cut out of, [n] int64."""
 
 
-def read_fasta(file: str | Path | FastaPart, batch_records: int = 4096) -> Iterator[FastaBatch]:
+def read_fasta(
+    file: str | Path | FastaPart,
+    batch_records: int = 4096,
+    rules: ReadingRules = ReadingRules(),  # noqa: B008 (frozen)
+) -> Iterator[FastaBatch]:
     """Read a FASTA file, or a part of one, in batches of up to `batch_records` records, in order.
 
     Raises:
-        FastaError: the file is no protein FASTA; the message names file and line.
+        FastaError: the file is no protein FASTA, or a record is to be refused; the message names
+            file and line.
     """
     part = file if isinstance(file, FastaPart) else FastaPart(str(file))
     first = 0
-    for batch in _batches(_parse(part), batch_records):
-        if first == 0 and part.start == 0:
-            _refuse_nucleotides(part, batch)
-        yield _encode(part, first, batch)
-        first += len(batch)
+    for records in _batches(parse(part), batch_records):
+        batch = _encode(part, first, records, rules)
+        if rules.nucleotides != "keep":
+            batch = _judge_nucleotides(part, batch, rules.nucleotides)
+        yield batch
+        first += len(records)
 
 
-def _batches(
-    records: Iterator[tuple[str, str]], batch_records: int
-) -> Iterator[list[tuple[str, str]]]:
+def locate(part: FastaPart, index: int, rules: ReadingRules) -> tuple[str, int]:
+    """Name and line of the `index`-th record that `read_fasta` gives; reads the part again."""
+    for batch in read_fasta(part, rules=rules):
+        if index < len(batch.names):
+            return batch.names[index], line_of_record(part, int(batch.places[index]))
+        index -= len(batch.names)
+    raise AssertionError("no such record")
+
+
+def _batches(records: Iterator[Record], batch_records: int) -> Iterator[list[Record]]:
     batch, letters = [], 0
     for record in records:
         batch.append(record)
-        letters += len(record[1])
+        letters += len(record.letters)
         if len(batch) == batch_records or letters >= BATCH_LETTERS:
             yield batch
             batch, letters = [], 0
@@ -111,164 +135,127 @@ def _batches(
         yield batch
 
 
-def _parse(part: FastaPart) -> Iterator[tuple[str, str]]:
-    """(header, letters) of each record, without any check of the letters."""
-    path = Path(part.path)
-    _refuse_missing(path)
-    if part.start == 0:
-        _refuse_other_files(path)
-    seen = 0
-    try:
-        for record in _records(part):
-            yield record.id, record.seq
-            seen += 1
-    except needletail.NeedletailError as error:
-        if "end of input" in str(error):
-            _refuse_empty_record(part, seen, "")
-        reason = str(error).split(" (line")[0].rstrip(".")
-        line = _line_of_record(part, max(seen - 1, 0))
-        raise FastaError(
-            f"{path}: reading broke off after the record that starts at line {line}: {reason}; "
-            "the file is damaged or cut short, fetch it again."
-        ) from None
-
-
-def _refuse_missing(path: Path) -> None:
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "not there"
-        raise FastaError(f"A FASTA file is needed, but {path} is {what}; name an existing file.")
-
-
-def _records(part: FastaPart) -> Iterator[needletail.Record]:
-    if part.end is None:
-        with _readable_by_needletail(Path(part.path)) as file:
-            yield from needletail.parse_fastx_file(str(file))
-        return
-    with (
-        Path(part.path).open("rb") as plain,
-        mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ) as data,
-    ):
-        start = _next_record(data, part.start)
-        while start < part.end:
-            end = _next_record(data, min(start + PIECE_BYTES, part.end))
-            yield from needletail.parse_fastx_string(data[start:end].decode("utf-8", "replace"))
-            start = end
-
-
-def _next_record(data: mmap.mmap, place: int) -> int:
-    """Where the first record at or after `place` starts, or the end of the data."""
-    if place == 0:
-        return 0
-    found = data.find(b"\n>", place - 1)
-    return len(data) if found < 0 else found + 1
-
-
-@contextmanager
-def _readable_by_needletail(path: Path) -> Iterator[Path]:
-    """The file itself, or a plain copy: of bz2 and xz, needletail reads the first stream alone."""
-    with path.open("rb") as file:
-        if not file.read(6).startswith((b"BZh", b"\xfd7zXZ\0")):
-            yield path
-            return
-    with tempfile.NamedTemporaryFile(prefix="raptide-", suffix=".fasta") as plain:
-        try:
-            with xopen(path, "rb", threads=0) as packed:
-                shutil.copyfileobj(packed, plain, 1 << 20)
-        except (OSError, EOFError, ValueError) as error:
-            raise _not_decompressed(path, error) from None
-        plain.flush()
-        yield Path(plain.name)
-
-
-def _refuse_other_files(path: Path) -> None:
-    """Refuse what is no FASTA at all, by the file's first line."""
-    try:
-        with xopen(path, "rb", threads=0) as file:
-            line = file.readline()
-    except (OSError, EOFError, ValueError) as error:
-        raise _not_decompressed(path, error) from None
-    shown = line[:20].decode("utf-8", "replace").strip()
-    if not line:
-        problem = "the file is empty; a FASTA file starts with a > line"
-    elif line.startswith(b">"):
-        if b"\r" not in line.rstrip(b"\r\n"):
-            return
-        problem = "lines end with CR alone, as on old Macs; convert them to LF"
-    elif line.startswith(b"\xef\xbb\xbf"):
-        problem = "the file starts with a byte-order mark; save it as UTF-8 without one"
-    elif b"\0" in line or sum(byte > 126 for byte in line) > len(line) // 4:
-        problem = "this is a binary file, not FASTA text"
-    elif line.startswith(b"@"):
-        problem = "this is FASTQ (reads of DNA), not protein FASTA"
-    elif not shown:
-        problem = "a blank line before the first > line; remove it"
-    else:
-        problem = f"text before the first > line ({shown!r}); records start with a line like >name"
-    raise FastaError(f"{path}:1: {problem}.")
-
-
-def _not_decompressed(path: Path, error: Exception) -> FastaError:
-    return FastaError(f"{path}: cannot be decompressed ({error}); fetch it again.")
-
-
-def _refuse_nucleotides(part: FastaPart, records: list[tuple[str, str]]) -> None:
-    letters = "".join(seq for _, seq in records).encode("ascii", "replace")
-    letters = letters.translate(None, b" \t\r\n")
-    others = len(letters.translate(None, NUCLEOTIDES))
-    if len(letters) >= 20 and others < (1 - NUCLEOTIDE_SHARE) * len(letters):
-        raise FastaError(
-            f"{part.path}:{_line_of_record(part, 0)}: these are nucleotides "
-            f"({1 - others / len(letters):.0%} A, C, G, T, U or N), but proteins are needed; "
-            "translate the genes first."
-        )
-
-
-def _refuse_empty_record(part: FastaPart, index: int, name: str) -> None:
-    raise FastaError(
-        f"{part.path}:{_line_of_record(part, index)}: the record {name!r} has no "
-        "residues; give it a sequence or remove it."
-    )
-
-
-def _encode(part: FastaPart, first: int, records: list[tuple[str, str]]) -> FastaBatch:
+def _encode(part: FastaPart, first: int, records: list[Record], rules: ReadingRules) -> FastaBatch:
     """Letters to residue ids, a lookup per byte; `first` is the index of the first record."""
     names, descriptions = [], []
-    for index, (header, _) in enumerate(records, first):
-        name, description = [*header.split(maxsplit=1), "", ""][:2]
+    for index, record in enumerate(records, first):
+        name, description = split_header(record.header)
         if not name:
-            line = _line_of_record(part, index)
+            line = line_of_record(part, index)
             raise FastaError(f"{part.path}:{line}: a record needs a name; write one after the >.")
         names.append(name)
         descriptions.append(description)
-    residues, lengths = translate_batch([letters for _, letters in records])
+    residues, lengths = translate_batch([record.letters for record in records])
     if not lengths.all():
         index = int(lengths.argmin())
-        _refuse_empty_record(part, first + index, names[index])
+        refuse_empty_record(part, first + index, names[index])
     if lengths.max() > LONGEST:
         index = int(lengths.argmax())
         raise FastaError(
-            f"{part.path}:{_line_of_record(part, first + index)}: the record {names[index]!r} has "
+            f"{part.path}:{line_of_record(part, first + index)}: the record {names[index]!r} has "
             f"{lengths[index]:,} residues, but {LONGEST:,} are the most; remove it."
         )
-    if (bad := residues.find(BAD_RESIDUE)) >= 0:
-        ends = np.cumsum(lengths)
-        index = int(np.searchsorted(ends, bad, side="right"))
-        place = bad - int(ends[index] - lengths[index])
-        raise FastaError(
-            f"{part.path}:{_line_of_record(part, first + index)}: record {names[index]!r}: "
-            f"{describe_bad_residue(records[index][1], place)}"
-        )
-    return FastaBatch(names, descriptions, residues, lengths)
+    batch = FastaBatch(
+        names,
+        descriptions,
+        residues,
+        lengths,
+        np.zeros(len(names), np.int8),
+        np.array([record.latin1 for record in records]),
+        np.arange(first, first + len(names)),
+    )
+    if BAD_RESIDUE in residues:
+        return _judge_letters(part, records, batch, rules)
+    return batch
 
 
-def _line_of_record(part: FastaPart, index: int) -> int:
-    """The line on which a part's `index`-th record starts; read again, since only errors ask."""
-    position = 0
-    with xopen(part.path, "rb", threads=0) as file:
-        for number, line in enumerate(file, 1):
-            if line.startswith(b">") and position >= part.start:
-                if index == 0:
-                    return number
-                index -= 1
-            position += len(line)
-    return 0
+def _judge_letters(
+    part: FastaPart, records: list[Record], batch: FastaBatch, rules: ReadingRules
+) -> FastaBatch:
+    """Refuse, mark or split the records that hold something which is no residue."""
+    bad = np.flatnonzero(np.frombuffer(batch.residues, np.uint8) == BAD_RESIDUE)
+    ends = np.cumsum(batch.lengths)
+    fragments: dict[int, list[tuple[int, str]]] = {}
+    for index in np.unique(np.searchsorted(ends, bad, side="right")).tolist():
+        letters = BLANKS.sub("", records[index].letters)
+        only_stops = not re.search(r"[^A-Za-z*.]", letters)
+        if (rules.stop_codons if only_stops else rules.bad_letters) == "refuse":
+            start = ends[index] - batch.lengths[index]
+            place = int(bad[np.searchsorted(bad, start)] - start)
+            option = "--stop-codons drop or split" if only_stops else "--bad-letters drop"
+            raise FastaError(
+                f"{part.path}:{line_of_record(part, int(batch.places[index]))}: record "
+                f"{batch.names[index]!r}: {describe_bad_residue(letters, place).rstrip('.')}; "
+                f"{option} does without such records."
+            )
+        batch.flaws[index] = STOP_CODON if only_stops else BAD_LETTERS
+        if only_stops and rules.stop_codons == "split":
+            cut = [(each.start(), each[0]) for each in re.finditer(r"[A-Za-z]+", letters)]
+            if cut:
+                fragments[index] = cut
+    return _split_records(records, batch, fragments) if fragments else batch
+
+
+def _split_records(
+    records: list[Record], batch: FastaBatch, fragments: dict[int, list[tuple[int, str]]]
+) -> FastaBatch:
+    """The batch with some records replaced by their fragments: (start, letters) of each."""
+    names, letters, flaws, source = [], [], [], []
+    for index, name in enumerate(batch.names):
+        for start, each in fragments.get(index, [(0, records[index].letters)]):
+            alone = len(fragments.get(index, ())) <= 1
+            names.append(name if alone else f"{name}/{start + 1}-{start + len(each)}")
+            letters.append(each)
+            flaws.append(SOUND if index in fragments else batch.flaws[index])
+            source.append(index)
+    residues, lengths = translate_batch(letters)
+    return FastaBatch(
+        names,
+        [batch.descriptions[index] for index in source],
+        residues,
+        lengths,
+        np.array(flaws, np.int8),
+        batch.latin1[source],
+        batch.places[source],
+    )
+
+
+IS_NUCLEOTIDE = np.zeros(256, bool)
+IS_NUCLEOTIDE[[FIRST_RESIDUE + RESIDUES.index(letter) for letter in NUCLEOTIDES]] = True
+
+MOLECULE = re.compile(r"(?:^|\s)mol:(\S+)")
+"""What PDB's pdb_seqres.txt says of each chain: `mol:protein` or `mol:na`."""
+
+
+def _judge_nucleotides(
+    part: FastaPart, batch: FastaBatch, rule: Literal["refuse", "drop"]
+) -> FastaBatch:
+    """Refuse or mark the records that are nucleotides."""
+    stated = [
+        found[1] if "mol:" in description and (found := MOLECULE.search(description)) else ""
+        for description in batch.descriptions
+    ]
+    sure = np.array([molecule == "na" for molecule in stated])
+    open_ = np.array([not molecule for molecule in stated])
+    first = part.start == 0 and batch.places[0] == 0
+    if rule == "refuse" and not sure.any() and not first:
+        return batch
+    letters = IS_NUCLEOTIDE[np.frombuffer(batch.residues, np.uint8)]
+    counts = np.add.reduceat(letters, np.cumsum(batch.lengths) - batch.lengths, dtype=np.int64)
+    if rule == "drop":
+        alike = (counts > NUCLEOTIDE_SHARE * batch.lengths) & (batch.lengths >= NUCLEOTIDE_LETTERS)
+        batch.flaws[(sure | (open_ & alike)) & (batch.flaws == SOUND)] = NUCLEOTIDE
+        return batch
+    judged = max(int(batch.lengths[open_].sum()), 1)
+    share = counts[open_].sum() / judged
+    if sure.any():
+        index, what = int(sure.argmax()), "this chain is of nucleotides (mol:na)"
+    elif judged >= NUCLEOTIDE_LETTERS and share > NUCLEOTIDE_SHARE:
+        index, what = int(open_.argmax()), f"these are nucleotides ({share:.0%} A, C, G, T, U or N)"
+    else:
+        return batch
+    raise FastaError(
+        f"{part.path}:{line_of_record(part, int(batch.places[index]))}: {what}, but proteins are "
+        "needed; translate the genes first, or give --nucleotides drop to leave such records out, "
+        "keep to take them for proteins."
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -109,17 +110,8 @@ def prepare_run(
             )
         saved.refuse_other_run(plan.fingerprint(), recipe.training.zero_stage)
         _refuse_other_model(saved, recipe)
-    elif folder.exists():
-        if not replace:
-            raise ConfigError(
-                f"The run folder {folder} exists already; go on with --resume {folder}, start over "
-                "with --replace, or choose another --output."
-            )
-        if not (folder / RECIPE).is_file():
-            raise ConfigError(
-                f"{folder} is no run folder (no {RECIPE} in it), so it is not replaced; choose "
-                "another --output."
-            )
+    else:
+        _refuse_folder(folder, replace)
     if recipe.checkpoint.storage is not None:
         Storage.at(recipe.checkpoint.storage)
     if recipe.init_from is not None:
@@ -250,6 +242,26 @@ def _result(run: Run, folder: Path, baseline: Ece) -> RunResult:
         wandb_offline=any((folder / "wandb").glob("offline-run-*")),
         audit=write_audit(folder) if run.recipe.tracking.audit else None,
     )
+
+
+def _refuse_folder(folder: Path, replace: bool) -> None:
+    """A new run takes no other's place unasked, and none whose checkpoints are never found again:
+    DeepSpeed looks for its files with glob."""
+    if folder.exists() and not replace:
+        raise ConfigError(
+            f"The run folder {folder} exists already; go on with --resume {folder}, start over "
+            "with --replace, or choose another --output."
+        )
+    if folder.exists() and not (folder / RECIPE).is_file():
+        raise ConfigError(
+            f"{folder} is no run folder (no {RECIPE} in it), so it is not replaced; choose "
+            "another --output."
+        )
+    if pattern := re.search(r"[\[\]*?]", str(folder.resolve())):
+        raise ConfigError(
+            f"A run folder's path may not hold {pattern[0]!r}, or DeepSpeed could not load its "
+            f"checkpoints, but {folder.resolve()} does; choose another --output."
+        )
 
 
 def _refuse_other_model(saved: SavedCheckpoint, recipe: Recipe) -> None:

@@ -20,7 +20,7 @@ from raptide.data.building import build as build_module
 from raptide.data.building.build import BuildSettings, build_corpus
 from raptide.data.building.cleaning import CleaningSettings
 from raptide.data.corpus import Corpus
-from raptide.data.fasta import split_fasta
+from raptide.data.fasta_text import split_fasta
 from raptide.data.streaming.rows import draw_members
 from raptide.errors import CorpusError, FastaError
 
@@ -98,7 +98,7 @@ import sys
 from functools import partial
 from raptide.cluster import ray_session
 from raptide.data.building import build
-from raptide.data.fasta import split_fasta
+from raptide.data.fasta_text import split_fasta
 build.BUCKET_RESIDUES = int(sys.argv[4])
 build.split_fasta = partial(split_fasta, part_bytes=5000)
 with ray_session(num_cpus=int(sys.argv[3])):

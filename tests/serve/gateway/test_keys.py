@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from raptide.errors import ConfigError
-from serve import keys
+from serve.gateway import keys
 from serve.gateway.deployment import check_ports
 from serve.gateway.keys import KeyRing, Rate, make_key, parse_keys
 

@@ -18,6 +18,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,25 @@ import ray
 from pydantic import Field
 
 from raptide.config import Settings
-from raptide.data.building.cleaning import REASONS, CleaningSettings
+from raptide.data.building.cleaning import KEPT, REASONS, CleaningSettings
 from raptide.data.building.manifest import write_manifest
-from raptide.data.building.records import cluster_hashes
+from raptide.data.building.notes import record_of
+from raptide.data.building.records import listed_hashes
 from raptide.data.building.shards import BucketReport, write_bucket
 from raptide.data.building.shuffle import range_bucket, shuffle
-from raptide.data.building.survey import Source, survey
+from raptide.data.building.survey import Source, Survey, survey
 from raptide.data.corpus import FORMAT_VERSION, Corpus, sha256_of_file
-from raptide.data.fasta import FastaPart, split_fasta
+from raptide.data.fasta import ReadingRules, locate
+from raptide.data.fasta_text import FastaPart, split_fasta
 from raptide.errors import CorpusError, InputError, plain_errors
 
 BUCKET_RESIDUES = 32 << 20
 """Residues in a bucket, about: the paper's 86 G residues take 2,600 buckets. A cluster is never
 divided among buckets, so one of 300 M residues makes a bucket of as many. The task that sorts a
 bucket holds its residues up to four times."""
+
+NAMED = 5
+"""Listed clusters, at most, that a message names."""
 
 PLAN, SURVEY, NOTES = "plan.json", "survey.json", "notes"
 
@@ -54,11 +60,17 @@ class BuildSettings(Settings):
     block_residues: int = Field(1 << 20, ge=1, le=8 << 20)
     """A block closes when it holds at least this many residues."""
 
+    reading: ReadingRules = ReadingRules()
+
     cleaning: CleaningSettings = CleaningSettings()
 
     cluster_tag: str | None = None
     """Header field that names a record's cluster, e.g. `cluster50` for `cluster50=P12345`; a record
     without it belongs to the cluster of its own name. None makes every record its own cluster."""
+
+    clusters_of_a_larger_set: bool = False
+    """Whether cluster tables may name members that the input has not, as UniRef's do for a part of
+    UniRef; else such a line is refused."""
 
 
 def build_corpus(
@@ -99,26 +111,37 @@ def build_corpus(
                 parts=parts,
                 tables=sorted(str(Path(table).resolve()) for table in cluster_tables),
                 cluster_tag=settings.cluster_tag,
+                rules=settings.reading,
+                strict_tables=not settings.clusters_of_a_larger_set,
                 holdout_fraction=settings.holdout_fraction,
                 # The hashes only: a published list has millions of names, and every task gets it.
-                listed=ray.put(np.unique(cluster_hashes(heldout_clusters)[:, 1])),
+                listed=ray.put(np.unique(listed_hashes(heldout_clusters))),
                 notes=partial / NOTES,
             )
             input_bytes = sum(file.stat().st_size for file in files)
-            counts = _survey_once(partial, source, settings.cleaning, input_bytes, say)
-            reports = _write_buckets(partial, source, settings, counts["residues"], say)
+            found = _survey_once(partial, source, settings.cleaning, input_bytes, say)
+            _check(found, settings, heldout_clusters, say)
+            firsts = {
+                reason: _describe_record.remote(parts, number, settings.reading)
+                for reason, number in found.first.items()
+            }
+            reports = _write_buckets(partial, source, settings, found, say)
             described = ray.get(inputs_described)
+            dropped_first = {reason: ray.get(first) for reason, first in firsts.items()}
     except InputError:
         shutil.rmtree(partial)
         raise
     write_manifest(
         partial,
         reports,
-        read=sum(counts[reason] for reason in REASONS),
-        dropped={reason: counts[reason] for reason in REASONS if reason and counts[reason]},
-        stated_members=counts["stated_members"],
+        read=sum(found.reasons.values()),
+        dropped={reason: n for reason, n in found.reasons.items() if reason and n},
+        dropped_first=dropped_first,
+        stated_members=found.sums["stated_members"],
+        latin1_headers=found.sums["latin1_headers"],
         settings=settings.model_dump(),
         listed_heldout_clusters=len(set(heldout_clusters)),
+        listed_heldout_clusters_found=len(found.listed_found),
         inputs=sorted(described, key=lambda file: (file["name"], file["sha256"])),
     )
     _tidy(partial, len(reports))
@@ -161,28 +184,68 @@ def _survey_once(
     cleaning: CleaningSettings,
     input_bytes: int,
     say: Callable[[str], None],
-) -> dict[str, int]:
+) -> Survey:
     file = partial / SURVEY
     if not file.exists():
         say("Pass 1 of 2: what is there, and what is dropped")
-        _write_json(file, survey(source, cleaning, input_bytes))
-    counts: dict[str, int] = json.loads(file.read_text())
-    if not counts[""]:
-        read = sum(counts[reason] for reason in REASONS)
-        why = ", ".join(f"{reason}: {counts[reason]}" for reason in REASONS if counts[reason])
+        _write_json(file, asdict(survey(source, cleaning, input_bytes)))
+    return Survey(**json.loads(file.read_text()))
+
+
+def _check(
+    found: Survey,
+    settings: BuildSettings,
+    heldout_clusters: Sequence[str],
+    say: Callable[[str], None],
+) -> None:
+    """Refuse what would leave nothing, or hold nothing out; say what is not as asked.
+
+    Raises:
+        CorpusError: nothing is left, or a tag or a list of clusters fits no record at all.
+    """
+    kept, read = found.reasons[REASONS[KEPT]], sum(found.reasons.values())
+    if not kept:
+        why = ", ".join(f"{reason}: {n}" for reason, n in found.reasons.items() if n)
         raise CorpusError(f"All {read} records were dropped ({why}); loosen the cleaning settings.")
-    return counts
+    if tag := settings.cluster_tag:
+        tagged = found.sums["tagged"]
+        if not tagged:
+            raise CorpusError(
+                f"No header has the field {tag}=, so every record would be a cluster of its own; "
+                "check the spelling, or leave --cluster-tag out."
+            )
+        if tagged < kept:
+            say(f"{tagged:,} of {kept:,} records have {tag}=; each other one is its own cluster")
+    if heldout_clusters:
+        _check_list(found.listed_found, heldout_clusters, say)
+
+
+def _check_list(
+    found: Sequence[int], heldout_clusters: Sequence[str], say: Callable[[str], None]
+) -> None:
+    known = np.array(found, np.uint64)
+    missing = ~np.isin(listed_hashes(heldout_clusters), known)
+    names = [heldout_clusters[index] for index in np.flatnonzero(missing)[:NAMED].tolist()]
+    if missing.all():
+        raise CorpusError(
+            f"None of the {len(heldout_clusters):,} clusters listed to be held out is in the input "
+            f"({names[0]!r}, for one); list names as the headers or tables have them."
+        )
+    say(f"Held out by name: {len(known):,} clusters")
+    if missing.any():
+        shown = ", ".join(names) + (", ..." if missing.sum() > len(names) else "")
+        say(f"Not in the input: {missing.sum():,} of the listed clusters ({shown})")
 
 
 def _write_buckets(
     partial: Path,
     source: Source,
     settings: BuildSettings,
-    residues: int,
+    found: Survey,
     say: Callable[[str], None],
 ) -> list[BucketReport]:
     """Shuffle the records into buckets and write those that are not finished yet."""
-    buckets = -(-residues // BUCKET_RESIDUES)
+    buckets = -(-found.sums["residues"] // BUCKET_RESIDUES)
     done = np.array([_is_finished(partial, bucket) for bucket in range(buckets)])
     one_each = settings.cluster_tag is None and not source.tables
 
@@ -196,6 +259,7 @@ def _write_buckets(
             partial,
             block_residues=settings.block_residues,
             one_each=one_each,
+            number_sign="#" * (found.hash_signs + 1),
         )
         _write_json(_report_of(partial, bucket), report)
         return pa.table({"bucket": [bucket]})
@@ -227,6 +291,14 @@ def _describe(file: str) -> dict[str, Any]:
     """Name, size and hash of an input file."""
     path = Path(file)
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+
+
+@ray.remote
+def _describe_record(parts: Sequence[FastaPart], number: int, rules: ReadingRules) -> str:
+    """Name and place of a record, by its number."""
+    part, index = record_of(number)
+    name, line = locate(parts[part], index, rules)
+    return f"{name!r} in {Path(parts[part].path).name}:{line}"
 
 
 def _tidy(partial: Path, buckets: int) -> None:

@@ -8,11 +8,14 @@ from pydantic import Field, model_validator
 
 from raptide.alphabet import FIRST_RESIDUE, RESIDUES
 from raptide.config import Settings
+from raptide.data.fasta import FLAWS, SOUND
 
-REASONS = ("", "too_short", "too_long", "too_many_unknown", "duplicate", "also_heldout")
-"""Why a record is dropped, by number; KEPT is none."""
+_OWN = ("", "too_short", "too_long", "too_many_unknown", "duplicate", "also_heldout")
 
-KEPT, TOO_SHORT, TOO_LONG, UNKNOWN, DUPLICATE, ALSO_HELDOUT = range(len(REASONS))
+KEPT, TOO_SHORT, TOO_LONG, UNKNOWN, DUPLICATE, ALSO_HELDOUT = range(len(_OWN))
+
+REASONS = (*_OWN, *FLAWS[1:])
+"""Why a record is dropped, by number; KEPT is none, and the last ones are a reader's FLAWS."""
 
 UNKNOWN_ID = FIRST_RESIDUE + RESIDUES.index("X")
 
@@ -64,6 +67,11 @@ def reasons_by_content(
         [TOO_SHORT, TOO_LONG, UNKNOWN],
         KEPT,
     ).astype(np.int8)
+
+
+def reasons_by_reading(flaws: np.ndarray) -> np.ndarray:
+    """The reasons that a reader's FLAWS stand for, or KEPT, [n] int8."""
+    return np.where(flaws == SOUND, KEPT, flaws + len(_OWN) - 1).astype(np.int8)
 
 
 def reasons_by_copies(records: pa.Table, drop_duplicates: bool) -> np.ndarray:

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-from xopen import xopen
 
 from raptide.data.building.records import name_hashes, plain_names
-from raptide.errors import CorpusError
+from raptide.data.compressed import open_plain
+from raptide.errors import CorpusError, InputError
 
 NO_RECORD = -1
 """What stands in the column `number` of a line."""
@@ -33,7 +33,7 @@ def read_membership(path: str | Path) -> Iterator[pa.Table]:
         CorpusError: the file cannot be read, or a line has other than two columns.
     """
     try:
-        with xopen(path, "rb", threads=0) as file:
+        with open_plain(path) as file:
             reader = pyarrow.csv.open_csv(
                 file,
                 pyarrow.csv.ReadOptions(column_names=COLUMNS, block_size=READ_BYTES),
@@ -43,16 +43,27 @@ def read_membership(path: str | Path) -> Iterator[pa.Table]:
                 ),
             )
             for batch in reader:
-                yield _named(pa.Table.from_batches([batch]))
-    except (OSError, EOFError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-        reason = str(error).split("\n")[0].rstrip(".")
+                yield _named(pa.Table.from_batches([batch]), path)
+    except CorpusError:
+        raise
+    except (InputError, OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        reason = str(error).split("\n")[0].removeprefix(f"{path}: ").rstrip(".")
         raise CorpusError(
             f"{path} is no cluster table ({reason}); a line holds the representative's name, a "
             "tab and the member's name."
         ) from None
 
 
-def _named(lines: pa.Table) -> pa.Table:
+def _named(lines: pa.Table, path: str | Path) -> pa.Table:
+    for column, other in zip(COLUMNS, reversed(COLUMNS), strict=True):
+        blank = pc.equal(pc.utf8_trim_whitespace(lines[column]), "")
+        if pc.any(blank).as_py():
+            what = {"cluster": "representative", "id": "member"}
+            beside = lines[other].filter(blank)[0].as_py()
+            raise CorpusError(
+                f"{path}: the line of the {what[other]} {beside!r} names no {what[column]}; a line "
+                "holds the representative's name, a tab and the member's name."
+            )
     keys = plain_names(lines["id"].combine_chunks())
     return pa.table(
         {
@@ -64,11 +75,12 @@ def _named(lines: pa.Table) -> pa.Table:
     )
 
 
-def join_membership(table: pa.Table) -> pa.Table:
+def join_membership(table: pa.Table, strict: bool) -> pa.Table:
     """The cluster that its line gives to each record, as notes: columns number and cluster.
 
     Args:
         table: all records and all lines of some names.
+        strict: whether every member must be a record.
 
     Raises:
         CorpusError: a line names a member that no record has, or a member has two clusters.
@@ -79,10 +91,11 @@ def join_membership(table: pa.Table) -> pa.Table:
     names = lines["id"].combine_chunks()
     _refuse_two_clusters(lines)
     unknown = pc.invert(pc.is_in(names, value_set=records["id"].combine_chunks()))
-    if pc.any(unknown).as_py():
+    if strict and pc.any(unknown).as_py():
         raise CorpusError(
             f"The cluster table names the member {names.filter(unknown)[0].as_py()!r}, which no "
-            "record of the input is called; give the table that belongs to these files."
+            "record of the input is called; give the table that belongs to these files, or say "
+            "--clusters-of-a-larger-set."
         )
     place = pc.index_in(records["id"], value_set=names)
     clusters = pc.take(lines["cluster"], place)

@@ -24,6 +24,11 @@ def first_number(part: int) -> int:
     return part << PART_BITS
 
 
+def record_of(number: int) -> tuple[int, int]:
+    """The part of a record, and its place within."""
+    return number >> PART_BITS, number & ((1 << PART_BITS) - 1)
+
+
 def chunk_bucket(numbers: pa.ChunkedArray, buckets: int) -> np.ndarray:
     """The bucket of each record, [n] int64; records of one chunk share theirs."""
     chunks = numbers.to_numpy() >> CHUNK_BITS

@@ -4,7 +4,8 @@ Three views of the same records, each with what one step needs:
 
 NAMED   number, name_hash, id, cluster          to find each record's line in a cluster table
 MARKED  number, content, name_hash, order,      to find copies of a sequence, and to count
-        heldout, length, stated, reason
+        heldout, listed, length, stated, latin1,
+        tagged, hashes, reason
 PLACED  order, heldout, cluster, id, residues,  to be written
         length
 
@@ -13,11 +14,15 @@ name_hash  uint64   hash of the name
 content    uint64   hash of the residues
 order      uint64   hash of the cluster's name: the place in the corpus
 heldout    bool     whether the cluster is held out
+listed     uint64   hash of the listed held-out cluster that it is, or 0
 cluster    string   the cluster's name
 id         string   the record's name
 residues   binary   residue ids, without specials (64-bit offsets: a bucket may exceed 2 GB)
 length     int64    residues
 stated     int64    members of its cluster by UniRef's own count, or 0
+latin1     bool     whether its header was no UTF-8
+tagged     bool     whether its header names a cluster (`clusters_of_headers`)
+hashes     int8     longest run of # before digits at the end of its name
 reason     int8     why it is dropped, an index into `cleaning.REASONS`
 """
 
@@ -32,11 +37,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raptide.data.building.cleaning import CleaningSettings, reasons_by_content
+from raptide.data.building.cleaning import (
+    KEPT,
+    CleaningSettings,
+    reasons_by_content,
+    reasons_by_reading,
+)
 from raptide.data.fasta import FastaBatch
 
-UNIPROT_NAME = r"^(?:sp|tr)\|([^|]+)\|.*$"
+MMSEQS_PREFIX = r"^consensus_(.+)$"
+MMSEQS_NAME = (
+    r"^(?:uc|(?:cl|sp|tr|gb|ref|pdb|bbs|lcl)\||(?:pir|prf)\|\||(?:gnl|pat)\|[^|]*\|"
+    r"|gi\|[^|]*\|[^|]*\|)([^|]+).*$"
+)
+"""What MMseqs2 takes for the name of a record whose header follows NCBI's or UniProt's form (its
+Util::getFastaHeaderPosition, read 2026-11): one field, up to the next bar."""
+
 UNIREF_PREFIX = r"^UniRef\d+_"
+HASH_SIGNS = re.compile(r"(#+)\d+$")
 UNIREF_SIZE = re.compile(r"(?:^| )n=(\d{1,12})(?: |$)")
 
 
@@ -54,14 +72,20 @@ def named_table(batch: FastaBatch, first: int) -> pa.Table:
 
 
 def marked_table(
-    batch: FastaBatch, first: int, placing: pa.Table, cleaning: CleaningSettings
+    batch: FastaBatch,
+    first: int,
+    placing: pa.Table,
+    tags: Sequence[str | None],
+    cleaning: CleaningSettings,
 ) -> pa.Table:
     """The records without their letters, cleaned by what each is by itself.
 
     Args:
-        placing: columns order and heldout (`place`).
+        placing: columns order, heldout and listed (`place`).
+        tags: what each header names as its cluster (`tagged_clusters`).
     """
-    residues = np.frombuffer(batch.residues, np.uint8)
+    flaws = reasons_by_reading(batch.flaws)
+    content = reasons_by_content(np.frombuffer(batch.residues, np.uint8), batch.lengths, cleaning)
     view = memoryview(batch.residues)
     ends = [0, *np.cumsum(batch.lengths).tolist()]
     return pa.table(
@@ -71,9 +95,13 @@ def marked_table(
             "name_hash": name_hashes(batch.names),
             "order": placing["order"],
             "heldout": placing["heldout"],
+            "listed": placing["listed"],
             "length": batch.lengths,
             "stated": stated_members(batch),
-            "reason": reasons_by_content(residues, batch.lengths, cleaning),
+            "latin1": batch.latin1,
+            "tagged": np.array([tag is not None for tag in tags]),
+            "hashes": np.fromiter(map(_hash_signs, batch.names), np.int8, len(batch.names)),
+            "reason": np.where(flaws == KEPT, content, flaws),
         }
     )
 
@@ -93,15 +121,29 @@ def placed_table(batch: FastaBatch, clusters: pa.Array, placing: pa.Table) -> pa
 
 
 def place(clusters: Sequence[str], holdout_fraction: float, listed: np.ndarray) -> pa.Table:
-    """Columns order and heldout of each record, from its cluster's name.
+    """Columns order, heldout and listed of each record, from its cluster's name.
 
     Args:
-        listed: second hashes of clusters that are held out in any case, uint64, sorted.
+        listed: `listed_hashes` of clusters that are held out in any case.
     """
     hashes = cluster_hashes(clusters)
     heldout = hashes[:, 1] < np.uint64(int(holdout_fraction * 2**64))
-    heldout |= np.isin(hashes[:, 1], listed)
-    return pa.table({"order": hashes[:, 0].copy(), "heldout": heldout})
+    found = np.zeros(len(heldout), np.uint64)
+    if len(listed):
+        plain = listed_hashes(clusters)
+        found = np.where(np.isin(plain, listed), plain, found)
+    return pa.table(
+        {"order": hashes[:, 0].copy(), "heldout": heldout | (found != 0), "listed": found}
+    )
+
+
+def listed_hashes(clusters: Sequence[str]) -> np.ndarray:
+    """What lists of held-out clusters are compared by: [n] uint64, of names without database.
+
+    So `P69905` and `sp|P69905|HBA_HUMAN` are one cluster, as they are in cluster tables.
+    """
+    plain = plain_names(pa.array(clusters, pa.string())).to_pylist()
+    return cluster_hashes(plain)[:, 1].copy()
 
 
 def cluster_hashes(clusters: Sequence[str]) -> np.ndarray:
@@ -109,16 +151,23 @@ def cluster_hashes(clusters: Sequence[str]) -> np.ndarray:
     return _digests((name.encode() for name in clusters), words=2, person=b"raptide.cluster")
 
 
-def clusters_of_headers(batch: FastaBatch, tag: str | None) -> list[str]:
-    """The cluster that each header names as `tag=...`, or else the record's own name.
+def tagged_clusters(batch: FastaBatch, tag: str | None) -> list[str | None]:
+    """The cluster that each header names as `tag=...`, [n].
 
-    A value ends where the next `KEY=` begins, so that UniRef's `Tax=Homo sapiens` is read whole.
+    A value ends at a `;` or where the next `KEY=` begins, so that UniRef's `Tax=Homo sapiens` is
+    read whole.
     """
     if tag is None:
-        return batch.names
-    field = re.compile(rf"(?:^|\s){re.escape(tag)}=(\S.*?)(?=\s+\w+=|\s*$)")
+        return [None] * len(batch.names)
+    field = re.compile(rf"(?:^|[\s;]){re.escape(tag)}=([^\s;].*?)(?=\s*;|\s+[\w.-]+=|\s*$)")
     found = map(field.search, batch.descriptions)
-    return [match[1] if match else name for match, name in zip(found, batch.names, strict=True)]
+    return [match[1] if match else None for match in found]
+
+
+def _hash_signs(name: str) -> int:
+    """Length of the run of # in names like `a#2`, which numbered duplicates must not meet."""
+    found = HASH_SIGNS.search(name) if "#" in name else None
+    return min(len(found[1]), 127) if found else 0
 
 
 def stated_members(batch: FastaBatch) -> np.ndarray:
@@ -133,7 +182,8 @@ def stated_members(batch: FastaBatch) -> np.ndarray:
 
 def plain_names(names: pa.Array) -> pa.Array:
     """Names as MMseqs2 writes them: the accession of UniProt's `sp|P69905|HBA_HUMAN`."""
-    return pc.replace_substring_regex(names, UNIPROT_NAME, r"\1")
+    plain = pc.replace_substring_regex(names, MMSEQS_PREFIX, r"\1")
+    return pc.replace_substring_regex(plain, MMSEQS_NAME, r"\1")
 
 
 def accessions(names: pa.Array) -> pa.Array:

@@ -54,7 +54,13 @@ class BucketReport(TypedDict):
 
 
 def write_bucket(
-    bucket: int, records: pa.Table, folder: Path, *, block_residues: int, one_each: bool
+    bucket: int,
+    records: pa.Table,
+    folder: Path,
+    *,
+    block_residues: int,
+    one_each: bool,
+    number_sign: str,
 ) -> BucketReport:
     """Write the shards of one bucket and report on each.
 
@@ -63,11 +69,13 @@ def write_bucket(
         folder: where the shards go.
         block_residues: a block closes when it holds at least this many residues.
         one_each: every record is its own cluster, also where names repeat.
+        number_sign: what stands before the number of a repeated name; no name of the input has it
+            before digits at its end.
     """
     records = records.combine_chunks()
     order = _corpus_order(records)
     names = records.drop_columns("residues").take(order)
-    names, renamed = _number_duplicates(names, one_each)
+    names, renamed = _number_duplicates(names, one_each, number_sign)
     heldout = names["heldout"].to_numpy()
     shards: list[ShardReport] = []
     split: Split
@@ -104,7 +112,7 @@ def _corpus_order(records: pa.Table) -> pa.Array:
     )
 
 
-def _number_duplicates(names: pa.Table, one_each: bool) -> tuple[pa.Table, int]:
+def _number_duplicates(names: pa.Table, one_each: bool, number_sign: str) -> tuple[pa.Table, int]:
     """Number the second and later records of one name within a cluster: `a`, `a#2`, `a#3`.
 
     With `one_each` they become clusters of their own under those names. Returns how many there are.
@@ -119,7 +127,7 @@ def _number_duplicates(names: pa.Table, one_each: bool) -> tuple[pa.Table, int]:
     for key in zip(names["cluster"].to_pylist(), names["id"].to_pylist(), strict=True):
         seen[key] += 1
         renamed += seen[key] > 1
-        unique.append(key[1] if seen[key] == 1 else f"{key[1]}#{seen[key]}")
+        unique.append(key[1] if seen[key] == 1 else f"{key[1]}{number_sign}{seen[key]}")
     for column in keys if one_each else ("id",):
         index = names.schema.get_field_index(column)
         names = names.set_column(index, column, pa.array(unique, pa.string()))

@@ -6,8 +6,9 @@ Only names and hashes are shuffled here, some 50 bytes a record; residues wait f
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,47 @@ from raptide.data.building.cleaning import KEPT, REASONS, CleaningSettings, reas
 from raptide.data.building.membership import join_membership, read_membership
 from raptide.data.building.notes import Notes, chunk_bucket, first_number
 from raptide.data.building.records import (
-    clusters_of_headers,
     marked_table,
     named_table,
     place,
     placed_table,
+    tagged_clusters,
 )
 from raptide.data.building.shuffle import range_bucket, shuffle
-from raptide.data.fasta import FastaBatch, FastaPart, read_fasta
+from raptide.data.fasta import FastaBatch, ReadingRules, read_fasta
+from raptide.data.fasta_text import FastaPart
+from raptide.errors import CorpusError
 
 SURVEY_BYTES = 256 << 20
 """Bytes of input whose names and hashes one task of a shuffle holds."""
 
-SUMS = {"residues": "length", "stated_members": "stated"}
+SUMS = {
+    "residues": "length",
+    "stated_members": "stated",
+    "latin1_headers": "latin1",
+    "tagged": "tagged",
+}
 """What is summed over the kept records, and the column it comes from."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What there is, and what is dropped."""
+
+    reasons: dict[str, int]
+    """Records of each of the REASONS."""
+
+    first: dict[str, int]
+    """The number of the first record of each reason that there is, less the kept ones."""
+
+    sums: dict[str, int]
+    """SUMS over the kept records."""
+
+    hash_signs: int
+    """Longest run of # before digits at the end of a name."""
+
+    listed_found: list[int]
+    """Of the listed held-out clusters, the `records.listed_hashes` of those that were met."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +76,12 @@ class Source:
 
     cluster_tag: str | None
     holdout_fraction: float
+    rules: ReadingRules
     listed: Any
-    """Object reference of the listed clusters' second hashes, [n] uint64, sorted."""
+    """Object reference of the listed clusters' `records.listed_hashes`, [n] uint64, sorted."""
+
+    strict_tables: bool
+    """Whether a table may name members that the input has not."""
 
     notes: Path
 
@@ -59,9 +91,10 @@ class Source:
 
         def read(batch: FastaBatch, first: int) -> pa.Table:
             placing = self._placing(self._clusters(batch, first, notes))
-            return marked_table(batch, first, placing, cleaning)
+            tags = tagged_clusters(batch, self.cluster_tag)
+            return marked_table(batch, first, placing, tags, cleaning)
 
-        return read_parts(self.parts, read)
+        return self.read(read)
 
     def placed(self, wanted: Callable[[pa.Table], np.ndarray]) -> ray.data.Dataset:
         """Every kept record in full (`records.placed_table`).
@@ -79,10 +112,15 @@ class Source:
                 keep[table_of_dropped["number"].to_numpy() - first] = False
             return table.filter(pa.array(keep))
 
-        return read_parts(self.parts, read)
+        return self.read(read)
+
+    def read(self, function: Callable[[FastaBatch, int], pa.Table]) -> ray.data.Dataset:
+        """Call the function with each batch of the input and the number of its first record."""
+        return read_parts(self.parts, self.rules, function)
 
     def _clusters(self, batch: FastaBatch, first: int, notes: Notes) -> list[str]:
-        clusters = list(clusters_of_headers(batch, self.cluster_tag))
+        tags = tagged_clusters(batch, self.cluster_tag)
+        clusters = [tag or name for tag, name in zip(tags, batch.names, strict=True)]
         for table in notes.read(first, len(clusters)):
             numbers = (table["number"].to_numpy() - first).tolist()
             for index, cluster in zip(numbers, table["cluster"].to_pylist(), strict=True):
@@ -94,7 +132,7 @@ class Source:
 
 
 def read_parts(
-    parts: Sequence[FastaPart], function: Callable[[FastaBatch, int], pa.Table]
+    parts: Sequence[FastaPart], rules: ReadingRules, function: Callable[[FastaBatch, int], pa.Table]
 ) -> ray.data.Dataset:
     """Call the function with each batch of the parts and the number of its first record, lazily."""
 
@@ -102,7 +140,7 @@ def read_parts(
     def read(rows: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         for index in rows["item"].tolist():
             first = first_number(index)
-            for batch in read_fasta(parts[index]):
+            for batch in read_fasta(parts[index], rules=rules):
                 yield function(batch, first)
                 first += len(batch.names)
 
@@ -110,8 +148,8 @@ def read_parts(
     return indices.map_batches(read, batch_size=1)
 
 
-def survey(source: Source, cleaning: CleaningSettings, input_bytes: int) -> dict[str, int]:
-    """Write the notes; returns how many records there are of each reason, and the SUMS.
+def survey(source: Source, cleaning: CleaningSettings, input_bytes: int) -> Survey:
+    """Write the notes.
 
     Raises:
         FastaError: a file is no protein FASTA.
@@ -127,32 +165,57 @@ def survey(source: Source, cleaning: CleaningSettings, input_bytes: int) -> dict
 
     by_content = partial(_range_of, "content", buckets)
     marked = shuffle(source.marked(cleaning), buckets, by_content, mark).materialize()
-    total = dict.fromkeys([*REASONS, *SUMS], 0)
+    total = Survey(dict.fromkeys(REASONS, 0), {}, dict.fromkeys(SUMS, 0), 0, [])
     for table in marked.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for totals in table["totals"].drop_null().to_pylist():
-            total = {name: count + totals[name] for name, count in total.items()}
-    if total[REASONS[KEPT]] < sum(total[reason] for reason in REASONS):
+        for found in table["found"].drop_null().to_pylist():
+            total = _add(total, Survey(**json.loads(found)))
+    if total.first:
         dropped = marked.map_batches(_dropped, batch_format="pyarrow", batch_size=None)
         _write_notes(source.notes, "dropped", dropped, buckets)
     return total
 
 
 def _dropped_and_totals(records: pa.Table, reasons: np.ndarray) -> pa.Table:
-    """A row with the number of each dropped record, and one with how many there are of each reason
-    and the sums over what is kept."""
+    """A row with the number of each dropped record, and one with the Survey of these records."""
+    numbers, kept = records["number"].to_numpy(), reasons == KEPT
     counts = np.bincount(reasons, minlength=len(REASONS)).tolist()
-    totals = dict(zip(REASONS, counts, strict=True))
-    for total, column in SUMS.items():
-        totals[total] = int(records[column].to_numpy()[reasons == KEPT].sum())
-    dropped = records["number"].to_numpy()[reasons != KEPT]
+    listed = np.unique(records["listed"].to_numpy())
+    found = Survey(
+        reasons=dict(zip(REASONS, counts, strict=True)),
+        first={
+            reason: int(numbers[reasons == index].min())
+            for index, reason in enumerate(REASONS)
+            if index != KEPT and counts[index]
+        },
+        sums={
+            total: int(records[column].to_numpy(zero_copy_only=False)[kept].sum())
+            for total, column in SUMS.items()
+        },
+        hash_signs=int(records["hashes"].to_numpy().max(initial=0)),
+        listed_found=listed[listed != 0].tolist(),
+    )
+    dropped = numbers[~kept]
     return pa.table(
-        {"number": [*dropped, None], "totals": [None] * len(dropped) + [totals]},
-        schema=pa.schema(
-            [
-                ("number", pa.int64()),
-                ("totals", pa.struct([(name, pa.int64()) for name in totals])),
-            ]
-        ),
+        {
+            "number": [*dropped, None],
+            "found": [None] * len(dropped) + [json.dumps(asdict(found))],
+        },
+        schema=pa.schema([("number", pa.int64()), ("found", pa.large_string())]),
+    )
+
+
+def _add(one: Survey, other: Survey) -> Survey:
+    first = dict(other.first)
+    for reason, number in one.first.items():
+        first[reason] = min(number, first.get(reason, number))
+    return Survey(
+        reasons={name: count + other.reasons[name] for name, count in one.reasons.items()},
+        first=first,
+        sums={name: count + other.sums[name] for name, count in one.sums.items()},
+        hash_signs=max(one.hash_signs, other.hash_signs),
+        listed_found=np.union1d(
+            np.array(one.listed_found, np.uint64), np.array(other.listed_found, np.uint64)
+        ).tolist(),
     )
 
 
@@ -168,13 +231,20 @@ def _note_clusters(source: Source, buckets: int) -> None:
             yield from read_membership(str(file))
 
     lines = ray.data.from_items(list(source.tables), override_num_blocks=len(source.tables))
-    rows = read_parts(source.parts, named_table).union(lines.map_batches(read, batch_size=1))
+    rows = source.read(named_table).union(lines.map_batches(read, batch_size=1))
     by_name = partial(_range_of, "name_hash", buckets)
-    joined = shuffle(rows, buckets, by_name, lambda bucket, table: join_membership(table))
-    _write_notes(source.notes, "cluster", joined, buckets)
+    strict = source.strict_tables
+    joined = shuffle(rows, buckets, by_name, lambda bucket, table: join_membership(table, strict))
+    if not _write_notes(source.notes, "cluster", joined, buckets):
+        raise CorpusError(
+            "No line of the cluster tables names a record of the input; give the table that "
+            "belongs to these files."
+        )
 
 
-def _write_notes(folder: Path, kind: str, notes: ray.data.Dataset, buckets: int) -> None:
+def _write_notes(folder: Path, kind: str, notes: ray.data.Dataset, buckets: int) -> int:
+    """Returns how many there are."""
+
     def write(bucket: int, table: pa.Table) -> pa.Table:
         Notes(folder, kind).write(table)
         return pa.table({"notes": [table.num_rows]})
@@ -182,7 +252,7 @@ def _write_notes(folder: Path, kind: str, notes: ray.data.Dataset, buckets: int)
     def by_chunk(table: pa.Table) -> np.ndarray:
         return chunk_bucket(table["number"], buckets)
 
-    shuffle(notes, buckets, by_chunk, write).take_all()
+    return sum(row["notes"] for row in shuffle(notes, buckets, by_chunk, write).take_all())
 
 
 def _range_of(column: str, buckets: int, table: pa.Table) -> np.ndarray:
