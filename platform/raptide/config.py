@@ -126,8 +126,9 @@ def _parse_value(text: str, annotation: Any) -> Any:
     """What the value of an override means for a field of this type."""
     if text.strip() in ("", "null", "~"):
         return None
-    nested = text.lstrip().startswith(("[", "{"))
-    if _takes(annotation, str) and not (nested and _takes(annotation, list, tuple, dict)):
+    nested = text.lstrip().startswith(("[", "{")) and _takes(annotation, list, tuple, dict)
+    textual = _takes(annotation, str) or not _takes(annotation, int, float)
+    if textual and annotation is not None and not nested:
         return text
     try:
         return _parse_yaml(text)

@@ -1,6 +1,7 @@
 """The jobs as a user runs them, in an empty folder; what goes beyond a refusal in processes."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 from conftest import ROOT
 from in_process import job_in_process
 
-from raptide import Corpus, Engine
+from raptide import ConfigError, Corpus, Engine
+from raptide.cluster import ray_session
 from raptide.data.fasta import read_fasta
 from raptide.model.config import ModelSettings
 from raptide.model.formats.detect import write_weights
@@ -247,3 +249,66 @@ def test_build_and_embed_a_users_own_file(demo, tmp_path, proteome):
     np.testing.assert_allclose(
         table["embedding"][0].as_py(), engine.embed([sequence])[0], atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("build_corpus.py", ["--input", "a.fasta", "--output", "a.fasta/c"], "which is a file"),
+        ("build_corpus.py", ["--input", "pipe", "--output", "c"], "a pipe or a device"),
+        (
+            "build_corpus.py",
+            ["--input", "a.fasta", "--clusters", "none.tsv", "--output", "c"],
+            "none.tsv is not there",
+        ),
+        (
+            "pretrain_model.py",
+            ["--config", ROOT / "jobs/recipes/demo.yaml", "--output", "a.fasta/run"],
+            "which is a file",
+        ),
+        ("fetch_corpus.py", ["swissprot", "--output", "a.fasta/x"], "which is a file"),
+    ],
+)
+def test_places_that_cannot_work_are_refused_before_anything_starts(
+    name, arguments, message, tmp_path
+):
+    (tmp_path / "a.fasta").write_text(">a\nMKLV\n")
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.iterdir())
+    done = job_in_process(name, *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_temporary_folder_too_long_for_rays_sockets_is_refused(monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "x" * 60)
+    with (
+        pytest.raises(ConfigError, match=r"at most 3\d bytes, but /tmp/x+ has 65; set RAY_TMPDIR"),
+        ray_session(num_cpus=2),
+    ):
+        pass
+
+
+def test_overrides_stand_on_both_sides_of_options(tmp_path):
+    config = ["--config", ROOT / "jobs/recipes/demo.yaml"]
+    arguments = ["training.steps=07", *config, "corpus=gone #2", "--dry-run", "model.layers=2"]
+    done = job_in_process("pretrain_model.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "gone #2 holds no finished corpus" in done.stderr
+
+
+def test_records_that_are_no_proteins_are_left_out_of_embeddings(demo, tmp_path):
+    (tmp_path / "a.fasta").write_text(">ok\nMKLV\n>cut\nMK*VV\n>na mol:na\nACGT\n>bad\nM1\n")
+    done = job(
+        *("embed_proteins.py", "--model", demo[0] / "bundle", "--input", "a.fasta"),
+        *("--output", "new/e.parquet", "--stop-codons", "split", "--bad-letters", "drop"),
+        *("--nucleotides", "drop"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Left out 2 records that are no proteins" in done.stdout
+    table = pq.read_table(tmp_path / "new/e.parquet")
+    assert table["id"].to_pylist() == ["ok", "cut/1-2", "cut/4-5"]
+    assert table["length"].to_pylist() == [4, 2, 2]

@@ -117,6 +117,13 @@ def test_a_finished_run_is_neither_resumed_nor_overwritten_silently(whole, corpu
     assert whole.bundle.exists(), "a replacement that was refused has deleted the run"
 
 
+@pytest.mark.parametrize("name", ["run[1]", "a*", "b?"])
+def test_a_folder_that_deepspeed_would_take_for_a_pattern_is_refused(corpus, tmp_path, name):
+    with pytest.raises(ConfigError, match="A run folder's path may not hold"):
+        prepare_run(as_recipe(make_recipe(corpus)), tmp_path / name / "run")
+    assert not (tmp_path / name).exists()
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
 def test_no_run_starts_on_a_damaged_corpus(corpus, tmp_path, damage):
     copy = tmp_path / "corpus"
