@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 HOPS = {
-    # Nothing of ours blocks an event loop, so whoever sends needs none beside it.
+    # Nothing of ours blocks an event loop, so a sender needs none beside it.
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     # gRPC would take no message above 4 MB.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),

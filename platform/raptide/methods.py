@@ -1,4 +1,4 @@
-"""The choices that calls offer, by name; without torch, for those who only pass them on."""
+"""The choices that calls offer, by name. This module needs no torch: clients only pass them on."""
 
 from typing import Literal
 

@@ -50,7 +50,7 @@ class Waiting:
 
 @dataclass
 class Batch:
-    """What was computed together, for whoever measures."""
+    """What was computed together, for the metrics."""
 
     tokens: int
     pieces: int

@@ -106,7 +106,7 @@ class Replica:
         return {"pending_tokens": float(self._batcher.pending_tokens)}
 
     async def process(self) -> dict[str, Any]:
-        """Who this is: for those who kill replicas, weigh them, or see how work is shared."""
+        """This process and what it holds, for tests that kill replicas or weigh them."""
         memory = psutil.Process().memory_full_info()
         return {
             "pid": os.getpid(),

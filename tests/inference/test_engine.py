@@ -303,3 +303,37 @@ def test_batches_hold_everything_once_within_the_budget(lengths, budget):
 def test_lineage_travels_with_the_engine(engine):
     assert engine.lineage == {"step": 1}
     assert math.isfinite(engine.max_residues)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e: e.score_variants("MKLV", ["M1A", float("nan")]), "string like A42G, but nan"),
+        (lambda e: e.score_variants("MKLV", [None]), "string like A42G, but None"),
+        (lambda e: e.score_variants("MKLV", {"a": "M1A"}), r"dict was given: use list"),
+        (lambda e: e.score_variants("MKLV", ["M1234567890A"]), "position 123456789... is outside"),
+        (lambda e: e.score_variants("MKLV", [f"M{'9' * 5000}A"]), "position 999999999... is out"),
+        (lambda e: e.score_variants("MKLV", ["M000A"]), "position 0 is outside"),
+        (lambda e: e.embed({"a": "MKLV"}), r"dict was given: use list\(it.values\(\)\)"),
+        (lambda e: e.embed({"MKLV"}), "set was given, which has no order"),
+        (lambda e: e.embed(["MKLV", float("nan")]), "Sequence 1: a string .* but a float"),
+    ],
+)
+def test_what_is_no_list_of_strings_is_one_sentence(engine, call, message):
+    with pytest.raises(SequenceError, match=message) as caught:
+        call(engine)
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layers", [1, -1, "1", None, [1.5], [True], ["a"], [], np.array([])])
+def test_layers_that_are_none_are_one_sentence(engine, layers):
+    with pytest.raises(ConfigError, match="layer"):
+        engine.embed(["MKLV"], layers=layers)
+
+
+def test_layers_and_variants_come_from_numpy_too(engine):
+    expected = engine.embed(["MKLV"], layers=(1, -1))
+    np.testing.assert_array_equal(engine.embed(["MKLV"], layers=np.array([1, -1])), expected)
+    variants = np.array(["M1A", "M0001A"])
+    assert len(set(engine.score_variants("MKLV", variants).tolist())) == 1

@@ -1,1 +1,5 @@
-"""From a bundle to numbers: strings in, numpy arrays out. Knows neither Ray nor HTTP."""
+"""The engine: one loaded model that answers. It knows neither Ray nor HTTP.
+
+In: protein sequences as strings. Out: embeddings, logits, contacts and scores as numpy arrays.
+The way: inputs, batching, windows, forward, scoring, engine.
+"""

@@ -17,7 +17,7 @@ windows (`long="window"`); `inference/windows.py` tells how.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, overload
@@ -25,9 +25,9 @@ from typing import Any, Literal, TypeVar, get_args, overload
 import numpy as np
 import torch
 
-from raptide.errors import BundleError, ConfigError, SequenceError
+from raptide.errors import BundleError, ConfigError
 from raptide.inference.forward import Forward
-from raptide.inference.inputs import read_ahead, read_sequences
+from raptide.inference.inputs import read_ahead, read_sequences, refuse_no_list
 from raptide.inference.scoring import (
     log_likelihood,
     log_softmax,
@@ -155,9 +155,7 @@ class Engine:
             ConfigError: the model has no such layer.
         """
         _check("pooling", pooling, Pooling)
-        if not layers:
-            raise ConfigError("At least one layer must be asked for; the last one is -1.")
-        wanted = [self._layer(layer) for layer in layers]
+        wanted = self._layers(layers)
 
         def compute(residues: list[np.ndarray]) -> list[np.ndarray]:
             found = self._forward.represent(residues, wanted, pooling)
@@ -270,15 +268,15 @@ class Engine:
             method: "wt-marginals" reads log p(mutant) - log p(wild type) off one unmasked pass;
                 "masked-marginals" off passes with each changed position masked in turn; both add up
                 over a variant's positions. "pseudo-ppl" is the difference of the pseudo log
-                likelihoods of whole sequences, a pass per residue and variant (fair-esm gives that
-                of the mutant alone, which differs by a constant). Meier et al., NeurIPS 2021.
+                likelihoods of whole sequences, a pass per residue and variant. (fair-esm's own
+                script compares each position with the residue before it, so its numbers are not
+                these.) Meier et al., NeurIPS 2021.
 
         Raises:
             SequenceError: as in `embed`; or a variant does not fit the sequence.
         """
         _check("method", method, VariantMethod)
-        if isinstance(variants, str):
-            raise SequenceError("A list of variants is needed, but one string was given: use [it].")
+        refuse_no_list(variants, "variants")
         (residues,) = read_sequences([sequence], self._limit(long))
         changes = [parse_variant(variant, residues) for variant in variants]
         if method == "pseudo-ppl":
@@ -362,7 +360,18 @@ class Engine:
         _check("long", long, Long)
         return float("inf") if long == "window" else self.max_residues
 
+    def _layers(self, layers: Sequence[int]) -> list[int]:
+        if not isinstance(layers, Iterable) or isinstance(layers, str):
+            raise ConfigError(f"layers must be a list such as (-1,), but {layers!r} was given.")
+        wanted = [self._layer(layer) for layer in layers]
+        if not wanted:
+            raise ConfigError("At least one layer must be asked for; the last one is -1.")
+        return wanted
+
     def _layer(self, layer: int) -> int:
+        if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
+            raise ConfigError(f"A layer is a whole number, but {layer!r} was given.")
+        layer = int(layer)
         last = self.model.settings.layers
         index = layer + last + 1 if layer < 0 else layer
         if not 0 <= index <= last:

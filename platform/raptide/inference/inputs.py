@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import numpy as np
 
@@ -16,9 +16,28 @@ def read_sequences(sequences: Sequence[str], limit: float) -> list[np.ndarray]:
     Raises:
         SequenceError: one is empty, longer than `limit` residues, or holds what is no residue.
     """
-    if isinstance(sequences, str):
-        raise SequenceError("A list of sequences is needed, but one string was given: use [it].")
+    refuse_no_list(sequences, "sequences")
     return [_read(sequence, index, limit) for index, sequence in enumerate(sequences)]
+
+
+def refuse_no_list(given: object, what: str) -> None:
+    """What looks like a list and is none would be read letter by letter, by key or in any order.
+
+    Raises:
+        SequenceError: `given` is a string, a mapping or a set.
+    """
+    if isinstance(given, str):
+        raise SequenceError(f"A list of {what} is needed, but one string was given: use [it].")
+    if isinstance(given, Mapping):
+        raise SequenceError(
+            f"A list of {what} is needed, but a {type(given).__name__} was given: use "
+            "list(it.values())."
+        )
+    if isinstance(given, Set):
+        raise SequenceError(
+            f"A list of {what} is needed, but a {type(given).__name__} was given, which has no "
+            "order: use sorted(it)."
+        )
 
 
 def read_ahead(sequences: Iterator[str], limit: float, budget: int) -> Iterator[list[np.ndarray]]:

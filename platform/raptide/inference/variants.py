@@ -12,6 +12,9 @@ from raptide.errors import SequenceError
 
 SUBSTITUTION = re.compile(r"([A-Za-z])([0-9]+)([A-Za-z])")
 
+MOST_DIGITS = 9
+"""Of a position: no protein has more residues."""
+
 
 @dataclass(frozen=True)
 class Substitution:
@@ -31,6 +34,10 @@ def parse_variant(variant: str, residues: np.ndarray) -> list[Substitution]:
         SequenceError: it is no such notation, or does not fit the sequence; the message names the
             variant, the position, and the letters expected and found.
     """
+    if not isinstance(variant, str):
+        raise SequenceError(
+            f"A variant is a string like A42G, but {variant!r} was given; leave missing ones out."
+        )
     found = [_parse(variant, part.strip(), residues) for part in variant.split(":")]
     positions = [each.position for each in found]
     if len(set(positions)) < len(positions):
@@ -56,11 +63,14 @@ def _parse(variant: str, part: str, residues: np.ndarray) -> Substitution:
             f"A substitution is written like A42G (several joined by ':'), but {part!r} was given "
             f"in variant {variant!r}."
         )
-    old, position, new = match[1], int(match[2]), match[3]
+    old, digits, new = match[1], match[2].lstrip("0"), match[3]
+    position = int(digits or 0) if len(digits) <= MOST_DIGITS else 0
     if not 1 <= position <= len(residues):
+        shown = digits or "0"
+        shown = shown if len(shown) <= MOST_DIGITS else f"{shown[:MOST_DIGITS]}..."
         raise SequenceError(
-            f"Variant {variant!r}: position {position} is outside the sequence, whose residues are "
-            f"numbered 1 to {len(residues)}."
+            f"Variant {variant[:40]!r}: position {shown} is outside the sequence, whose residues "
+            f"are numbered 1 to {len(residues)}."
         )
     wild_type, mutant = (int(encode_residues(letter)[0]) for letter in (old, new))
     if residues[position - 1] != wild_type:

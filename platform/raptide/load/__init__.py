@@ -1,1 +1,5 @@
-"""Load on a deployed endpoint, and how it copes. Needs neither torch nor Ray."""
+"""Load on a deployed endpoint, and how it copes. It needs neither torch nor Ray.
+
+In: an address and proteins. Out: throughput, latency and errors, level by level.
+The way: requests, levels, report.
+"""

@@ -1,7 +1,7 @@
 """Notes: what one pass over the input finds out about single records, kept for the next pass.
 
 A record's number is its part's number and its place within the part. Notes lie in one small file
-for each 2^18 numbers, so that whoever reads a part again reads its notes beside it, and no process
+for each 2^18 numbers: a task that reads a part again reads its notes beside it, and no process
 holds those of the whole input.
 """
 

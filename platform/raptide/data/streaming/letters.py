@@ -1,6 +1,6 @@
 """How often each residue letter occurs in what is trained on, counted by Ray Data.
 
-Whoever runs a task imports the module of its function, so this one stays free of torch.
+A worker that runs a task imports the module of its function, so this one stays free of torch.
 """
 
 from __future__ import annotations
