@@ -45,7 +45,15 @@ class Ece:
     @classmethod
     def of_sums(cls, nats: Sequence[float], targets: Sequence[float]) -> Ece:
         """From the summed nats and the number of residues, of all chosen and of the masked."""
-        return cls(*(math.exp(n / max(t, 1)) for n, t in zip(nats, targets, strict=True)))
+        return cls(*(_ece(n / max(t, 1)) for n, t in zip(nats, targets, strict=True)))
+
+
+MOST_NATS = 700.0
+"""A model so bad that its ECE is no float any more still has one: exp of this, about 1e304."""
+
+
+def _ece(mean_nats: float) -> float:
+    return math.exp(min(mean_nats, MOST_NATS))
 
 
 LENGTHS = (128, 256, 512)
@@ -187,7 +195,7 @@ class HeldoutEvaluator:
             ece=Ece.of_sums(nats[:2], targets[:2]),
             accuracy=right.item() / max(targets[1], 1),
             by_length={
-                name: math.exp(n / t)
+                name: _ece(n / t)
                 for name, n, t in zip(_bucket_names(), nats[2:], targets[2:], strict=True)
                 if t
             },
