@@ -92,17 +92,23 @@ def register(api: FastAPI) -> None:
 
     @api.exception_handler(Refusal)
     async def refused(request: Request, error: Refusal) -> JSONResponse:
-        return error.response()
+        return _answer(request, error)
 
     @api.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        answer = invalid(None, f"{error.detail}.", error.status_code).response()
+        answer = _answer(request, invalid(None, f"{error.detail}.", error.status_code))
         answer.headers.update(error.headers or {})
         return answer
 
     @api.exception_handler(RequestValidationError)
     async def misfit(request: Request, error: RequestValidationError) -> JSONResponse:
-        return invalid(*describe(error.errors()[0])).response()
+        return _answer(request, invalid(*describe(error.errors()[0])))
+
+
+def _answer(request: Request, refusal: Refusal) -> JSONResponse:
+    """Its answer, with its type in the books (guard.py): docs and dashboard go by the type."""
+    request.state.books.kind = refusal.kind
+    return refusal.response()
 
 
 def describe(problem: Any) -> tuple[str, str]:

@@ -147,7 +147,13 @@ def test_a_full_queue_refuses_and_recovers():
         await asyncio.gather(first, *tasks)
         assert batcher.queued_tokens == 0
         assert (await batcher.submit(EMBED, pieces(90))).values == [90]
-        assert batcher.drain_s >= 0
+        assert batcher.drain_s == 0, "nothing waits"
+        recorder.open.clear()
+        waiting = asyncio.ensure_future(batcher.submit(EMBED, pieces(90, 90)))
+        await asyncio.sleep(0.05)
+        assert batcher.drain_s > 0
+        recorder.open.set()
+        await waiting
 
     run(scenario)
 
