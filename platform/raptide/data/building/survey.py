@@ -90,8 +90,8 @@ class Source:
         notes = Notes(self.notes, "cluster")
 
         def read(batch: FastaBatch, first: int) -> pa.Table:
-            placing = self._placing(self._clusters(batch, first, notes))
             tags = tagged_clusters(batch, self.cluster_tag)
+            placing = self._placing(self._clusters(batch, first, tags, notes))
             return marked_table(batch, first, placing, tags, cleaning)
 
         return self.read(read)
@@ -105,7 +105,8 @@ class Source:
         notes, dropped = Notes(self.notes, "cluster"), Notes(self.notes, "dropped")
 
         def read(batch: FastaBatch, first: int) -> pa.Table:
-            clusters = self._clusters(batch, first, notes)
+            tags = tagged_clusters(batch, self.cluster_tag)
+            clusters = self._clusters(batch, first, tags, notes)
             table = placed_table(batch, pa.array(clusters, pa.string()), self._placing(clusters))
             keep = wanted(table)
             for table_of_dropped in dropped.read(first, len(clusters)):
@@ -118,8 +119,9 @@ class Source:
         """Call the function with each batch of the input and the number of its first record."""
         return read_parts(self.parts, self.rules, function)
 
-    def _clusters(self, batch: FastaBatch, first: int, notes: Notes) -> list[str]:
-        tags = tagged_clusters(batch, self.cluster_tag)
+    def _clusters(
+        self, batch: FastaBatch, first: int, tags: list[str | None], notes: Notes
+    ) -> list[str]:
         clusters = [tag or name for tag, name in zip(tags, batch.names, strict=True)]
         for table in notes.read(first, len(clusters)):
             numbers = (table["number"].to_numpy() - first).tolist()
