@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raptide.alphabet import RESIDUES, decode_residues, decode_sequences
+from raptide.data import fasta_text
 from raptide.data.fasta import FLAWS, ReadingRules, locate, read_fasta
 from raptide.data.fasta_text import FastaPart, split_fasta
 from raptide.errors import FastaError
@@ -257,3 +258,17 @@ def test_the_place_of_a_record_is_found_again(write):
     assert [locate(FastaPart(str(path)), index, rules) for index in range(4)] == [
         *(("a", 1), ("b/1-2", 4), ("b/4-5", 4), ("c", 6))
     ]
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2, 3, 7, 20, 64])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_records_are_whole_wherever_pieces_end(write, monkeypatch, piece_bytes, compress):
+    monkeypatch.setattr(fasta_text, "PIECE_BYTES", piece_bytes)
+    lengths = generator().integers(1, 40, 60)
+    expected = [(f"r{n}", f"caf\xe9 > {n}", "W" * int(size)) for n, size in enumerate(lengths)]
+    text = "".join(f">{name} {rest}\r\n{letters}\n\n" for name, rest, letters in expected)
+    path = write(compress(text.encode("latin-1")))
+    assert read(path) == expected
+    (tmp := path.with_name("bad.fasta")).write_bytes(compress((text + ">x\nM1\n").encode()))
+    with pytest.raises(FastaError, match=r":181: record 'x'"):
+        read(tmp)
