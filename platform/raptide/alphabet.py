@@ -36,6 +36,7 @@ BAD_RESIDUE = 0xFF
 """What `RESIDUE_IDS` holds for a byte that is no residue letter."""
 
 WHITE_SPACE = b" \t\r\n"
+_NO_BLANKS = dict.fromkeys(WHITE_SPACE)
 
 
 def _residue_table() -> bytes:
@@ -116,10 +117,15 @@ LETTERS = bytes.maketrans(
 """256 bytes: residue id to ASCII letter, for `bytes.translate`."""
 
 
+def drop_blanks(letters: str) -> str:
+    """The letters that are looked up, without the white space a sequence may hold."""
+    return letters.translate(_NO_BLANKS)
+
+
 def translate_letters(letters: str) -> bytes:
     """Letters to residue ids by the rule above, unchecked: what is no residue is BAD_RESIDUE."""
     ids = letters.encode("ascii", "replace").translate(RESIDUE_IDS, WHITE_SPACE)
-    if ids.endswith(b"\xff") and letters.rstrip().endswith("*"):
+    if ids.endswith(b"\xff") and letters.rstrip(WHITE_SPACE.decode()).endswith("*"):
         return ids[:-1]
     return ids
 
@@ -170,7 +176,7 @@ def count_letters(residues: np.ndarray) -> np.ndarray:
 
 def describe_bad_residue(letters: str, index: int) -> str:
     """One sentence about the `index`-th non-blank character of `letters`."""
-    character = "".join(c for c in letters if c not in " \t\r\n")[index]
+    character = drop_blanks(letters)[index]
     shown = repr(character) if character.isprintable() else f"the character {ord(character):#04x}"
     return (
         f"Residues are the letters A to Z, but position {index + 1} holds {shown}; "

@@ -79,6 +79,9 @@ def contents(draw):
 @example(b">a\r\nMKWL\r\n>b\r\nWWL\r\n", 5)
 @example(b">a\nMK\n>", 4)
 @example(b">a\nMKW\n>b\n>c\nMKW\n", 9)
+@example(b">a\nMK\x0b\n", 5)
+@example(b">a\nMK*\x0c\n", 5)
+@example(b">a\nMK\x1c\x85\n", 5)
 def test_every_record_is_read_as_it_stands_or_refused(tmp_path_factory, content, part_bytes):
     path = tmp_path_factory.getbasetemp() / "fuzz.fasta"
     path.write_bytes(content)

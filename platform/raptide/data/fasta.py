@@ -18,11 +18,11 @@ from raptide.alphabet import (
     FIRST_RESIDUE,
     RESIDUES,
     describe_bad_residue,
+    drop_blanks,
     translate_batch,
 )
 from raptide.config import Settings
 from raptide.data.fasta_text import (
-    BLANKS,
     LONGEST,
     FastaPart,
     Record,
@@ -177,7 +177,7 @@ def _judge_letters(
     ends = np.cumsum(batch.lengths)
     fragments: dict[int, list[tuple[int, str]]] = {}
     for index in np.unique(np.searchsorted(ends, bad, side="right")).tolist():
-        letters = BLANKS.sub("", records[index].letters)
+        letters = drop_blanks(records[index].letters)
         only_stops = not re.search(r"[^A-Za-z*.]", letters)
         if (rules.stop_codons if only_stops else rules.bad_letters) == "refuse":
             start = ends[index] - batch.lengths[index]
