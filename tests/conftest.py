@@ -31,6 +31,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Any will do for the S3 server that tests start; Ray's workers inherit them.
 os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
+# Clusters of several nodes are looked at as often as Ray on one machine is.
+os.environ |= {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+}
+
 # A token of the session's own, so that tests write nothing into the user's home.
 _token = Path(tempfile.mkdtemp(prefix="raptide-test-")) / "token"
 _token.write_text(secrets.token_hex(32))

@@ -42,6 +42,9 @@ def ray_session(*, num_cpus: int, verbose: bool = False) -> Iterator[None]:
     # Ray Train asks the dashboard, which a local Ray does not start, for its state every second.
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
     before = signal.getsignal(signal.SIGTERM)
+    if not joins_cluster():
+        # A poll takes one checkpoint's report off the queue; every two seconds is for many nodes.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     if joins_cluster():
         package = str(Path(__file__).parent)
         ray.init(runtime_env={"py_modules": [package]}, log_to_driver=verbose, logging_level=level)

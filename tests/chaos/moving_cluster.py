@@ -18,8 +18,12 @@ TRAINER = "trainer"
 
 # Before Ray is imported: it reads these once.
 os.environ |= {
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    # A dead node is known after some 4 s and not 15, and its place is not waited for.
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
     "WANDB_MODE": "offline",

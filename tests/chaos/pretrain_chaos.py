@@ -3,7 +3,7 @@
     python tests/chaos/pretrain_chaos.py
     python tests/chaos/pretrain_chaos.py --events 20 --zero-stage 3 --seed 5 --json chaos.json
 
-A run on two workers that nothing happens to is compared with one on one to four workers, to which
+A run on one worker that nothing happens to is compared with one on one to four workers, to which
 happen, at random steps: SIGKILL of a worker, death of a node, a node that is added, a node that is
 announced to go away. Both must train on the same rows in the same order and show the same losses.
 Everything runs on this machine, on nodes that Ray's `cluster_utils` starts.
@@ -61,7 +61,7 @@ def main() -> None:
 
 def wreak_havoc(cluster: MovingCluster, scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
     corpus = proteome_corpus(scratch / "corpus")
-    quiet = run_recipe(chaos_recipe(corpus, args.steps, args.zero_stage, (2, 2)), scratch / "quiet")
+    quiet = run_recipe(chaos_recipe(corpus, args.steps, args.zero_stage, (1, 1)), scratch / "quiet")
     recipe = chaos_recipe(corpus, args.steps, args.zero_stage, (1, MOST_NODES))
     began = time.monotonic()
     wild, happened = run_among_events(cluster, recipe, scratch / "wild", args.events, args.seed)
@@ -107,7 +107,7 @@ def chaos_recipe(
     tree = {
         "name": "chaos",
         "corpus": str(corpus.path),
-        "stream": {"row_tokens": 1024, "crop_tokens": 256, "batch_rows": 12, "seed": 3},
+        "stream": {"row_tokens": 512, "crop_tokens": 256, "batch_rows": 12, "seed": 3},
         "model": {"layers": 2, "width": 64, "heads": 4},
         "optimizer": {"lr": 1e-3, "warmup_steps": 10},
         "training": {
@@ -121,7 +121,7 @@ def chaos_recipe(
             "workers": list(workers),
             "device": "cpu",
             "worker_resources": {} if anywhere else {TRAINER: 1},
-            "resize_check_s": 5,
+            "resize_check_s": 2,
             "max_failures": -1,
         },
         "checkpoint": {"every_steps": 5, "keep": 3},

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 def test_a_run_among_dying_and_new_nodes_is_the_quiet_run(tmp_path):
     script = ROOT / "tests/chaos/pretrain_chaos.py"
-    options = ["--events", "3", "--steps", "150", "--seed", "20", "--json", tmp_path / "chaos.json"]
+    options = ["--events", "3", "--steps", "140", "--seed", "20", "--json", tmp_path / "chaos.json"]
     done = subprocess.run(
         [sys.executable, script, *map(str, options)],
         capture_output=True,

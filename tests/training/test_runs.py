@@ -175,7 +175,7 @@ def logged(run: Path) -> set[tuple[int, int]]:
 
 def test_killed_and_hanging_workers_change_nothing(whole, corpus, tmp_path):
     results = []
-    recipe = as_recipe(make_recipe(corpus), hang_timeout_s=40)
+    recipe = as_recipe(make_recipe(corpus), hang_timeout_s=25)
     thread = threading.Thread(
         target=lambda: results.append(run_to_the_end(recipe, tmp_path / "run"))
     )
