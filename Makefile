@@ -1,6 +1,7 @@
 # make install   the environment, in .venv
 # make demo      the whole way on one machine; INPUT=my.fasta takes your own proteins
-# make test      the whole suite
+# make test      the suite but for what is marked thorough
+# make test-all  everything, and property tests with ten times as many examples
 # make check     format, lint, types, layering
 # make clean     everything the other targets made
 
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUT ?=
 
-.PHONY: install demo test check clean
+.PHONY: install demo test test-all check clean
 
 install: $(VENV)/.installed
 
@@ -23,7 +24,10 @@ demo: install
 	@exec $(BIN)/python jobs/run_demo.py $(if $(INPUT),--input '$(INPUT)')
 
 test: install
-	@exec $(BIN)/python -m pytest
+	@exec $(BIN)/python -m pytest -m 'not thorough'
+
+test-all: install
+	@exec $(BIN)/python -m pytest --hypothesis-profile thorough
 
 check: install
 	$(BIN)/ruff format --check .

@@ -21,7 +21,7 @@ from raptide.data.corpus import Corpus
 if TYPE_CHECKING:
     from raptide.training.trainer import RunResult
 
-pytest_plugins = ["endpoints"]  # fixtures of tests/serve
+pytest_plugins = ["budgets", "endpoints", "process_logs", "suite_times"]  # of tests/support
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,6 +1,7 @@
 import gzip
 import json
 import random
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -118,8 +119,6 @@ def test_records_of_one_name_are_clusters_of_their_own_without_a_tag(tmp_path):
 
 
 def test_damage_is_found_and_named(built, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(built.path, copy)
     Corpus.open(copy).verify()
@@ -142,10 +141,17 @@ def test_damage_is_found_and_named(built, tmp_path):
     shutil.copy(built.path / shard.name, shard)
     with pytest.raises(CorpusError, match=f"manifest.json is damaged: it says digest {'0' * 64}"):
         Corpus.open(copy).verify()
+
+
+def test_a_missing_shard_is_called_missing(built, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(built.path, copy)
+    shard = copy / built.manifest["shards"][0]["name"]
     shard.unlink()
-    with pytest.raises(CorpusError, match="no such file"):
+    with pytest.raises(CorpusError, match=f"{shard.name} is missing") as caught:
         Corpus.open(copy).verify()
-    with pytest.raises(CorpusError, match=f"{shard.name}, row group 0 cannot be read"):
+    assert "damaged" not in str(caught.value)
+    with pytest.raises(CorpusError, match=f"{shard.name} is missing"):
         Corpus.open(copy).read_block(built.blocks("train")[0])
 
 

@@ -5,7 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import event, example, given, settings
+from budgets import examples
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from raptide.alphabet import RESIDUES, decode_sequences
@@ -74,7 +75,7 @@ def contents(draw):
     return newline.join(lines) + newline * draw(st.integers(0, 2))
 
 
-@settings(max_examples=1500, deadline=None)
+@examples(500)
 @given(contents(), st.integers(1, 60))
 @example(b">a\r\nMKWL\r\n>b\r\nWWL\r\n", 5)
 @example(b">a\nMK\n>", 4)
@@ -97,7 +98,7 @@ def test_every_record_is_read_as_it_stands_or_refused(tmp_path_factory, content,
             assert read(parts) == expected
 
 
-@settings(max_examples=150, deadline=None)
+@examples(100)
 @given(st.lists(protein, min_size=20, max_size=60), st.data())
 def test_a_file_cut_in_the_middle_never_loses_a_record_in_silence(tmp_path_factory, proteins, data):
     path = tmp_path_factory.getbasetemp() / "cut.fasta.gz"

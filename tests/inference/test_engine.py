@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from budgets import examples
 from draws import generator, random_sequence, random_weights
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import EsmForMaskedLM
 
@@ -242,9 +243,7 @@ def families():
 CPU = torch.device("cpu")
 
 
-@settings(
-    max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@examples(500)
 @given(sequences=FUZZED, which=st.integers(0, 5), pooling=st.sampled_from(["mean", "bos"]))
 def test_any_letters_lengths_and_batches_give_finite_numbers(families, sequences, which, pooling):
     engine = families[which]

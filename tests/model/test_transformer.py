@@ -6,8 +6,9 @@ import textwrap
 
 import pytest
 import torch
+from budgets import examples
 from draws import pack, pad, random_tokens
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import EsmForMaskedLM, EsmModel
 from transformers_shapes import esm_config
@@ -101,7 +102,7 @@ SMALL = {
 }
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     family=st.sampled_from(sorted(SMALL)),
     lengths=st.lists(st.integers(3, 60), min_size=2, max_size=8),

@@ -165,6 +165,8 @@ class Corpus:
         try:
             with pq.ParquetFile(file, page_checksum_verification=True) as shard:
                 return ClusterRows.from_table(shard.read_row_group(block["row_group"], columns))
+        except FileNotFoundError:
+            raise _missing(file) from None
         except (OSError, pa.ArrowInvalid, IndexError) as error:
             raise CorpusError(
                 f"{file}, row group {block['row_group']} cannot be read ({error}); the corpus is "
@@ -185,6 +187,8 @@ class Corpus:
             for file, hoped, found in zip(files, expected, hashes, strict=True):
                 if found != hoped:
                     pool.shutdown(cancel_futures=True)
+                    if found is None:
+                        raise _missing(file)
                     raise CorpusError(
                         f"{file} is damaged: expected sha256 {hoped}, found {found}; build again."
                     )
@@ -242,8 +246,14 @@ def _joined(strings: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return offsets.astype(np.int64) - offsets[0], joined[offsets[0] : offsets[-1]]
 
 
-def _hash_of(file: Path) -> str:
-    return sha256_of_file(file) if file.is_file() else "no such file"
+def _hash_of(file: Path) -> str | None:
+    return sha256_of_file(file) if file.is_file() else None
+
+
+def _missing(file: Path) -> CorpusError:
+    return CorpusError(
+        f"{file} is missing, which the corpus's manifest names; copy it again, or build again."
+    )
 
 
 def sha256_of_file(path: Path) -> str:
