@@ -31,11 +31,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Any will do for the S3 server that tests start; Ray's workers inherit them.
 os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
-# Clusters of several nodes are looked at as often as Ray on one machine is.
-os.environ |= {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-}
+# Nodes are preempted in tests/chaos alone.
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
 
 # A token of the session's own, so that tests write nothing into the user's home.
 _token = Path(tempfile.mkdtemp(prefix="raptide-test-")) / "token"
@@ -57,9 +54,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     draws.seed_for(item.nodeid)
 
 
+PARTS = ["training", "chaos", "jobs", "data", "inference", "model", "client", "tests", "serve"]
+"""Parts of the suite, each in one process, the longest first. Serve comes last: it takes cores until
+its process ends, which training can use before."""
+
+
+def part_of(item: pytest.Item) -> str:
+    """Tests of a folder share a Ray and its fixtures, so they run in one process, in order."""
+    folders = item.path.relative_to(ROOT / "tests").parts[:-1]
+    if item.path.name == "test_chaos.py":  # it has a cluster of its own
+        return "chaos"
+    return folders[0] if folders else "tests"
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Serve comes last: it takes cores until the session ends, which training can use before."""
-    items.sort(key=lambda item: "proxy" in getattr(item, "fixturenames", ()))
+    items.sort(key=lambda item: PARTS.index(part_of(item)))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(part_of(item)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -28,11 +28,15 @@ def ray_session(*, num_cpus: int, verbose: bool = False) -> Iterator[None]:
 
     With RAY_ADDRESS set (as `ray job submit` does) the job joins that cluster and ships this
     package to its workers. Otherwise a Ray of its own starts on this machine with `num_cpus`
-    logical CPUs and is gone afterwards, whatever happens inside.
+    logical CPUs and is gone afterwards, whatever happens inside. Where this process has a Ray
+    already, as in a notebook, that one is used and left running.
 
     Args:
         verbose: show what workers print, and Ray's own messages.
     """
+    if ray.is_initialized():
+        yield
+        return
     level = logging.INFO if verbose else logging.ERROR
     for name in ("ray", "ray.train"):
         logging.getLogger(name).setLevel(level)

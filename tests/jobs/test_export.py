@@ -2,15 +2,12 @@
 
 import itertools
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT
 from in_process import job_in_process
 from safetensors.torch import load_file
 from transformers import EsmForMaskedLM
@@ -21,8 +18,7 @@ from raptide.model.formats.detect import read_weights
 
 
 def export(*arguments):
-    command = [sys.executable, ROOT / "jobs/export_model.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return job_in_process("export_model.py", *arguments, cwd=".")
 
 
 @pytest.fixture(scope="module")

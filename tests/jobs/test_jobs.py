@@ -1,7 +1,8 @@
-"""The jobs as a user runs them, in an empty folder; what goes beyond a refusal in processes."""
+"""The jobs in an empty folder; as processes of their own where that is what is tested."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,7 @@ import pytest
 from conftest import ROOT
 from in_process import job_in_process
 
-from raptide import ConfigError, Corpus, Engine
-from raptide.cluster import ray_session
+from raptide import Corpus, Engine
 from raptide.data.fasta import read_fasta
 from raptide.model.config import ModelSettings
 from raptide.model.formats.detect import write_weights
@@ -79,10 +79,9 @@ def test_help_teaches(path, tmp_path):
         ),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(name, arguments, message, tmp_path):
+def test_a_mistake_is_one_line_and_exit_code_2(name, arguments, message, cluster, tmp_path):
     (tmp_path / "a.fasta").write_text(">a\nMKLV\n>b\nMK1\n")
-    run = job if name == "build_corpus.py" else job_in_process  # that one finds out with Ray
-    done = run(name, *arguments, cwd=tmp_path)
+    done = job_in_process(name, *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
@@ -150,8 +149,8 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(demo):
     folder, _ = demo
     recipe = ["--config", ROOT / "jobs/recipes/demo.yaml", "--output", "runs/dry"]
     settings = ["corpus=corpora/demo", "cluster.workers=[1,4]", "evaluation.asynchronous=true"]
-    every = ["evaluation.every_steps=100"]
-    done = job("pretrain_model.py", *recipe, "--dry-run", *settings, *every, cwd=folder)
+    dry = [*recipe, "--dry-run", *settings, "evaluation.every_steps=100"]
+    done = job_in_process("pretrain_model.py", *dry, cwd=folder)
     assert done.returncode == 0, done.stderr
     for part in (
         "every file verified",
@@ -169,7 +168,7 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(demo):
     shard = next((folder / "corpora/demo").glob("heldout-*.parquet"))
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
-    damaged = job("pretrain_model.py", *recipe, "--dry-run", *settings, *every, cwd=folder)
+    damaged = job_in_process("pretrain_model.py", *dry, cwd=folder)
     shard.write_bytes(content)
     assert damaged.returncode == 2
     assert f"{shard.name} is damaged" in damaged.stderr
@@ -191,18 +190,18 @@ def test_sigterm_ends_a_job_and_its_ray(demo, tmp_path):
     assert_nothing_runs(tmp_path)
 
 
-def test_a_protein_too_long_for_the_model_is_named(tmp_path):
+def test_a_protein_too_long_for_the_model_is_named(cluster, tmp_path):
     model = Esm(ModelSettings(family="esm1b", layers=1, width=8, heads=2, max_positions=32))
     write_weights(tmp_path / "m", Weights.of(model.initialise(1)))
     (tmp_path / "a.fasta").write_text(">ok\nMKLV\n>long one\n" + "M" * 31 + "\n")
-    done = job(
+    done = job_in_process(
         *("embed_proteins.py", "--model", "m", "--input", "a.fasta", "--output", "e.parquet"),
         cwd=tmp_path,
     )
     assert done.returncode == 2
     assert "Record 'long' has 31 residues, but this model takes at most 30" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.fasta", "m"]
-    done = job(
+    done = job_in_process(
         *("embed_proteins.py", "--model", "m", "--input", "a.fasta", "--output", "e.parquet"),
         *("--long", "window"),
         cwd=tmp_path,
@@ -224,14 +223,14 @@ def test_build_and_embed_a_users_own_file(demo, tmp_path, proteome):
     assert corpus.digest[:16] in done.stdout
     picture = corpus.path / "corpus.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
-    done = job("build_corpus.py", "inspect", corpus.path, "--verify", cwd=tmp_path)
+    done = job_in_process("build_corpus.py", "inspect", corpus.path, "--verify", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"{corpus.manifest['counts']['train']['residues']:,} residues" in done.stdout
     assert "Verified: " in done.stdout
     shutil.copytree(corpus.path, tmp_path / "damaged")
     shard = tmp_path / "damaged" / corpus.manifest["shards"][0]["name"]
     shard.write_bytes(shard.read_bytes()[:-1])
-    done = job("build_corpus.py", "inspect", "damaged", "--verify", cwd=tmp_path)
+    done = job_in_process("build_corpus.py", "inspect", "damaged", "--verify", cwd=tmp_path)
     assert done.returncode == 2
     assert f"{shard.name} is damaged: expected sha256" in done.stderr
 
@@ -282,13 +281,14 @@ def test_places_that_cannot_work_are_refused_before_anything_starts(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_temporary_folder_too_long_for_rays_sockets_is_refused(monkeypatch):
-    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "x" * 60)
-    with (
-        pytest.raises(ConfigError, match=r"at most 3\d bytes, but /tmp/x+ has 65; set RAY_TMPDIR"),
-        ray_session(num_cpus=2),
-    ):
-        pass
+def test_a_temporary_folder_too_long_for_rays_sockets_is_refused(tmp_path):
+    (tmp_path / "a.fasta").write_text(">a\nMKLV\n")
+    arguments = ["--input", "a.fasta", "--output", "c"]
+    env = os.environ | {"RAY_TMPDIR": "/tmp/" + "x" * 60}
+    done = job("build_corpus.py", *arguments, cwd=tmp_path, env=env)
+    assert done.returncode == 2
+    assert re.search(r"at most 3\d bytes, but /tmp/x+ has 65; set RAY_TMPDIR", done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.fasta"]
 
 
 def test_overrides_stand_on_both_sides_of_options(tmp_path):
@@ -299,9 +299,9 @@ def test_overrides_stand_on_both_sides_of_options(tmp_path):
     assert "gone #2 holds no finished corpus" in done.stderr
 
 
-def test_records_that_are_no_proteins_are_left_out_of_embeddings(demo, tmp_path):
+def test_records_that_are_no_proteins_are_left_out_of_embeddings(demo, cluster, tmp_path):
     (tmp_path / "a.fasta").write_text(">ok\nMKLV\n>cut\nMK*VV\n>na mol:na\nACGT\n>bad\nM1\n")
-    done = job(
+    done = job_in_process(
         *("embed_proteins.py", "--model", demo[0] / "bundle", "--input", "a.fasta"),
         *("--output", "new/e.parquet", "--stop-codons", "split", "--bad-letters", "drop"),
         *("--nucleotides", "drop"),

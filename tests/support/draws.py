@@ -19,6 +19,7 @@ from raptide.model.packed import Packed
 from raptide.model.transformer import Esm
 
 SEED = int(os.environ.get("RAPTIDE_TEST_SEED") or secrets.randbelow(2**31))
+os.environ["RAPTIDE_TEST_SEED"] = str(SEED)  # the processes that share the suite draw alike
 LETTERS = "LAGVSERTIDPKQNFYMHWC"
 
 _generator = np.random.default_rng(SEED)

@@ -13,7 +13,7 @@ from conftest import ROOT
 def job_in_process(name, *arguments, cwd):
     """What `subprocess.run` of `python jobs/NAME ARGUMENTS` would return.
 
-    For what ends before Ray starts: this process's Ray is the session's.
+    A job that needs Ray gets the session's; its test asks for the fixture `cluster`.
     """
     command = [str(ROOT / "jobs" / name), *map(str, arguments)]
     code, out, err = 0, io.StringIO(), io.StringIO()

@@ -176,7 +176,7 @@ def logged(run: Path) -> set[tuple[int, int]]:
 
 def test_killed_and_hanging_workers_change_nothing(whole, corpus, tmp_path):
     results = []
-    recipe = as_recipe(make_recipe(corpus), hang_timeout_s=25)
+    recipe = as_recipe(make_recipe(corpus), hang_timeout_s=40)
     thread = threading.Thread(
         target=lambda: results.append(run_to_the_end(recipe, tmp_path / "run"))
     )
@@ -220,18 +220,10 @@ def test_a_damaged_block_ends_the_run_at_once_with_its_name(corpus, tmp_path):
 
 def test_a_mistake_that_no_restart_mends_is_not_retried(corpus, tmp_path):
     tree = make_recipe(corpus) | {"name": "stalled"}
-    recipe = as_recipe(tree, data_timeout_s=0.001)
+    recipe = as_recipe(tree, data_timeout_s=0.001, workers=1)
     with pytest.raises(StreamStalled, match="a data stall, not a slow model"):
         run_to_the_end(recipe, tmp_path / "run")
     assert not list((tmp_path / "run/checkpoints").glob("step-*"))
-
-
-def test_one_worker_gives_the_losses_of_two(whole, corpus, tmp_path):
-    alone = run_to_the_end(as_recipe(make_recipe(corpus), workers=1), tmp_path / "run")
-    two, one = losses(whole.folder), losses(alone.folder)
-    assert two.keys() == one.keys()
-    assert max(abs(two[step] - one[step]) for step in two) < 1e-4
-    assert alone.heldout_ece.all_chosen == pytest.approx(whole.heldout_ece.all_chosen, abs=1e-3)
 
 
 def test_a_run_starts_from_weights_and_ends_when_it_improves_no_more(whole, corpus, tmp_path):
@@ -260,7 +252,7 @@ def test_a_run_whose_loss_is_no_number_stops_and_says_so(corpus, tmp_path):
     tree["optimizer"] = {"lr": 1e30, "warmup_steps": 1}
     tree["checkpoint"]["every_steps"] = 2
     with pytest.raises(TrainingDiverged, match="NaN or infinite in 3 steps in a row, up to step 4"):
-        run_to_the_end(as_recipe(tree), tmp_path / "run")
+        run_to_the_end(as_recipe(tree, workers=1), tmp_path / "run")
     assert not list((tmp_path / "run/checkpoints").glob("step-*"))
     lines = list(map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()))
     assert [line["train/nonfinite_targets"] > 0 for line in lines] == [False, True, True]
@@ -289,16 +281,16 @@ def assert_shards_hold_the_bundle(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision", "before", "after", "tolerance"),
+    ("stage", "precision", "before", "after", "saved_at", "tolerance"),
     [
-        (0, "fp32", 2, 1, 1e-4),
-        (1, "fp32", 1, 2, 1e-4),
-        (2, "bf16", 2, 1, 3e-2),
-        (3, "fp32", 2, 1, 1e-4),
+        (0, "fp32", 2, 1, EVERY, 1e-4),
+        (1, "fp32", 1, 2, STEPS - 4, 1e-4),  # nearly all of it on one worker
+        (2, "bf16", 2, 1, EVERY, 3e-2),
+        (3, "fp32", 2, 1, EVERY, 1e-4),
     ],
 )
 def test_every_zero_stage_trains_saves_and_resumes_at_any_size(
-    whole, corpus, tmp_path, stage, precision, before, after, tolerance
+    whole, corpus, tmp_path, stage, precision, before, after, saved_at, tolerance
 ):
     """Up to a checkpoint at one size, on at another; the curve is that of ZeRO-2 throughout."""
     # At this width stage 3 would keep every parameter whole, and nothing would be gathered.
@@ -308,16 +300,18 @@ def test_every_zero_stage_trains_saves_and_resumes_at_any_size(
         "compile": stage == 2,
         "offload_optimizer": stage == 1,
     }
-    tree = make_recipe(corpus, steps=EVERY, zero_stage=stage, precision=precision, **options)
+    tree = make_recipe(corpus, steps=saved_at, zero_stage=stage, precision=precision, **options)
     run_to_the_end(as_recipe(tree, workers=before), tmp_path / "run")
-    tree["training"]["steps"] = EVERY + 4
+    tree["training"]["steps"] = saved_at + 4
     resumed = run_to_the_end(as_recipe(tree, workers=after), tmp_path / "run", resume=True)
-    assert resumed.step == EVERY + 4
+    assert resumed.step == saved_at + 4
     curve = losses(whole.folder)
     for step, loss in losses(tmp_path / "run").items():
         assert loss == pytest.approx(curve[step], abs=tolerance), f"step {step}"
-    found, expected = (evaluations(run)[EVERY] for run in (tmp_path / "run", whole.folder))
-    assert found["eval/ece"] == pytest.approx(expected["eval/ece"], rel=tolerance)
+    found, expected = (evaluations(run) for run in (tmp_path / "run", whole.folder))
+    assert saved_at == STEPS - 4 or EVERY in found
+    for step in found.keys() & expected.keys():
+        assert found[step]["eval/ece"] == pytest.approx(expected[step]["eval/ece"], rel=tolerance)
     engine = Engine.load(resumed.bundle, dtype="fp32")
     assert engine.lineage["workers"] == after
     assert_shards_hold_the_bundle(resumed.checkpoint)

@@ -24,6 +24,8 @@ def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoi
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Of use to inference on CPUs alone, and half a minute of compiling on every new machine.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     model = build_model(recipe, fresh=saved is None)
     model.checkpoint_activations = recipe.training.checkpoint_activations
     if recipe.training.compile:

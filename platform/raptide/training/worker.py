@@ -77,6 +77,8 @@ def train_worker(config: dict[str, Any]) -> None:
     """The Ray Train loop function; `config["run"]` is a `Run`."""
     run: Run = config["run"]
     os.environ["DS_ACCELERATOR"] = run.device
+    if not run.recipe.training.compile:  # else importing DeepSpeed loads all of Inductor
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
     rank = ray.train.get_context().get_world_rank()
     attempt = broadcast_from_rank_zero(_begin_attempt(run) if rank == 0 else None)
     if attempt is None:  # Ray Train restarts after any error; this one no restart can mend

@@ -127,7 +127,7 @@ def test_a_full_disk_stops_the_run_or_not_and_the_last_good_checkpoint_stays(cor
     with small_disk(tmp_path / "disk", 3) as disk:  # one checkpoint has two megabytes
         tree["checkpoint"]["storage"] = disk.as_uri()
         with pytest.raises(CheckpointError, match="ended without its last checkpoint"):
-            run_to_the_end(as_recipe(tree), tmp_path / "goes-on")
+            run_to_the_end(as_recipe(tree, workers=1), tmp_path / "goes-on")
         assert max(losses(tmp_path / "goes-on")) == 2 * EVERY
         saved = newest_checkpoint(Storage.of_run(tmp_path / "goes-on"))
         assert saved.step == EVERY
@@ -135,5 +135,5 @@ def test_a_full_disk_stops_the_run_or_not_and_the_last_good_checkpoint_stays(cor
         saved.storage.filesystem.delete_dir(saved.storage.path)
         tree["checkpoint"]["when_unsaved"] = "stop"
         with pytest.raises(CheckpointUnsaved, match=r"step-00000012 could not be saved .*No space"):
-            run_to_the_end(as_recipe(tree), tmp_path / "stops")
+            run_to_the_end(as_recipe(tree, workers=1), tmp_path / "stops")
         assert newest_checkpoint(Storage.of_run(tmp_path / "stops")).step == EVERY
