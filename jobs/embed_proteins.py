@@ -1,9 +1,12 @@
 """Embed every protein of FASTA files into one Parquet file.
 
     python jobs/embed_proteins.py --model runs/demo --input my.fasta --output embeddings.parquet
+    zcat *.fasta.gz | python jobs/embed_proteins.py --model runs/demo --input - --output e.parquet
 
 Columns: `id` (the record's name, as it stands), `length` (residues) and `embedding` (fp32, mean
 over the residues), in the order of the input. The numbers are those of the engine and the endpoint.
+
+Standard input (-) and pipes are read as they come, plain or compressed.
 
 A protein longer than the model takes whole ends the job with its name; with --long window it is
 embedded in overlapping windows of 1,022 residues, weights tapering towards their ends.
@@ -11,7 +14,11 @@ embedded in overlapping windows of 1,022 residues, weights tapering towards thei
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from ray.util.queue import Full, Queue
 from tqdm import tqdm
 
 from commandline import (
@@ -31,12 +39,18 @@ from commandline import (
 from raptide.alphabet import decode_residues
 from raptide.cluster import local_cpus, ray_session
 from raptide.data.fasta import SOUND, FastaBatch, ReadingRules, read_fasta
-from raptide.data.fasta_text import refuse_missing
-from raptide.errors import ConfigError, SequenceError, plain_errors
+from raptide.data.fasta_text import is_stream, refuse_missing
+from raptide.errors import ConfigError, RaptideError, SequenceError, plain_errors
 from raptide.methods import Long
 from raptide.training.checkpoints.checkpoint import find_bundle
 
 BATCH_SEQUENCES = 256
+
+WAITING_BATCHES = 8
+"""Batches of a pipe that are read ahead of the task that takes them."""
+
+STOP_S = 1.0
+"""How often the reader of a pipe looks whether it is still wanted."""
 
 
 class Embedder:
@@ -75,17 +89,24 @@ def main() -> None:
     if args.output.exists():
         raise ConfigError(f"{args.output} exists already; remove it or choose another --output.")
     refuse_output(args.output, "--output")
-    for file in args.input:
-        refuse_missing(file)
+    refuse_inputs(args.input)
     if args.workers < 1:
         raise ConfigError(f"--workers needs at least 1, but {args.workers} was given.")
     bundle = find_bundle(args.model)
     with ray_session(num_cpus=args.workers + local_cpus(), verbose=args.verbose):
         rules = reading_rules(args)
-        count, dropped = embed(bundle, args.input, args.output, args.workers, args.long, rules)
+        embedded, dropped = embed(bundle, args.input, args.output, args.workers, args.long, rules)
     if dropped:
         print(f"Left out {dropped:,} records that are no proteins")
-    print(f"Embedded {count:,} proteins with {bundle}\n  {args.output}")
+    print(f"Embedded {embedded:,} proteins with {bundle}\n  {args.output}")
+
+
+def refuse_inputs(inputs: list[Path]) -> None:
+    for file, times in Counter(inputs).items():
+        if not is_stream(file):
+            refuse_missing(file)
+        elif times > 1:
+            raise ConfigError(f"--input names {file} {times} times, but it can be read only once.")
 
 
 def embed(
@@ -99,14 +120,16 @@ def embed(
 
     def parse(files: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         for path in files["path"]:
-            for batch in read_fasta(str(path), BATCH_SEQUENCES, rules):
-                if flawed := int((batch.flaws != SOUND).sum()):
-                    ray.get(dropped.add.remote(flawed))
-                yield _to_table(batch)
+            if path in queues:
+                yield from _receive(queues[path], path)
+            else:
+                yield from _read(path, rules, dropped)
 
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    files = [{"path": str(path.resolve())} for path in inputs]
+    streams = [str(path) for path in inputs if is_stream(path)]
+    files = [{"path": str(path if is_stream(path) else path.resolve())} for path in inputs]
+    queues = {path: Queue(WAITING_BATCHES, {"num_cpus": 0}) for path in streams}
     dataset = (
         ray.data.from_items(files, override_num_blocks=len(files))
         .map_batches(parse, batch_size=1)
@@ -122,13 +145,73 @@ def embed(
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
     try:
-        with plain_errors():
-            count = _write(dataset.iter_batches(batch_size=None, batch_format="pyarrow"), partial)
+        with plain_errors(), _feeding(queues, rules, dropped):
+            written = _write(dataset.iter_batches(batch_size=None, batch_format="pyarrow"), partial)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     partial.rename(output)
-    return count, ray.get(dropped.total.remote())
+    return written, ray.get(dropped.total.remote())
+
+
+def _read(path: str, rules: ReadingRules, dropped: Any) -> Iterator[pa.Table]:
+    for batch in read_fasta(path, BATCH_SEQUENCES, rules):
+        if flawed := int((batch.flaws != SOUND).sum()):
+            ray.get(dropped.add.remote(flawed))
+        yield _to_table(batch)
+
+
+@contextmanager
+def _feeding(queues: dict[str, Queue], rules: ReadingRules, dropped: Any) -> Iterator[None]:
+    """Within the block, pipes are read here, where they end, for tasks that may run anywhere."""
+    stop = threading.Event()
+
+    def items(path: str) -> Iterator[Any]:
+        try:
+            yield from _read(path, rules, dropped)
+            yield None
+        except RaptideError as error:
+            yield error
+
+    def feed() -> None:
+        for path, queue in queues.items():
+            for numbered in enumerate(items(path)):
+                while not (stop.is_set() or _put(queue, numbered)):
+                    pass
+                if stop.is_set():
+                    return
+
+    thread = threading.Thread(target=feed, daemon=True)  # it may wait for a pipe without end
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(2 * STOP_S)
+
+
+def _put(queue: Queue, item: Any) -> bool:
+    try:
+        queue.put(item, timeout=STOP_S)
+    except Full:
+        return False
+    return True
+
+
+def _receive(queue: Queue, path: str) -> Iterator[pa.Table]:
+    """What is read of a pipe. A task that Ray starts anew would miss what the first has taken."""
+    for expected in count():
+        number, item = queue.get()
+        if number != expected:
+            raise RaptideError(
+                f"The task that took the records of {path} died, and they cannot be read again; "
+                "start the job anew, or write them to a file first."
+            )
+        if isinstance(item, RaptideError):
+            raise item
+        if item is None:
+            return
+        yield item
 
 
 class Tally:
@@ -156,15 +239,15 @@ def _to_table(batch: FastaBatch) -> pa.Table:
 
 def _write(tables: Iterator[pa.Table], file: Path) -> int:
     writer: Any = None
-    count = 0
+    written = 0
     with tqdm(unit=" proteins") as bar:
         for table in tables:
             writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
             writer.write_table(table)
-            count += table.num_rows
+            written += table.num_rows
             bar.update(table.num_rows)
     writer.close()
-    return count
+    return written
 
 
 if __name__ == "__main__":

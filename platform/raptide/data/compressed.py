@@ -30,6 +30,9 @@ READ_BYTES = 1 << 20
 
 LONGEST_MAGIC = 6
 
+STANDARD_INPUT = "-"
+"""The path that stands for standard input."""
+
 
 class _Format(NamedTuple):
     name: str
@@ -70,12 +73,14 @@ DECODER_ERRORS: tuple[type[Exception], ...] = (
 
 
 def open_plain(path: str | Path, error: type[InputError] = InputError) -> io.BufferedReader:
-    """Open a file for reading, decompressed.
+    """Open a file for reading, decompressed; a pipe, or standard input (`-`), as well.
 
     Args:
         error: what is raised, also while reading, where the file is damaged.
     """
-    file = Path(path).open("rb")  # noqa: SIM115 (the reader closes it)
+    raw = io.FileIO(0, closefd=False) if str(path) == STANDARD_INPUT else io.FileIO(path)
+    # Of a pipe, a first read may bring less than a format is told by.
+    file: io.BufferedReader = io.BufferedReader(raw if raw.seekable() else cast(Any, _Pipe(raw)))
     kind = _format_of(file)
     if kind is None:
         return file
@@ -91,6 +96,28 @@ def is_compressed(path: str | Path) -> bool:
 def _format_of(file: io.BufferedReader) -> _Format | None:
     start = file.peek(LONGEST_MAGIC)[:LONGEST_MAGIC]
     return next((each for each in FORMATS if each.magic.match(start)), None)
+
+
+class _Pipe(io.RawIOBase):
+    """A pipe whose first read brings at least LONGEST_MAGIC bytes, if there are as many."""
+
+    def __init__(self, raw: io.FileIO) -> None:
+        self._raw = raw
+        self._least = LONGEST_MAGIC
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._raw.readinto(buffer)
+        while 0 < count < self._least and (more := self._raw.readinto(memoryview(buffer)[count:])):
+            count += more
+        self._least = 0
+        return count
 
 
 class _Frames(io.RawIOBase):

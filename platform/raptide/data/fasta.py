@@ -25,8 +25,10 @@ from raptide.config import Settings
 from raptide.data.fasta_text import (
     LONGEST,
     FastaPart,
+    FastaStream,
     Record,
     line_of_record,
+    open_fasta,
     parse,
     refuse_empty_record,
     split_header,
@@ -100,11 +102,13 @@ def read_fasta(
 ) -> Iterator[FastaBatch]:
     """Read a FASTA file, or a part of one, in batches of up to `batch_records` records, in order.
 
+    Standard input (`-`) and pipes are read once, as they come.
+
     Raises:
         FastaError: the file is no protein FASTA, or a record is to be refused; the message names
             file and line.
     """
-    part = file if isinstance(file, FastaPart) else FastaPart(str(file))
+    part = file if isinstance(file, FastaPart) else open_fasta(file)
     first = 0
     for records in _batches(parse(part), batch_records):
         batch = _encode(part, first, records, rules)
@@ -112,6 +116,8 @@ def read_fasta(
             batch = _judge_nucleotides(part, batch, rules.nucleotides)
         yield batch
         first += len(records)
+        if isinstance(part, FastaStream):
+            part.forget(first)
 
 
 def locate(part: FastaPart, index: int, rules: ReadingRules) -> tuple[str, int]:
@@ -135,7 +141,9 @@ def _batches(records: Iterator[Record], batch_records: int) -> Iterator[list[Rec
         yield batch
 
 
-def _encode(part: FastaPart, first: int, records: list[Record], rules: ReadingRules) -> FastaBatch:
+def _encode(
+    part: FastaPart | FastaStream, first: int, records: list[Record], rules: ReadingRules
+) -> FastaBatch:
     """Letters to residue ids, a lookup per byte; `first` is the index of the first record."""
     names, descriptions = [], []
     for index, record in enumerate(records, first):
@@ -170,7 +178,7 @@ def _encode(part: FastaPart, first: int, records: list[Record], rules: ReadingRu
 
 
 def _judge_letters(
-    part: FastaPart, records: list[Record], batch: FastaBatch, rules: ReadingRules
+    part: FastaPart | FastaStream, records: list[Record], batch: FastaBatch, rules: ReadingRules
 ) -> FastaBatch:
     """Refuse, mark or split the records that hold something which is no residue."""
     bad = np.flatnonzero(np.frombuffer(batch.residues, np.uint8) == BAD_RESIDUE)
@@ -228,7 +236,7 @@ MOLECULE = re.compile(r"(?:^|\s)mol:(\S+)")
 
 
 def _judge_nucleotides(
-    part: FastaPart, batch: FastaBatch, rule: Literal["refuse", "drop"]
+    part: FastaPart | FastaStream, batch: FastaBatch, rule: Literal["refuse", "drop"]
 ) -> FastaBatch:
     """Refuse or mark the records that are nucleotides."""
     stated = [

@@ -1,7 +1,7 @@
 """A FASTA file as text: its records one by one, without a look at their letters.
 
 needletail parses (440 M residues/s on one Zen 5 core, 60 letters a line). A plain file can be read
-in parts, by byte range: a record belongs to the part in which its > lies.
+in parts, by byte range: a record belongs to the part in which its > lies. A pipe is read once.
 
 Headers are UTF-8; one that is not is read as Latin-1, so that different headers stay different.
 The name ends at the first blank or tab.
@@ -13,11 +13,12 @@ import mmap
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import needletail
+import numpy as np
 
-from raptide.data.compressed import is_compressed, open_plain
+from raptide.data.compressed import STANDARD_INPUT, is_compressed, open_plain
 from raptide.errors import FastaError
 
 PART_BYTES = 64 << 20
@@ -39,6 +40,45 @@ class FastaPart(NamedTuple):
     start: int = 0
     end: int | None = None
 
+    @property
+    def source(self) -> str:
+        return self.path
+
+
+class FastaStream:
+    """A FASTA file that can be read only once: standard input (`-`), a pipe or a device.
+
+    It remembers the lines of the records given out last, since an error cannot read it again.
+    """
+
+    start, end = 0, None
+
+    def __init__(self, source: str | Path) -> None:
+        self.source = str(source)
+        self.path = "standard input" if self.source == STANDARD_INPUT else self.source
+        """What messages call it."""
+        self._first = 0
+        """The record that the first of the lines belongs to."""
+        self._lines = np.zeros(0, np.int64)
+        self._next_line = 1
+
+    def remember(self, piece: bytes) -> None:
+        """Take note of the lines of a piece's records."""
+        text = np.frombuffer(piece, np.uint8)
+        breaks = np.flatnonzero(text == ord("\n"))
+        starts = np.concatenate([[0], breaks + 1])
+        headers = np.flatnonzero(text[starts[starts < len(text)]] == ord(">"))
+        self._lines = np.concatenate([self._lines, self._next_line + headers])
+        self._next_line += len(breaks)
+
+    def forget(self, before: int) -> None:
+        """Records before this one are not asked for any more."""
+        self._lines = self._lines[before - self._first :]
+        self._first = before
+
+    def line_of(self, index: int) -> int:
+        return int(self._lines[index - self._first])
+
 
 class Record(NamedTuple):
     header: str
@@ -52,8 +92,8 @@ def split_fasta(path: str | Path, part_bytes: int = PART_BYTES) -> list[FastaPar
     Raises:
         FastaError: the path is no file.
     """
-    path = Path(path).resolve()
     refuse_missing(path)
+    path = Path(path).resolve()
     size = path.stat().st_size
     if size <= part_bytes or is_compressed(path):
         return [FastaPart(str(path))]
@@ -61,14 +101,19 @@ def split_fasta(path: str | Path, part_bytes: int = PART_BYTES) -> list[FastaPar
     return [FastaPart(str(path), start, min(start + part_bytes, size)) for start in starts]
 
 
-def parse(part: FastaPart) -> Iterator[Record]:
+def open_fasta(path: str | Path) -> FastaPart | FastaStream:
+    """A whole file, or what can be read only once, to be parsed."""
+    return FastaStream(path) if is_stream(path) else FastaPart(str(path))
+
+
+def parse(part: FastaPart | FastaStream) -> Iterator[Record]:
     """Each record, without any check of the letters."""
-    path = Path(part.path)
-    refuse_missing(path)
-    if part.start == 0:
-        _refuse_other_files(path)
+    if isinstance(part, FastaPart):
+        refuse_missing(part.path)
     seen = 0
     for piece in _pieces(part) if part.end is None else _pieces_of_range(part):
+        if isinstance(part, FastaStream):
+            part.remember(piece)
         _refuse_carriage_return(part, piece, seen)
         text, latin1 = _decode(piece)
         first = seen
@@ -81,25 +126,40 @@ def parse(part: FastaPart) -> Iterator[Record]:
                 refuse_empty_record(part, seen, split_header(text[text.rfind(">") + 1 :])[0])
             reason = str(error).split(" (line")[0].rstrip(".")
             raise FastaError(
-                f"{path}:{line_of_record(part, seen)}: this record cannot be read ({reason}); "
+                f"{part.path}:{line_of_record(part, seen)}: this record cannot be read ({reason}); "
                 "the file is damaged or cut short, fetch it again."
             ) from None
 
 
-def refuse_missing(path: Path) -> None:
+def is_stream(path: str | Path) -> bool:
+    """Whether a path can be read only once: standard input (`-`), a pipe or a device."""
+    if str(path) == STANDARD_INPUT:
+        return True
+    path = Path(path)
+    return path.is_fifo() or path.is_char_device()
+
+
+def refuse_missing(path: str | Path, *, what: str = "FASTA file") -> None:
     """Raises FastaError unless the path is a file that can be read more than once."""
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "not there"
-        if path.exists() and not path.is_dir():
-            what = "a pipe or a device, which can be read only once"
-        raise FastaError(f"A FASTA file is needed, but {path} is {what}; name an existing file.")
+    path = Path(path)
+    if path.is_file():
+        return
+    if is_stream(path):
+        raise FastaError(
+            f"{path} is standard input, a pipe or a device, which can be read only once, but a "
+            f"{what} is read twice here; write it to a file first."
+        )
+    problem = "a folder" if path.is_dir() else "no file" if path.exists() else "not there"
+    raise FastaError(f"A {what} is needed, but {path} is {problem}; name an existing file.")
 
 
-def _pieces(part: FastaPart) -> Iterator[bytes]:
+def _pieces(part: FastaPart | FastaStream) -> Iterator[bytes]:
     """Whole records of a file, about PIECE_BYTES at a time."""
     waiting: list[bytes] = []
-    with open_plain(part.path, FastaError) as file:
-        while chunk := file.read(PIECE_BYTES):
+    with _open(part) as file:
+        chunk = file.read(PIECE_BYTES)
+        _refuse_other_files(part.path, chunk)
+        while chunk:
             begins = bool(waiting) and waiting[-1].endswith(b"\n") and chunk.startswith(b">")
             cut = chunk.rfind(b"\n>") + 1
             if cut or begins:
@@ -111,8 +171,17 @@ def _pieces(part: FastaPart) -> Iterator[bytes]:
                     f"{part.path}: a record has more than {LONGEST:,} letters, which is no "
                     "protein; remove it."
                 )
+            chunk = file.read(PIECE_BYTES)
     if waiting:
         yield b"".join(waiting)
+
+
+def _open(part: FastaPart | FastaStream) -> BinaryIO:
+    try:
+        return open_plain(part.source, FastaError)
+    except OSError as error:
+        reason = error.strerror or error
+        raise FastaError(f"{part.path} cannot be opened ({reason}); give another file.") from None
 
 
 def _pieces_of_range(part: FastaPart) -> Iterator[bytes]:
@@ -122,6 +191,8 @@ def _pieces_of_range(part: FastaPart) -> Iterator[bytes]:
         Path(part.path).open("rb") as plain,
         mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ) as data,
     ):
+        if part.start == 0:
+            _refuse_other_files(part.path, data[:PIECE_BYTES])
         start = _next_record(data, part.start)
         while start < part.end:
             end = _next_record(data, min(start + PIECE_BYTES, part.end))
@@ -143,7 +214,7 @@ INNER_CARRIAGE_RETURN = re.compile(rb"^>[^\n]*?\r(?!\r*(?:\n|\Z))", re.MULTILINE
 HEADER = re.compile(rb"^>[^\n]*", re.MULTILINE)
 
 
-def _refuse_carriage_return(part: FastaPart, piece: bytes, seen: int) -> None:
+def _refuse_carriage_return(part: FastaPart | FastaStream, piece: bytes, seen: int) -> None:
     """A CR within a header means lines that end with CR alone: letters would pass for a header."""
     if b"\r" in piece and (found := INNER_CARRIAGE_RETURN.search(piece)):
         index = seen + sum(1 for _ in HEADER.finditer(piece, 0, found.start()))
@@ -173,14 +244,13 @@ def _decode(piece: bytes) -> tuple[str, set[int]]:
     return "".join(pieces), latin1
 
 
-def _refuse_other_files(path: Path) -> None:
+def _refuse_other_files(path: str, beginning: bytes) -> None:
     """Refuse what is no FASTA at all, by the file's first line."""
-    with open_plain(path, FastaError) as file:
-        line = file.readline(PIECE_BYTES)
+    line = beginning.split(b"\n", 1)[0]
     shown = line[:20].decode("utf-8", "replace").strip()
     if line.startswith(b">"):
         return
-    if not line:
+    if not beginning:
         problem = "the file is empty; a FASTA file starts with a > line"
     elif line.startswith(b"\xef\xbb\xbf"):
         problem = "the file starts with a byte-order mark; save it as UTF-8 without one"
@@ -195,7 +265,7 @@ def _refuse_other_files(path: Path) -> None:
     raise FastaError(f"{path}:1: {problem}.")
 
 
-def refuse_empty_record(part: FastaPart, index: int, name: str) -> None:
+def refuse_empty_record(part: FastaPart | FastaStream, index: int, name: str) -> None:
     raise FastaError(
         f"{part.path}:{line_of_record(part, index)}: the record {name!r} has no "
         "residues; give it a sequence or remove it."
@@ -215,8 +285,10 @@ def split_header(header: str) -> list[str]:
     return [*words, "", ""][:2]
 
 
-def line_of_record(part: FastaPart, index: int) -> int:
-    """The line on which a part's `index`-th record starts; read again, since only errors ask."""
+def line_of_record(part: FastaPart | FastaStream, index: int) -> int:
+    """The line on which a part's `index`-th record starts; files are read again for it."""
+    if isinstance(part, FastaStream):
+        return part.line_of(index)
     position = 0
     with open_plain(part.path, FastaError) as file:
         for number, line in enumerate(file, 1):
