@@ -29,6 +29,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 from commandline import (
     add_reading_options,
@@ -41,10 +42,10 @@ from raptide.cluster import local_cpus, ray_session
 from raptide.config import parse_settings
 from raptide.data.building.build import BuildSettings, build_corpus
 from raptide.data.building.cleaning import CleaningSettings
+from raptide.data.building.heldout import read_list
 from raptide.data.building.picture import draw_corpus
 from raptide.data.corpus import Corpus
 from raptide.data.fasta_text import refuse_missing
-from raptide.errors import ConfigError
 
 
 def main() -> None:
@@ -148,14 +149,21 @@ def build() -> None:
         default=[],
         metavar="TSV",
         help="cluster tables as MMseqs2 writes them (representative, tab, member; plain or "
-        "compressed); a record that no line names keeps the cluster of its header or its own name",
+        "compressed); for records that no line names see --unclustered",
+    )
+    parser.add_argument(
+        "--unclustered",
+        choices=get_args(BuildSettings.model_fields["unclustered"].annotation),
+        help="records that no table and no header puts into a cluster: each becomes a cluster of its "
+        "own, though relatives may be held out (the default), or is dropped and counted, or refused",
     )
     parser.add_argument(
         "--holdout-clusters",
         type=Path,
         metavar="FILE",
-        help="names of clusters to hold out, one a line, beside those that the hash chooses; "
-        "P69905 and sp|P69905|HBA_HUMAN are one name, as in cluster tables",
+        help="names of clusters to hold out, or of members whose clusters are meant, one a line, "
+        "beside those that the hash chooses; plain or compressed, also FASTA headers; P69905 and "
+        "sp|P69905|HBA_HUMAN are one name, as in cluster tables",
     )
     parser.add_argument(
         "--clusters-of-a-larger-set",
@@ -182,9 +190,11 @@ def build() -> None:
     tree = shape | {"cleaning": rules, "reading": reading_rules(args)}
     settings = parse_settings(BuildSettings, tree, source="command line")
     refuse_output(args.output, "--output")
-    for file in [*args.input, *args.clusters]:
+    for file in args.input:
         refuse_missing(file)
-    listed = _read_names(args.holdout_clusters) if args.holdout_clusters else []
+    for file in args.clusters:
+        refuse_missing(file, what="cluster table")
+    listed = read_list(args.holdout_clusters) if args.holdout_clusters else []
     with _told_how_to_go_on(), ray_session(num_cpus=local_cpus(), verbose=args.verbose):
         corpus = build_corpus(
             args.input,
@@ -204,18 +214,6 @@ def _told_how_to_go_on() -> Iterator[None]:
     except KeyboardInterrupt:
         print("The same command goes on where this build stopped.", file=sys.stderr)
         raise
-
-
-def _read_names(file: Path) -> list[str]:
-    try:
-        names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{file} cannot be read ({error}); give a file of names, one a line."
-        ) from None
-    if not names:
-        raise ConfigError(f"{file} holds no names; write one cluster a line, or leave it out.")
-    return names
 
 
 def _print_summary(corpus: Corpus) -> None:

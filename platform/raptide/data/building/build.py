@@ -18,9 +18,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -28,13 +28,13 @@ import ray
 from pydantic import Field
 
 from raptide.config import Settings
-from raptide.data.building.cleaning import KEPT, REASONS, CleaningSettings
+from raptide.data.building.cleaning import KEPT, REASONS, UNCLUSTERED, CleaningSettings
+from raptide.data.building.heldout import Listed
 from raptide.data.building.manifest import write_manifest
 from raptide.data.building.notes import record_of
-from raptide.data.building.records import listed_hashes
 from raptide.data.building.shards import BucketReport, write_bucket
 from raptide.data.building.shuffle import range_bucket, shuffle
-from raptide.data.building.survey import Source, Survey, survey
+from raptide.data.building.survey import MEMBERS, Source, Survey, survey
 from raptide.data.corpus import FORMAT_VERSION, Corpus, sha256_of_file
 from raptide.data.fasta import ReadingRules, locate
 from raptide.data.fasta_text import FastaPart, split_fasta
@@ -72,6 +72,10 @@ class BuildSettings(Settings):
     """Whether cluster tables may name members that the input has not, as UniRef's do for a part of
     UniRef; else such a line is refused."""
 
+    unclustered: Literal["own", "drop", "refuse"] = "own"
+    """What becomes of records that no table and no header puts into a cluster: each is a cluster of
+    its own (though relatives of it may be held out), is dropped and counted, or ends the build."""
+
 
 def build_corpus(
     inputs: Sequence[str | Path],
@@ -79,7 +83,7 @@ def build_corpus(
     settings: BuildSettings,
     *,
     cluster_tables: Sequence[str | Path] = (),
-    heldout_clusters: Sequence[str] = (),
+    heldout_clusters: Sequence[str] | pa.ChunkedArray = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> Corpus:
     """Build a corpus folder from FASTA files. Ray must be running.
@@ -89,7 +93,8 @@ def build_corpus(
     Args:
         cluster_tables: files of `representative, tab, member` lines; they decide a record's cluster
             before its header does.
-        heldout_clusters: names of clusters to hold out beside those that the hash chooses.
+        heldout_clusters: names of clusters to hold out beside those that the hash chooses, or of
+            members, whose clusters are held out then (`heldout.read_list`).
         say: is told what the build is at, a line at a time.
 
     Raises:
@@ -97,13 +102,19 @@ def build_corpus(
         CorpusError: the output folder exists; a cluster table contradicts itself or the input; or
             nothing is left.
     """
+    if settings.unclustered != "own" and not cluster_tables and settings.cluster_tag is None:
+        raise CorpusError(
+            f"--unclustered {settings.unclustered} needs --clusters or --cluster-tag: without them "
+            "no record is in a cluster."
+        )
     output = Path(output).resolve()
     if output.exists():
         raise CorpusError(f"{output} exists already; remove it or choose another output folder.")
+    listed = Listed(heldout_clusters)
     parts = [part for path in sorted(map(str, inputs)) for part in split_fasta(path)]
     files = sorted(map(Path, [*inputs, *cluster_tables]))
     partial = output.with_name(output.name + ".partial")
-    _open_partial(partial, _fingerprint(parts, files, settings, heldout_clusters), say)
+    _open_partial(partial, _fingerprint(parts, files, settings, listed), say)
     try:
         with plain_errors():
             inputs_described = [_describe.remote(str(file.resolve())) for file in files]
@@ -113,18 +124,28 @@ def build_corpus(
                 cluster_tag=settings.cluster_tag,
                 rules=settings.reading,
                 strict_tables=not settings.clusters_of_a_larger_set,
+                keep_unclustered=settings.unclustered == "own",
                 holdout_fraction=settings.holdout_fraction,
                 # The hashes only: a published list has millions of names, and every task gets it.
-                listed=ray.put(np.unique(listed_hashes(heldout_clusters))),
+                listed=ray.put(listed.hashes),
                 notes=partial / NOTES,
             )
             input_bytes = sum(file.stat().st_size for file in files)
             found = _survey_once(partial, source, settings.cleaning, input_bytes, say)
-            _check(found, settings, heldout_clusters, say)
+            _check(found, settings, say)
+            if len(listed.hashes):
+                clusters = np.array(found.listed_found, np.uint64)
+                names = np.union1d(clusters, np.load(partial / NOTES / MEMBERS))
+                _check_list(names, listed, len(clusters), say)
+                source = replace(source, listed=ray.put(clusters))
+            if source.tables and (alone := found.sums["unclustered"]):
+                say(f"{alone:,} kept records are in no cluster table or header: clusters of one")
             firsts = {
                 reason: _describe_record.remote(parts, number, settings.reading)
                 for reason, number in found.first.items()
             }
+            if settings.unclustered == "refuse":
+                _refuse_unclustered(found, firsts)
             reports = _write_buckets(partial, source, settings, found, say)
             described = ray.get(inputs_described)
             dropped_first = {reason: ray.get(first) for reason, first in firsts.items()}
@@ -139,8 +160,9 @@ def build_corpus(
         dropped_first=dropped_first,
         stated_members=found.sums["stated_members"],
         latin1_headers=found.sums["latin1_headers"],
+        unclustered=found.sums["unclustered"],
         settings=settings.model_dump(),
-        listed_heldout_clusters=len(set(heldout_clusters)),
+        listed_heldout_clusters=len(listed.hashes),
         listed_heldout_clusters_found=len(found.listed_found),
         inputs=sorted(described, key=lambda file: (file["name"], file["sha256"])),
     )
@@ -153,17 +175,16 @@ def _fingerprint(
     parts: Sequence[FastaPart],
     files: Sequence[Path],
     settings: BuildSettings,
-    heldout_clusters: Sequence[str],
+    listed: Listed,
 ) -> dict[str, Any]:
     """What an interrupted build must share with the one that goes on."""
-    names = hashlib.sha256("\n".join(sorted(heldout_clusters)).encode())
     status = [(file.resolve(), file.stat()) for file in files]
     return {
         "format_version": FORMAT_VERSION,
         "settings": settings.model_dump(),
         "parts": [list(part) for part in parts],
         "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in status],
-        "heldout_clusters": names.hexdigest(),
+        "heldout_clusters": hashlib.sha256(listed.hashes.tobytes()).hexdigest(),
         "bucket_residues": BUCKET_RESIDUES,
     }
 
@@ -195,13 +216,12 @@ def _survey_once(
 def _check(
     found: Survey,
     settings: BuildSettings,
-    heldout_clusters: Sequence[str],
     say: Callable[[str], None],
 ) -> None:
-    """Refuse what would leave nothing, or hold nothing out; say what is not as asked.
+    """Refuse what would leave nothing; say what is not as asked.
 
     Raises:
-        CorpusError: nothing is left, or a tag or a list of clusters fits no record at all.
+        CorpusError: nothing is left, or a tag fits no record at all.
     """
     kept, read = found.reasons[REASONS[KEPT]], sum(found.reasons.values())
     if not kept:
@@ -216,25 +236,39 @@ def _check(
             )
         if tagged < kept:
             say(f"{tagged:,} of {kept:,} records have {tag}=; each other one is its own cluster")
-    if heldout_clusters:
-        _check_list(found.listed_found, heldout_clusters, say)
+
+
+def _refuse_unclustered(found: Survey, firsts: dict[str, Any]) -> None:
+    reason = REASONS[UNCLUSTERED]
+    if count := found.reasons[reason]:
+        raise CorpusError(
+            f"{count:,} records are in no cluster, first {ray.get(firsts[reason])}; complete the "
+            "tables, or say --unclustered drop or own."
+        )
 
 
 def _check_list(
-    found: Sequence[int], heldout_clusters: Sequence[str], say: Callable[[str], None]
+    found: np.ndarray, listed: Listed, clusters: int, say: Callable[[str], None]
 ) -> None:
-    known = np.array(found, np.uint64)
-    missing = ~np.isin(listed_hashes(heldout_clusters), known)
-    names = [heldout_clusters[index] for index in np.flatnonzero(missing)[:NAMED].tolist()]
-    if missing.all():
+    """Say what of a list is there.
+
+    Args:
+        found: hashes of the names that are clusters or members.
+        clusters: how many are held out by it.
+
+    Raises:
+        CorpusError: none is.
+    """
+    missing, names = listed.missing(found, NAMED)
+    if not clusters:
         raise CorpusError(
-            f"None of the {len(heldout_clusters):,} clusters listed to be held out is in the input "
+            f"None of the {missing:,} clusters listed to be held out is in the input "
             f"({names[0]!r}, for one); list names as the headers or tables have them."
         )
-    say(f"Held out by name: {len(known):,} clusters")
-    if missing.any():
-        shown = ", ".join(names) + (", ..." if missing.sum() > len(names) else "")
-        say(f"Not in the input: {missing.sum():,} of the listed clusters ({shown})")
+    say(f"Held out by name: {clusters:,} clusters")
+    if missing:
+        shown = ", ".join(names) + (", ..." if missing > len(names) else "")
+        say(f"Not in the input: {missing:,} of the listed clusters ({shown})")
 
 
 def _write_buckets(

@@ -10,9 +10,9 @@ from raptide.alphabet import FIRST_RESIDUE, RESIDUES
 from raptide.config import Settings
 from raptide.data.fasta import FLAWS, SOUND
 
-_OWN = ("", "too_short", "too_long", "too_many_unknown", "duplicate", "also_heldout")
+_OWN = ("", "too_short", "too_long", "too_many_unknown", "unclustered", "duplicate", "also_heldout")
 
-KEPT, TOO_SHORT, TOO_LONG, UNKNOWN, DUPLICATE, ALSO_HELDOUT = range(len(_OWN))
+KEPT, TOO_SHORT, TOO_LONG, UNKNOWN, UNCLUSTERED, DUPLICATE, ALSO_HELDOUT = range(len(_OWN))
 
 REASONS = (*_OWN, *FLAWS[1:])
 """Why a record is dropped, by number; KEPT is none, and the last ones are a reader's FLAWS."""

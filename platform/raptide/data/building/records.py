@@ -5,7 +5,7 @@ Three views of the same records, each with what one step needs:
 NAMED   number, name_hash, id, cluster          to find each record's line in a cluster table
 MARKED  number, content, name_hash, order,      to find copies of a sequence, and to count
         heldout, listed, length, stated, latin1,
-        tagged, hashes, reason
+        tagged, alone, hashes, reason
 PLACED  order, heldout, cluster, id, residues,  to be written
         length
 
@@ -22,6 +22,7 @@ length     int64    residues
 stated     int64    members of its cluster by UniRef's own count, or 0
 latin1     bool     whether its header was no UTF-8
 tagged     bool     whether its header names a cluster (`clusters_of_headers`)
+alone      bool     whether no table and no header puts it into a cluster
 hashes     int8     longest run of # before digits at the end of its name
 reason     int8     why it is dropped, an index into `cleaning.REASONS`
 """
@@ -39,6 +40,7 @@ import pyarrow.compute as pc
 
 from raptide.data.building.cleaning import (
     KEPT,
+    UNCLUSTERED,
     CleaningSettings,
     reasons_by_content,
     reasons_by_reading,
@@ -77,15 +79,20 @@ def marked_table(
     placing: pa.Table,
     tags: Sequence[str | None],
     cleaning: CleaningSettings,
+    *,
+    keep_unclustered: bool,
 ) -> pa.Table:
     """The records without their letters, cleaned by what each is by itself.
 
     Args:
-        placing: columns order, heldout and listed (`place`).
+        placing: columns order, heldout and listed (`place`), and alone.
         tags: what each header names as its cluster (`tagged_clusters`).
+        keep_unclustered: whether records stay that are in no cluster.
     """
     flaws = reasons_by_reading(batch.flaws)
     content = reasons_by_content(np.frombuffer(batch.residues, np.uint8), batch.lengths, cleaning)
+    if not keep_unclustered:
+        content[placing["alone"].to_numpy() & (content == KEPT)] = UNCLUSTERED
     view = memoryview(batch.residues)
     ends = [0, *np.cumsum(batch.lengths).tolist()]
     return pa.table(
@@ -99,6 +106,7 @@ def marked_table(
             "length": batch.lengths,
             "stated": stated_members(batch),
             "latin1": batch.latin1,
+            "alone": placing["alone"],
             "tagged": np.array([tag is not None for tag in tags]),
             "hashes": np.fromiter(map(_hash_signs, batch.names), np.int8, len(batch.names)),
             "reason": np.where(flaws == KEPT, content, flaws),
@@ -124,14 +132,14 @@ def place(clusters: Sequence[str], holdout_fraction: float, listed: np.ndarray) 
     """Columns order, heldout and listed of each record, from its cluster's name.
 
     Args:
-        listed: `listed_hashes` of clusters that are held out in any case.
+        listed: sorted `listed_hashes` of clusters that are held out in any case.
     """
     hashes = cluster_hashes(clusters)
     heldout = hashes[:, 1] < np.uint64(int(holdout_fraction * 2**64))
     found = np.zeros(len(heldout), np.uint64)
     if len(listed):
         plain = listed_hashes(clusters)
-        found = np.where(np.isin(plain, listed), plain, found)
+        found = np.where(is_listed(plain, listed), plain, found)
     return pa.table(
         {"order": hashes[:, 0].copy(), "heldout": heldout | (found != 0), "listed": found}
     )
@@ -144,6 +152,14 @@ def listed_hashes(clusters: Sequence[str]) -> np.ndarray:
     """
     plain = plain_names(pa.array(clusters, pa.string())).to_pylist()
     return cluster_hashes(plain)[:, 1].copy()
+
+
+def is_listed(hashes: np.ndarray, listed: np.ndarray) -> np.ndarray:
+    """Whether each hash is in the sorted list, [n] bool; a few are sought among millions."""
+    if not len(listed):
+        return np.zeros(len(hashes), bool)
+    places = np.searchsorted(listed, hashes)
+    return listed[np.minimum(places, len(listed) - 1)] == hashes
 
 
 def cluster_hashes(clusters: Sequence[str]) -> np.ndarray:

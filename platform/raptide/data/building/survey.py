@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from raptide.data.building.cleaning import KEPT, REASONS, CleaningSettings, reas
 from raptide.data.building.membership import join_membership, read_membership
 from raptide.data.building.notes import Notes, chunk_bucket, first_number
 from raptide.data.building.records import (
+    is_listed,
+    listed_hashes,
     marked_table,
     named_table,
     place,
@@ -37,11 +39,15 @@ from raptide.errors import CorpusError
 SURVEY_BYTES = 256 << 20
 """Bytes of input whose names and hashes one task of a shuffle holds."""
 
+MEMBERS = "listed_members.npy"
+"""Hashes of the listed names that are records."""
+
 SUMS = {
     "residues": "length",
     "stated_members": "stated",
     "latin1_headers": "latin1",
     "tagged": "tagged",
+    "unclustered": "alone",
 }
 """What is summed over the kept records, and the column it comes from."""
 
@@ -78,10 +84,14 @@ class Source:
     holdout_fraction: float
     rules: ReadingRules
     listed: Any
-    """Object reference of the listed clusters' `records.listed_hashes`, [n] uint64, sorted."""
+    """Object reference of the listed clusters' `records.listed_hashes`, [n] uint64, sorted; in the
+    first pass of the listed members', too."""
 
     strict_tables: bool
     """Whether a table may name members that the input has not."""
+
+    keep_unclustered: bool
+    """Whether records that no table and no header puts into a cluster are clusters of one."""
 
     notes: Path
 
@@ -91,8 +101,12 @@ class Source:
 
         def read(batch: FastaBatch, first: int) -> pa.Table:
             tags = tagged_clusters(batch, self.cluster_tag)
-            placing = self._placing(self._clusters(batch, first, tags, notes))
-            return marked_table(batch, first, placing, tags, cleaning)
+            found = self._found(first, tags, notes)
+            placing = self._placing(_or_own(found, batch))
+            placing = placing.append_column("alone", pc.is_null(pa.array(found, pa.string())))
+            return marked_table(
+                batch, first, placing, tags, cleaning, keep_unclustered=self.keep_unclustered
+            )
 
         return self.read(read)
 
@@ -106,7 +120,7 @@ class Source:
 
         def read(batch: FastaBatch, first: int) -> pa.Table:
             tags = tagged_clusters(batch, self.cluster_tag)
-            clusters = self._clusters(batch, first, tags, notes)
+            clusters = _or_own(self._found(first, tags, notes), batch)
             table = placed_table(batch, pa.array(clusters, pa.string()), self._placing(clusters))
             keep = wanted(table)
             for table_of_dropped in dropped.read(first, len(clusters)):
@@ -115,22 +129,40 @@ class Source:
 
         return self.read(read)
 
+    def listed_members(self) -> ray.data.Dataset:
+        """Listed names that are records, and the clusters of these: columns member and cluster,
+        both `records.listed_hashes`."""
+        notes = Notes(self.notes, "cluster")
+
+        def read(batch: FastaBatch, first: int) -> pa.Table:
+            members = listed_hashes(batch.names)
+            chosen = is_listed(members, ray.get(self.listed))
+            found = self._found(first, tagged_clusters(batch, self.cluster_tag), notes)
+            clusters = np.array(_or_own(found, batch), object)[chosen].tolist()
+            return pa.table({"member": members[chosen], "cluster": listed_hashes(clusters)})
+
+        return self.read(read)
+
     def read(self, function: Callable[[FastaBatch, int], pa.Table]) -> ray.data.Dataset:
         """Call the function with each batch of the input and the number of its first record."""
         return read_parts(self.parts, self.rules, function)
 
-    def _clusters(
-        self, batch: FastaBatch, first: int, tags: list[str | None], notes: Notes
-    ) -> list[str]:
-        clusters = [tag or name for tag, name in zip(tags, batch.names, strict=True)]
-        for table in notes.read(first, len(clusters)):
+    def _found(self, first: int, tags: list[str | None], notes: Notes) -> list[str | None]:
+        """The cluster of each record, by a table or else by its header, or None."""
+        found = list(tags)
+        for table in notes.read(first, len(found)):
             numbers = (table["number"].to_numpy() - first).tolist()
             for index, cluster in zip(numbers, table["cluster"].to_pylist(), strict=True):
-                clusters[index] = cluster
-        return clusters
+                found[index] = cluster
+        return found
 
     def _placing(self, clusters: list[str]) -> pa.Table:
         return place(clusters, self.holdout_fraction, ray.get(self.listed))
+
+
+def _or_own(found: list[str | None], batch: FastaBatch) -> list[str]:
+    """A record without a cluster is one of its own."""
+    return [cluster or name for cluster, name in zip(found, batch.names, strict=True)]
 
 
 def read_parts(
@@ -160,6 +192,7 @@ def survey(source: Source, cleaning: CleaningSettings, input_bytes: int) -> Surv
     buckets = 1 + input_bytes // SURVEY_BYTES
     if source.tables:
         _note_clusters(source, buckets)
+    source = _with_clusters_of_members(source)
 
     def mark(bucket: int, records: pa.Table) -> pa.Table:
         reasons = reasons_by_copies(records, cleaning.drop_duplicates)
@@ -242,6 +275,19 @@ def _note_clusters(source: Source, buckets: int) -> None:
             "No line of the cluster tables names a record of the input; give the table that "
             "belongs to these files."
         )
+
+
+def _with_clusters_of_members(source: Source) -> Source:
+    """List the clusters of listed members, too; which those are is noted in MEMBERS."""
+    listed = ray.get(source.listed)
+    members, clusters = [np.zeros(0, np.uint64)], [listed]
+    if len(listed) and (source.tables or source.cluster_tag):
+        found = source.listed_members()
+        for table in found.iter_batches(batch_size=None, batch_format="pyarrow"):
+            members.append(table["member"].to_numpy())
+            clusters.append(table["cluster"].to_numpy())
+    np.save(source.notes / MEMBERS, np.unique(np.concatenate(members)))
+    return replace(source, listed=ray.put(np.unique(np.concatenate(clusters))))
 
 
 def _write_notes(folder: Path, kind: str, notes: ray.data.Dataset, buckets: int) -> int:
