@@ -154,8 +154,9 @@ def build() -> None:
     parser.add_argument(
         "--unclustered",
         choices=get_args(BuildSettings.model_fields["unclustered"].annotation),
-        help="records that no table and no header puts into a cluster: each becomes a cluster of its "
-        "own, though relatives may be held out (the default), or is dropped and counted, or refused",
+        help="records that no table and no header puts into a cluster: each becomes a cluster "
+        "of its own, though relatives may be held out (the default), or is dropped and counted, or "
+        "ends the build",
     )
     parser.add_argument(
         "--holdout-clusters",

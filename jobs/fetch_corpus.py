@@ -1,21 +1,30 @@
 """Fetch proteins from UniProt's public downloads, ready for build_corpus.py.
 
     python jobs/fetch_corpus.py demo
-    python jobs/fetch_corpus.py uniref50 --output /shared/uniprot --unpack
+    python jobs/fetch_corpus.py uniref100 --output /shared/uniprot --unpack
     python jobs/fetch_corpus.py uniref50-members --output /shared/uniprot
+    python jobs/fetch_corpus.py heldout-ur50 --output /shared/uniprot
 
-Sources (the size is about that of a release of 2025):
+Each prints the build_corpus.py command that comes next. Sources:
 
-    demo              Escherichia coli K-12, 4,400 proteins, 1 MB
-    swissprot         the reviewed part of UniProtKB, 570 thousand proteins, 90 MB
-    uniref50          one protein for each UniRef50 cluster, 70 million, 13 GB
-    uniref100         all proteins without exact copies, 450 million, 100 GB
-    uniref50-members  which UniRef100 entry is in which UniRef50 cluster, as a table for
-                      build_corpus.py --clusters, 13 GB; entries of UniParc alone are not in it and
-                      keep a cluster of their own
+    demo                Escherichia coli K-12, 4,400 proteins, 1 MB
+    swissprot           the reviewed part of UniProtKB, 570 thousand proteins, 90 MB
+    uniref50            one protein for each UniRef50 cluster
+    uniref90            one protein for each UniRef90 cluster, as ESM-2 draws from
+    uniref100           all proteins without exact copies, 450 million, 100 GB: the paper's UR100,
+                        UR50/S and UR50/D are made of it
+    uniref50-members    which UniRef100 entry is in which UniRef50 cluster, also those of UniParc
+                        alone: UniRef50's XML as a table for build_corpus.py --clusters
+    uniref50-members90  the same for the entries of UniRef90
+    uniparc             all proteins ever, in 200 files: the paper's largest set, of which it held
+                        1 million of 250 million out
+    heldout-ur50        the UniRef50 clusters that the paper's authors held out (3.016 million names
+                        of UniRef 2018_03), for build_corpus.py --holdout-clusters
+    heldout-ur100       the same clusters' UniRef100 entries (13.745 million)
 
 A download that breaks off goes on by itself, and when the same command is given again. Size and
 MD5 are those of UniProt's RELEASE.metalink; a file appears under its name only when they are right.
+The authors' lists have no published MD5: they are read to their end instead.
 """
 
 from __future__ import annotations
@@ -26,43 +35,85 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
 from isal import igzip
 from tqdm import tqdm
 
 from commandline import job_parser, refuse_output, run_job
-from raptide.data.building.fetch import fetch, find_file
+from raptide.data.building.fetch import RemoteFile, ask_file, fetch, find_files
+from raptide.data.building.heldout import read_list
+from raptide.data.building.uniref import read_members
 from raptide.data.compressed import open_plain
-from raptide.errors import FetchError, InputError
+from raptide.errors import ConfigError, FetchError, InputError
 
-MIRROR = "https://ftp.uniprot.org/pub/databases/uniprot"
+UNIPROT = "https://ftp.uniprot.org/pub/databases/uniprot"
 """UniProt's own server; EBI and SIB mirror it."""
 
+FAIR_ESM = "https://dl.fbaipublicfiles.com/fair-esm/pretraining-data"
+
 KNOWLEDGEBASE = "current_release/knowledgebase"
-IDMAPPING_COLUMNS = 22
-UNIREF100, UNIREF50 = "7", "9"
-"""Columns of idmapping_selected.tab, from 0 (README beside it)."""
 
 READ_BYTES = 16 << 20
 
 
 class Source(NamedTuple):
-    """Where a source lies on the server."""
+    """Where a source lies on its server, and what is built of it."""
 
     path: str
-    is_table: bool = False
+    """A file, or a pattern for several."""
+
+    build: str
+    """What build_corpus.py is given as --input and after; {files} are this source's."""
+
+    server: str = UNIPROT
+    members: str = ""
+    """Which members the table made of an XML file names."""
 
 
 SOURCES = {
     "demo": Source(
-        f"{KNOWLEDGEBASE}/reference_proteomes/Bacteria/UP000000625/UP000000625_83333.fasta.gz"
+        f"{KNOWLEDGEBASE}/reference_proteomes/Bacteria/UP000000625/UP000000625_83333.fasta.gz",
+        "{files} --output corpora/demo",
     ),
-    "swissprot": Source(f"{KNOWLEDGEBASE}/complete/uniprot_sprot.fasta.gz"),
-    "uniref50": Source("uniref/uniref50/uniref50.fasta.gz"),
-    "uniref100": Source("uniref/uniref100/uniref100.fasta.gz"),
-    "uniref50-members": Source(f"{KNOWLEDGEBASE}/idmapping/idmapping_selected.tab.gz", True),
+    "swissprot": Source(
+        f"{KNOWLEDGEBASE}/complete/uniprot_sprot.fasta.gz", "{files} --output corpora/swissprot"
+    ),
+    "uniref50": Source("uniref/uniref50/uniref50.fasta.gz", "{files} --output corpora/uniref50"),
+    "uniref90": Source(
+        "uniref/uniref90/uniref90.fasta.gz",
+        "{files} --clusters {folder}/uniref50_members90.tsv.gz --unclustered drop "
+        "--output corpora/ur90",
+    ),
+    "uniref100": Source(
+        "uniref/uniref100/uniref100.fasta.gz",
+        "{files} --clusters {folder}/uniref50_members.tsv.gz --unclustered drop "
+        "--output corpora/ur100",
+    ),
+    "uniref50-members": Source(
+        "uniref/uniref50/uniref50.xml.gz",
+        "{folder}/uniref100.fasta --clusters {files} --unclustered drop --output corpora/ur100",
+        members="UniRef100",
+    ),
+    "uniref50-members90": Source(
+        "uniref/uniref50/uniref50.xml.gz",
+        "{folder}/uniref90.fasta --clusters {files} --unclustered drop --output corpora/ur90",
+        members="UniRef90",
+    ),
+    "uniparc": Source(
+        "current_release/uniparc/fasta/active/uniparc_active_p*.fasta.gz",
+        "{files} --holdout-fraction 0.004 --output corpora/uniparc",
+    ),
+    "heldout-ur50": Source(
+        "uniref201803_ur50_valid_headers.txt.gz",
+        "{folder}/uniref100.fasta --clusters {folder}/uniref50_members.tsv.gz --unclustered drop "
+        "--holdout-fraction 0 --holdout-clusters {files} --output corpora/ur100",
+        server=FAIR_ESM,
+    ),
+    "heldout-ur100": Source(
+        "uniref201803_ur100_valid_headers.txt.gz",
+        "{folder}/uniref100.fasta --clusters {folder}/uniref50_members.tsv.gz --unclustered drop "
+        "--holdout-fraction 0 --holdout-clusters {files} --output corpora/ur100",
+        server=FAIR_ESM,
+    ),
 }
 
 
@@ -70,7 +121,7 @@ def main() -> None:
     parser = job_parser(__doc__)
     parser.add_argument("source", choices=SOURCES)
     parser.add_argument("--output", type=Path, default=Path("downloads"), metavar="DIR")
-    parser.add_argument("--mirror", default=MIRROR, metavar="URL", help="default: %(default)s")
+    parser.add_argument("--mirror", metavar="URL", help=f"default: {UNIPROT}, or {FAIR_ESM}")
     parser.add_argument(
         "--unpack",
         action="store_true",
@@ -79,18 +130,45 @@ def main() -> None:
     args = parser.parse_args()
     refuse_output(args.output, "--output")
     source = SOURCES[args.source]
-    remote = find_file(f"{args.mirror.rstrip('/')}/{source.path}")
-    file = fetch(remote, args.output)
-    if source.is_table:
-        file = write_members(file, args.output / "uniref50_members.tsv.gz")
-    elif args.unpack:
-        file = unpack(file)
-    print(f"{file}: {file.stat().st_size:,} bytes, UniProt release {remote.release}")
-    made = shlex.quote(str(file))
-    if source.is_table:
-        print(f"Next: python jobs/build_corpus.py --input uniref100.fasta --clusters {made} ...")
-    else:
-        print(f"Next: python jobs/build_corpus.py --input {made} --output corpora/{args.source}")
+    server = (args.mirror or source.server).rstrip("/")
+    for remote in _find(source, server):
+        file = prepare(fetch(remote, args.output), source, args.unpack)
+        release = f", UniProt release {remote.release}" if remote.md5 else ""
+        print(f"{file}: {file.stat().st_size:,} bytes{release}")
+    folder = shlex.quote(str(args.output))
+    pattern = Path(source.path).name.removesuffix(".gz" if args.unpack else "")
+    files = f"{folder}/{pattern}" if "*" in source.path else shlex.quote(str(file))
+    what = source.build.format(files=files, folder=folder)
+    print(f"Next: python jobs/build_corpus.py --input {what}")
+
+
+def _find(source: Source, server: str) -> list[RemoteFile]:
+    """The source's files; those of UniProt with their hashes."""
+    if source.server == FAIR_ESM:
+        return [ask_file(f"{server}/{source.path}")]
+    folder, _, pattern = source.path.rpartition("/")
+    return find_files(f"{server}/{folder}", pattern)
+
+
+def prepare(file: Path, source: Source, plain: bool) -> Path:
+    """Make of a download what build_corpus.py reads."""
+    if source.members:
+        ending = source.members.removeprefix("UniRef").replace("100", "")
+        table = file.with_name(f"uniref50_members{ending}.tsv.gz")
+        return write_members(file, table, source.members)
+    if source.server == FAIR_ESM:
+        print(f"{count_names(file):,} names")
+        return file
+    return unpack(file) if plain else file
+
+
+def count_names(file: Path) -> int:
+    """Read a list to its end, as its checksum is in there alone."""
+    try:
+        return len(read_list(file))
+    except ConfigError as error:
+        file.unlink()
+        raise FetchError(f"What arrived is no list of names: {error}") from None
 
 
 def unpack(file: Path) -> Path:
@@ -108,42 +186,18 @@ def unpack(file: Path) -> Path:
     return plain
 
 
-def write_members(idmapping: Path, table: Path) -> Path:
-    """`UniRef50 cluster, tab, UniRef100 entry` for each entry of idmapping_selected.tab."""
-    names = [str(number) for number in range(IDMAPPING_COLUMNS)]
+def write_members(xml: Path, table: Path, kind: str) -> Path:
+    """`UniRef50 cluster, tab, member` for each member of one kind that UniRef50's XML names."""
     with (
         _whole_or_nothing(table) as part,
-        open_plain(idmapping) as packed,
+        open_plain(xml) as packed,
         igzip.open(part, "wb") as output,
-        tqdm(unit=" entries", desc=table.name) as bar,
+        tqdm(unit=" members", unit_scale=True, desc=table.name) as bar,
     ):
-        reader = pyarrow.csv.open_csv(
-            packed,
-            pyarrow.csv.ReadOptions(column_names=names, block_size=READ_BYTES),
-            pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False),
-            pyarrow.csv.ConvertOptions(
-                include_columns=[UNIREF50, UNIREF100],
-                column_types=dict.fromkeys([UNIREF50, UNIREF100], pa.string()),
-                strings_can_be_null=False,
-            ),
-        )
-        for batch in reader:
-            bar.update(batch.num_rows)
-            output.write(_member_lines(pa.Table.from_batches([batch])))
+        for lines in read_members(packed, kind):
+            output.write("".join(lines).encode())
+            bar.update(len(lines))
     return table
-
-
-def _member_lines(entries: pa.Table) -> bytes:
-    clustered = pc.and_(pc.not_equal(entries[UNIREF50], ""), pc.not_equal(entries[UNIREF100], ""))
-    # Several UniProtKB entries of one sequence share one UniRef100 entry.
-    pairs = entries.filter(clustered).group_by([UNIREF50, UNIREF100]).aggregate([])
-    lines = pa.BufferOutputStream()
-    pyarrow.csv.write_csv(
-        pairs.select([UNIREF50, UNIREF100]),
-        lines,
-        pyarrow.csv.WriteOptions(include_header=False, delimiter="\t", quoting_style="none"),
-    )
-    return lines.getvalue().to_pybytes()
 
 
 @contextmanager
@@ -152,7 +206,7 @@ def _whole_or_nothing(file: Path) -> Iterator[Path]:
     part = file.with_name(file.name + ".part")
     try:
         yield part
-    except (InputError, OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+    except (InputError, OSError) as error:
         raise FetchError(f"{file} cannot be written ({error}); fetch again.") from None
     else:
         part.replace(file)

@@ -1,6 +1,7 @@
 """Download one file so that it is whole or not there: resumed where it broke off, checked by hash.
 
-UniProt lists the size and MD5 of every file of a folder in RELEASE.metalink beside it.
+UniProt lists the size and MD5 of every file of a folder in RELEASE.metalink beside it. Other
+servers give no more than a size and a tag of the version.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import shutil
 import time
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -29,15 +31,23 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as its release describes it."""
+    """A file as its release, or its server, describes it."""
 
     url: str
     size: int
     """Bytes."""
 
-    md5: str
+    md5: str | None
+    """None where nobody publishes it."""
+
     release: str
-    """E.g. 2026_04."""
+    """E.g. 2026_04, or what tells one version from another."""
+
+    @property
+    def part_name(self) -> str:
+        """What is not whole yet has a name of its version, never gone on with for another."""
+        version = self.md5 or hashlib.blake2b(f"{self.release} {self.size}".encode()).hexdigest()
+        return f"{self.url.rpartition('/')[2]}.{version[:8]}.part"
 
 
 def find_file(url: str) -> RemoteFile:
@@ -47,6 +57,15 @@ def find_file(url: str) -> RemoteFile:
         FetchError: the metalink cannot be read, or does not list the file.
     """
     folder, _, name = url.rpartition("/")
+    return find_files(folder, name)[0]
+
+
+def find_files(folder: str, pattern: str) -> list[RemoteFile]:
+    """The files of a folder whose names match a pattern like `*.gz`, as its metalink lists them.
+
+    Raises:
+        FetchError: the metalink cannot be read, or lists no such file.
+    """
     metalink = f"{folder}/{METALINK}"
     try:
         answer = httpx.get(metalink, timeout=TIMEOUT_S, follow_redirects=True)
@@ -54,29 +73,61 @@ def find_file(url: str) -> RemoteFile:
         tree = ElementTree.fromstring(answer.content)
         for element in tree.iter():
             element.tag = element.tag.rpartition("}")[2]  # without the namespace
-        found = next(file for file in tree.iter("file") if file.get("name") == name)
-        size, md5 = found.findtext("size", ""), found.findtext(".//hash[@type='md5']", "")
-        return RemoteFile(url, int(size), md5.strip().lower(), tree.findtext("version", "unknown"))
+        release = tree.findtext("version", "unknown")
+        found = [
+            RemoteFile(
+                f"{folder}/{name}",
+                int(file.findtext("size", "")),
+                file.findtext(".//hash[@type='md5']", "").strip().lower(),
+                release,
+            )
+            for file in tree.iter("file")
+            if fnmatchcase(name := file.get("name", ""), pattern)
+        ]
     except httpx.HTTPError as error:
         raise FetchError(f"{metalink} cannot be read ({error}); try again later.") from None
-    except (ElementTree.ParseError, StopIteration, ValueError):
+    except (ElementTree.ParseError, ValueError):
+        found = []
+    if not found:
         raise FetchError(
-            f"{metalink} does not give size and MD5 of {name}; choose another --mirror."
-        ) from None
+            f"{metalink} does not give size and MD5 of {pattern}; choose another --mirror."
+        )
+    return found
+
+
+def ask_file(url: str) -> RemoteFile:
+    """What the server itself says of a file: its size, and its version by ETag.
+
+    Raises:
+        FetchError: the server does not answer, or gives no size.
+    """
+    try:
+        answer = httpx.head(
+            url,
+            headers={"Accept-Encoding": "identity"},
+            timeout=TIMEOUT_S,
+            follow_redirects=True,
+        )
+        answer.raise_for_status()
+        size = int(answer.headers["Content-Length"])
+    except httpx.HTTPError as error:
+        raise FetchError(f"{url} cannot be fetched ({error}); try again later.") from None
+    except (KeyError, ValueError):
+        raise FetchError(f"{url} comes without its size; choose another --mirror.") from None
+    return RemoteFile(url, size, None, answer.headers.get("ETag", "unknown"))
 
 
 def fetch(remote: RemoteFile, folder: Path) -> Path:
     """Download a file into a folder, or find it there; draws a progress bar.
 
-    What is not whole yet has a name with the hash in it, so that it is never gone on with for
-    another release.
+    Without an MD5 only the size is compared; what the file holds is for the caller to check.
 
     Raises:
         FetchError: the disk is too small, the server gives up, or the hash is wrong.
     """
     file = folder / remote.url.rpartition("/")[2]
-    part = folder / f"{file.name}.{remote.md5[:8]}.part"
-    if file.exists() and file.stat().st_size == remote.size and _md5(file) == remote.md5:
+    part = folder / remote.part_name
+    if _size(file) == remote.size and remote.md5 in (None, _md5(file)):
         return file
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(f"{file.name}.*.part"):
@@ -87,8 +138,7 @@ def fetch(remote: RemoteFile, folder: Path) -> Path:
         total=remote.size, unit="B", unit_scale=True, unit_divisor=1024, desc=file.name
     ) as bar:
         _download(remote, part, bar)
-    found = _md5(part)
-    if found != remote.md5:
+    if remote.md5 not in (None, found := _md5(part)):
         part.unlink()
         raise FetchError(
             f"{remote.url} arrived damaged: expected MD5 {remote.md5}, found {found}; "

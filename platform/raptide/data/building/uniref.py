@@ -22,8 +22,6 @@ from raptide.errors import InputError
 
 READ_BYTES = 4 << 20
 
-NAMESPACE_END = " "
-
 
 def read_members(file: BinaryIO, kind: str) -> Iterator[list[str]]:
     """Lines `cluster, tab, member`, some at a time; one that follows soon again is left out.
@@ -34,16 +32,16 @@ def read_members(file: BinaryIO, kind: str) -> Iterator[list[str]]:
     Raises:
         InputError: the file is no XML of UniRef, is cut short, or declares entities.
     """
-    parser = expat.ParserCreate(namespace_separator=NAMESPACE_END)
+    parser = expat.ParserCreate()
     wanted, cluster = f"{kind} ID", ""
     lines: list[str] = []
 
     def start(name: str, attributes: dict[str, str]) -> None:
         nonlocal cluster
-        if name.endswith("property"):
+        if name == "property":
             if attributes.get("type") == wanted:
                 lines.append(f"{cluster}\t{_sound(attributes.get('value', ''))}\n")
-        elif name.endswith("entry"):
+        elif name == "entry":
             cluster = _sound(attributes.get("id", ""))
 
     parser.StartElementHandler = start
