@@ -42,6 +42,7 @@ from raptide.data.fasta import SOUND, FastaBatch, ReadingRules, read_fasta
 from raptide.data.fasta_text import is_stream, refuse_missing
 from raptide.errors import ConfigError, RaptideError, SequenceError, plain_errors
 from raptide.methods import Long
+from raptide.model.formats.detect import read_weights
 from raptide.training.checkpoints.checkpoint import find_bundle
 
 BATCH_SEQUENCES = 256
@@ -93,6 +94,7 @@ def main() -> None:
     if args.workers < 1:
         raise ConfigError(f"--workers needs at least 1, but {args.workers} was given.")
     bundle = find_bundle(args.model)
+    read_weights(bundle)  # what is wrong with them is said here, and not by every worker
     with ray_session(num_cpus=args.workers + local_cpus(), verbose=args.verbose):
         rules = reading_rules(args)
         embedded, dropped = embed(bundle, args.input, args.output, args.workers, args.long, rules)

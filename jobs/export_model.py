@@ -13,7 +13,9 @@ from NAME-contact-regression.pt beside it).
 TARGET is a new folder, or a new file that ends in .pt. A folder is a bundle, which transformers
 opens too (ESM-1 only raptide, as transformers does not know it); a .pt file is opened by fair-esm.
 Weights are carried over bit for bit unless --dtype says otherwise. Every tensor must find its
-place: one that is missing, left over or of another shape is an error that names it.
+place: one that is missing, left over or of another shape is an error that names it. Encoders and
+classifiers (EsmModel, EsmForSequenceClassification, ...) become encoders, which embed; what else
+they hold (poolers, classifiers) is left out, and named.
 
 --fit-contacts takes a Parquet file with columns `sequence` and `cb_angstrom` (each residue's Cβ
 coordinates, x y z one after the other in one list, NaN where unknown). The head is fitted to the
@@ -148,6 +150,8 @@ def summary(weights: Weights, source: Path, target: Path) -> str:
     parameters = sum(tensor.numel() for tensor in weights.state.values())
     dtype = str(weights.state["embed.weight"].dtype).removeprefix("torch.")
     head = "with" if weights.contact_head is not None else "without"
+    headless = "" if weights.has_head else ", without language-model head"
+    left_out = f"Left out: {', '.join(weights.left_out)}\n" if weights.left_out else ""
     opens = f"raptide.Engine.load({str(target)!r})"
     if target.suffix == ".pt" and weights.contact_head is not None:
         opens += f" or esm.pretrained.load_model_and_alphabet_local({str(target)!r})"
@@ -156,7 +160,8 @@ def summary(weights: Weights, source: Path, target: Path) -> str:
     return (
         f"{source} -> {target}\n"
         f"{settings.family}, {settings.layers} layers x {settings.width}, {parameters:,} "
-        f"parameters, {dtype}, {head} contact head\n"
+        f"parameters, {dtype}, {head} contact head{headless}\n"
+        f"{left_out}"
         f"Open it with {opens}"
     )
 

@@ -23,6 +23,7 @@ from ray.serve.config import (
 from ray.serve.schema import LoggingConfig
 
 from raptide.config import parse_settings
+from raptide.model.formats.detect import read_weights
 from raptide.training.checkpoints.checkpoint import find_bundle
 from serve.environment import ACTORS
 from serve.gateway.deployment import Gateway
@@ -63,7 +64,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 def compose(settings: ServeSettings, replica: type = Replica) -> serve.Application:
     """The application; `replica` is the class that answers."""
     models = [
-        model.model_copy(update={"path": str(find_bundle(Path(model.path)))})
+        model.model_copy(update={"path": str(_readable(Path(model.path)))})
         for model in settings.model_settings()
     ]
     handles = {model.name: _replicas(model, replica) for model in models}
@@ -82,6 +83,13 @@ def compose(settings: ServeSettings, replica: type = Replica) -> serve.Applicati
     # The paths stay out of its arguments, so that a new checkpoint replaces replicas alone.
     known = [model.model_copy(update={"path": ""}) for model in models]
     return gateway.bind(settings.gateway_settings(), known, handles)
+
+
+def _readable(path: Path) -> Path:
+    """The bundle of a model, after every tensor has been found in its place."""
+    bundle = find_bundle(path)
+    read_weights(bundle)
+    return bundle
 
 
 def _replicas(model: ModelSettings, replica: type) -> serve.Application:

@@ -16,6 +16,16 @@ import numpy as np
 
 Call = Literal["embed", "logits", "contacts", "score", "variants", "scan"]
 
+PATHS: dict[Call, str] = {
+    "embed": "embeddings",
+    "logits": "logits",
+    "contacts": "contacts",
+    "score": "scores",
+    "variants": "scores",
+    "scan": "scan",
+}
+"""What clients know the calls by: the paths under /v1."""
+
 SPECIALS = 2
 """Tokens around one sequence (one fewer for ESM-1, which makes no difference to a budget)."""
 
@@ -90,7 +100,7 @@ class Done:
 class Refused:
     """Why a replica did not compute."""
 
-    reason: Literal["full", "deadline", "input", "layers"]
+    reason: Literal["full", "deadline", "input", "layers", "model"]
     message: str = ""
     index: int = 0
     """Which sequence of the work is at fault."""

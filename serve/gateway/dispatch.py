@@ -142,8 +142,8 @@ class Dispatcher:
             return overloaded(answer.retry_after_s)
         if answer.reason == "deadline":
             return too_late(work.timeout_s)
-        if answer.reason == "layers":
-            return invalid("layers", answer.message)
+        if answer.reason in ("layers", "model"):
+            return invalid(answer.reason, answer.message)
         if work.ask.call == "variants" and work.variants:
             return invalid("variants", answer.message)
         if param == "sequence":

@@ -145,6 +145,10 @@ class Model(BaseModel):
     parameters: int
     dtype: str
     max_residues: int
+    calls: list[str] = Field(
+        description="Paths under /v1 that it answers: contacts need a contact head; logits, scan "
+        "and scores a language-model head"
+    )
     weights: str = Field(description="Digest of the weights")
     verified: bool = Field(description="A known sequence was answered as the bundle records it")
     tokens: list[str] = Field(description="The columns of logits")

@@ -19,7 +19,7 @@ from raptide.alphabet import encode_residues
 from raptide.inference.engine import CONTACT_RESIDUES, Engine
 from raptide.model.check import verify_check
 from raptide.model.formats.tensor_files import digest_weights
-from serve.calls import Ask, Description, Done, Refused, Work
+from serve.calls import PATHS, Ask, Description, Done, Refused, Work
 from serve.metrics import ReplicaMetrics
 from serve.replica.batcher import Answers, Batch, DeadlinePassed, QueueFull, TokenBatcher
 from serve.replica.plan import Plan, Unfit
@@ -57,7 +57,7 @@ class Replica:
     async def _answer(self, work: Work) -> Done | Refused:
         deadline = time.monotonic() + work.timeout_s
         try:
-            self._refuse_unknown_layers(work.ask)
+            self._refuse_what_the_model_lacks(work.ask)
             residues = [self._read(index, s, work.ask) for index, s in enumerate(work.sequences)]
             plan = Plan(work, residues, self._settings.max_batch_tokens)
         except Unfit as unfit:
@@ -83,10 +83,18 @@ class Replica:
             "dtype": self._engine.dtype,
             "max_residues": self._engine.max_residues,
             "tokens": list(self._engine.tokens),
+            "calls": self._calls,
             "weights": self._weights,
             "verified": self._verified,
             "lineage": self._engine.lineage,
         }
+
+    @property
+    def _calls(self) -> list[str]:
+        """The paths under /v1 that this model has the heads for."""
+        model = self._engine.model
+        contacts = ["contacts"] if model.contact_head is not None else []
+        return ["embeddings", *contacts, *(["logits", "scan", "scores"] if model.has_head else [])]
 
     async def probe(self) -> None:
         """Returns once the model has answered, beside whatever is being computed.
@@ -120,7 +128,14 @@ class Replica:
         if not np.isfinite(self._engine.embed(["M"])).all():
             raise RuntimeError("The model answers with something that is no number.")
 
-    def _refuse_unknown_layers(self, ask: Ask) -> None:
+    def _refuse_what_the_model_lacks(self, ask: Ask) -> None:
+        if PATHS[ask.call] not in self._calls:
+            missing = "contact head" if ask.call == "contacts" else "language-model head"
+            raise Unfit(
+                f"This model has no {missing}, so it answers {' and '.join(self._calls)} alone; "
+                "ask another model.",
+                reason="model",
+            )
         last = self._engine.model.settings.layers
         for layer in ask.layers if ask.call == "embed" else ():
             if not -last - 1 <= layer <= last:
@@ -135,8 +150,6 @@ class Replica:
         longest = self._engine.max_residues
         if ask.call == "contacts":
             longest = min(longest, CONTACT_RESIDUES)
-            if self._engine.model.contact_head is None:
-                raise Unfit("This model has no contact head; ask another model.", index)
         residues = encode_residues(sequence)
         if len(residues) > longest:
             raise Unfit(

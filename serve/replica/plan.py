@@ -25,7 +25,7 @@ class Unfit(Exception):
     """The work does not fit the model; shown to the client."""
 
     def __init__(
-        self, message: str, index: int = 0, reason: Literal["input", "layers"] = "input"
+        self, message: str, index: int = 0, reason: Literal["input", "layers", "model"] = "input"
     ) -> None:
         super().__init__(message)
         self.index, self.reason = index, reason

@@ -290,6 +290,25 @@ def test_contacts_need_a_contact_head():
         Engine(weights.build(), {}, CPU, 64).contacts(["MK"])
 
 
+def test_what_needs_a_language_model_head_says_so():
+    weights = random_weights(layers=1, width=32, heads=4)
+    body = {name: t for name, t in weights.state.items() if not name.startswith("head_")}
+    engine = Engine(replace(weights, state=body).build(), {}, CPU, 64)
+    whole = Engine(weights.build(), {}, CPU, 64)
+    np.testing.assert_array_equal(engine.embed(["MKTA"]), whole.embed(["MKTA"]))
+    np.testing.assert_array_equal(engine.contacts(["MKTA"])[0], whole.contacts(["MKTA"])[0])
+    for call in (
+        lambda: engine.logits(iter(["MKTA"])),
+        lambda: engine.score_sequences(["MKTA"]),
+        lambda: engine.score_sequences(iter(["MKTA"]), "one-pass"),
+        lambda: engine.score_variants("MKTA", []),
+        lambda: engine.scan("MKTA"),
+        lambda: engine.masked_log_p([("MKTA", [0])]),
+    ):
+        with pytest.raises(BundleError, match="no language-model head, so it gives embeddings"):
+            call()
+
+
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 60))
 def test_batches_hold_everything_once_within_the_budget(lengths, budget):
     batches = list(plan_batches(lengths, budget))

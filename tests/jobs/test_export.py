@@ -10,7 +10,7 @@ import pytest
 import torch
 from in_process import job_in_process
 from safetensors.torch import load_file
-from transformers import EsmForMaskedLM
+from transformers import EsmForMaskedLM, EsmForTokenClassification
 from transformers_shapes import esm_config
 
 from raptide.inference.engine import Engine
@@ -66,6 +66,21 @@ def test_the_precision_can_be_chosen(theirs, tmp_path):
     assert half.contact_head.weight.dtype == torch.float32
     assert half.lineage == {"converted_from": "esm1b"}
     EsmForMaskedLM.from_pretrained(tmp_path / "half")
+
+
+def test_a_classifier_becomes_an_encoder_and_what_is_left_out_is_named(tmp_path):
+    config = esm_config(rotary=True, layers=2, width=32, positions=128, num_labels=3)
+    EsmForTokenClassification(config).save_pretrained(tmp_path / "theirs")
+    done = job_in_process("export_model.py", "theirs", "ours", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "with contact head, without language-model head\n" in done.stdout
+    assert "Left out: classifier.bias, classifier.weight\n" in done.stdout
+    engines = [Engine.load(tmp_path / name) for name in ("theirs", "ours")]
+    np.testing.assert_array_equal(*[engine.embed(["MKTAYIAKQR"]) for engine in engines])
+    done = job_in_process("export_model.py", "ours", "esm2_x.pt", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "fair-esm opens no model" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"]
 
 
 def structures(file, count, **columns):

@@ -77,16 +77,24 @@ def test_help_teaches(path, tmp_path):
             ["--model", "m", "--input", "a.fasta", "--output", "e.parquet"],
             "no model folder",
         ),
+        (
+            "embed_proteins.py",
+            ["--model", "bert", "--input", "a.fasta", "--output", "e.parquet"],
+            "is a model of another architecture (bert)",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(name, arguments, message, cluster, tmp_path):
     (tmp_path / "a.fasta").write_text(">a\nMKLV\n>b\nMK1\n")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
     done = job_in_process(name, *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["a.fasta"], "something is left behind"
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["a.fasta", "bert"], "something is left behind"
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import yaml
 from conftest import ROOT
 from ray.serve.schema import ServeDeploySchema
 
+from raptide.client.client import Client
 from raptide.errors import BundleError, ConfigError
 from serve.app import build
 
@@ -290,6 +291,35 @@ def test_many_clients_at_once_get_their_own_answers(client, engine):
     answers = asyncio.run(ask_all(client, "/v1/embeddings", bodies))
     vectors = [answer.json()["data"][0]["embedding"] for answer in answers]
     np.testing.assert_allclose(np.array(vectors), engine.embed(sequences), atol=1e-5)
+
+
+def test_a_model_without_a_language_model_head_embeds_and_refuses_the_rest(keyed):
+    with keyed.client("lab") as lab:
+        base, tuned = lab.get("/v1/models").json()["data"]
+        assert base["calls"] == ["embeddings", "contacts", "logits", "scan", "scores"]
+        assert (tuned["calls"], tuned["verified"]) == (["embeddings", "contacts"], True)
+        for path, body, status in (
+            ("embeddings", {"input": "MKTA"}, 200),
+            ("contacts", {"sequences": "MKTA"}, 200),
+            ("logits", {"sequences": "MKTA"}, 422),
+            ("scan", {"sequence": "MKTA"}, 422),
+            ("scores", {"sequences": ["MKTA"]}, 422),
+            ("scores", {"sequence": "MKTA", "variants": ["M1A"]}, 422),
+            ("scores", {"sequence": "MKTA", "variants": ["M1A"], "method": "pseudo-ppl"}, 422),
+        ):
+            answer = lab.post(f"/v1/{path}", json=body | {"model": "tuned"})
+            assert answer.status_code == status, answer.text
+            if status == 422:
+                assert answer.json()["error"]["param"] == "model"
+                assert answer.json()["error"]["message"] == (
+                    "This model has no language-model head, so it answers embeddings and contacts "
+                    "alone; ask another model."
+                )
+    with (
+        Client(keyed.url, key=keyed.keys["lab"], model="tuned") as client,
+        pytest.raises(ConfigError, match="no language-model head"),
+    ):
+        client.score_sequences(["MKTA"])
 
 
 def test_bad_arguments_are_refused_before_anything_is_deployed(tmp_path, bundle):

@@ -24,8 +24,9 @@ from serve.gateway.keys import make_key
 LINEAGE = {"step": 5, "corpus_digest": "abc"}
 
 
-def make_bundle(folder: Path, seed: int, step: int = 5) -> Path:
-    model = Esm(ModelSettings(layers=2, width=32, heads=4)).initialise(seed)
+def make_bundle(folder: Path, seed: int, step: int = 5, *, with_head: bool = True) -> Path:
+    shape = ModelSettings(layers=2, width=32, heads=4)
+    model = Esm(shape, with_head=with_head).initialise(seed)
     generator = torch.Generator().manual_seed(seed)
     head = ContactHead(torch.randn(1, 8, generator=generator), torch.zeros(1))
     weights = replace(Weights.of(model), contact_head=head, lineage={**LINEAGE, "step": step})
@@ -92,7 +93,7 @@ def client(proxy: Proxy, bundle: Path) -> Iterator[httpx.Client]:
 
 @dataclass
 class Keyed:
-    """An endpoint with keys."""
+    """An endpoint with keys; its model `tuned` has no language-model head."""
 
     url: str
     file: Path
@@ -124,7 +125,7 @@ def keyed(proxy: Proxy, bundle: Path, tmp_path_factory: pytest.TempPathFactory) 
         {"name": "base", "path": str(bundle), "cpus_per_replica": 0.5},
         {
             "name": "tuned",
-            "path": str(make_bundle(folder / "tuned", seed=2, step=9)),
+            "path": str(make_bundle(folder / "tuned", seed=2, step=9, with_head=False)),
             "cpus_per_replica": 0.5,
             "max_batch_tokens": 1024,
             "min_replicas": 0,

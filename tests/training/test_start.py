@@ -3,10 +3,10 @@
 import pytest
 import torch
 from small_runs import as_recipe, make_recipe
-from transformers import EsmForMaskedLM
+from transformers import EsmForMaskedLM, EsmModel
 from transformers_shapes import esm_config
 
-from raptide.errors import ConfigError
+from raptide.errors import BundleError, ConfigError
 from raptide.model.formats.detect import read_weights
 from raptide.training.engine import build_model
 from raptide.training.trainer import prepare_run
@@ -33,4 +33,13 @@ def test_training_starts_from_the_weights_of_a_transformers_folder(corpus, tmp_p
     wrong = make_recipe(corpus) | {"init_from": str(folder), "model": model | {"layers": 3}}
     with pytest.raises(ConfigError, match=r"has model\.layers 2, but the recipe asks for 3"):
         prepare_run(as_recipe(wrong), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_starts_from_no_model_without_a_language_model_head(corpus, tmp_path):
+    folder = tmp_path / "encoder"
+    EsmModel(esm_config(rotary=True, layers=2, width=64, positions=128)).save_pretrained(folder)
+    recipe = make_recipe(corpus) | {"init_from": str(folder), "model": {"family": "esm2", **SHAPE}}
+    with pytest.raises(BundleError, match="no language-model head, which training needs; start"):
+        prepare_run(as_recipe(recipe), tmp_path / "run")
     assert not (tmp_path / "run").exists()

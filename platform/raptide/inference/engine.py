@@ -17,7 +17,7 @@ windows (`long="window"`); `inference/windows.py` tells how.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, overload
@@ -27,7 +27,7 @@ import torch
 
 from raptide.errors import BundleError, ConfigError
 from raptide.inference.forward import Forward
-from raptide.inference.inputs import read_ahead, read_sequences, refuse_no_list
+from raptide.inference.inputs import read_ahead, read_layers, read_sequences, refuse_no_list
 from raptide.inference.scoring import (
     log_likelihood,
     log_softmax,
@@ -74,7 +74,9 @@ class Engine:
         """Load a model.
 
         Args:
-            path: a model folder, raptide's or transformers', or a .pt file of fair-esm.
+            path: a model folder, raptide's or transformers', or a .pt file of fair-esm. Encoders
+                and classifiers (EsmModel, EsmForSequenceClassification, ...), which have no
+                language-model head, open for embeddings and contacts.
             device: "auto" takes the first GPU where there is one.
             dtype: "auto" takes bf16 where the device multiplies it faster (GPUs from Ampere on,
                 CPUs with AMX or AVX512-BF16), fp32 elsewhere. bf16 embeddings have a cosine above
@@ -84,7 +86,7 @@ class Engine:
         On GPUs the layers are compiled, which the first batches wait for (model/device.py).
 
         Raises:
-            BundleError: there is no such model.
+            BundleError: there is no such model; the message says what there is instead.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,7 +157,7 @@ class Engine:
             ConfigError: the model has no such layer.
         """
         _check("pooling", pooling, Pooling)
-        wanted = self._layers(layers)
+        wanted = read_layers(layers, self.model.settings.layers)
 
         def compute(residues: list[np.ndarray]) -> list[np.ndarray]:
             found = self._forward.represent(residues, wanted, pooling)
@@ -177,8 +179,10 @@ class Engine:
         """Logits of each residue over `tokens`, nothing masked, [L, V] fp32 for each sequence.
 
         Raises:
+            BundleError: the model has no language-model head.
             SequenceError: as in `embed`.
         """
+        self._refuse_headless()
         return self._map(sequences, self._forward.logits, long)
 
     @overload
@@ -237,10 +241,11 @@ class Engine:
         likelihoods off a single unmasked pass: cheap, and optimistic.
 
         Raises:
+            BundleError: the model has no language-model head.
             SequenceError: as in `embed`.
         """
-
         _check("method", method, ScoreMethod)
+        self._refuse_headless()
 
         def compute(residues: list[np.ndarray]) -> list[float]:
             if method == "pseudo-ppl":
@@ -273,9 +278,11 @@ class Engine:
                 these.) Meier et al., NeurIPS 2021.
 
         Raises:
+            BundleError: the model has no language-model head.
             SequenceError: as in `embed`; or a variant does not fit the sequence.
         """
         _check("method", method, VariantMethod)
+        self._refuse_headless()
         refuse_no_list(variants, "variants")
         (residues,) = read_sequences([sequence], self._limit(long))
         changes = [parse_variant(variant, residues) for variant in variants]
@@ -296,9 +303,11 @@ class Engine:
         sequence's own residue has 0.
 
         Raises:
+            BundleError: the model has no language-model head.
             SequenceError: as in `embed`.
         """
         _check("method", method, ScanMethod)
+        self._refuse_headless()
         (residues,) = read_sequences([sequence], self._limit(long))
         return score_substitutions(
             self._marginals(residues, np.arange(len(residues)), method), residues
@@ -317,8 +326,10 @@ class Engine:
             [positions, V] fp32 for each piece.
 
         Raises:
+            BundleError: the model has no language-model head.
             SequenceError: as in `embed`.
         """
+        self._refuse_headless()
         residues = read_sequences([sequence for sequence, _ in pieces], self.max_residues)
         positions = [np.asarray(where, int) for _, where in pieces]
         rows: list[list[np.ndarray]] = [[] for _ in pieces]
@@ -326,6 +337,13 @@ class Engine:
             rows[index].append(row)
         empty = np.empty((0, len(self.tokens)), np.float32)
         return [np.stack(each) if each else empty for each in rows]
+
+    def _refuse_headless(self) -> None:
+        if not self.model.has_head:
+            raise BundleError(
+                "This model has no language-model head, so it gives embeddings but no likelihoods; "
+                "load the masked language model it was made from (EsmForMaskedLM)."
+            )
 
     def _marginals(
         self, residues: np.ndarray, positions: np.ndarray, method: ScanMethod
@@ -359,27 +377,6 @@ class Engine:
     def _limit(self, long: Long) -> float:
         _check("long", long, Long)
         return float("inf") if long == "window" else self.max_residues
-
-    def _layers(self, layers: Sequence[int]) -> list[int]:
-        if not isinstance(layers, Iterable) or isinstance(layers, str):
-            raise ConfigError(f"layers must be a list such as (-1,), but {layers!r} was given.")
-        wanted = [self._layer(layer) for layer in layers]
-        if not wanted:
-            raise ConfigError("At least one layer must be asked for; the last one is -1.")
-        return wanted
-
-    def _layer(self, layer: int) -> int:
-        if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
-            raise ConfigError(f"A layer is a whole number, but {layer!r} was given.")
-        layer = int(layer)
-        last = self.model.settings.layers
-        index = layer + last + 1 if layer < 0 else layer
-        if not 0 <= index <= last:
-            raise ConfigError(
-                f"This model has layers 0 to {last} (or -1 to {-last - 1}), but layer {layer} was "
-                "asked for."
-            )
-        return index
 
 
 def _check(name: str, value: str, choices: Any) -> None:

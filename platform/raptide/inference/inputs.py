@@ -1,13 +1,13 @@
-"""Strings to residue ids, checked, with the sequence's place in the call in every error."""
+"""What calls give, checked: strings to residue ids, with their place in the call in every error."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 import numpy as np
 
 from raptide.alphabet import encode_residues
-from raptide.errors import SequenceError
+from raptide.errors import ConfigError, SequenceError
 
 
 def read_sequences(sequences: Sequence[str], limit: float) -> list[np.ndarray]:
@@ -51,6 +51,33 @@ def read_ahead(sequences: Iterator[str], limit: float, budget: int) -> Iterator[
             yield held
             held, room = [], budget
     yield held
+
+
+def read_layers(layers: Sequence[int], last: int) -> list[int]:
+    """Layers as they are counted from 0, the embedding, to `last`; negative ones from the end.
+
+    Raises:
+        ConfigError: there are none, or the model has no such layer.
+    """
+    if not isinstance(layers, Iterable) or isinstance(layers, str):
+        raise ConfigError(f"layers must be a list such as (-1,), but {layers!r} was given.")
+    wanted = [_layer(layer, last) for layer in layers]
+    if not wanted:
+        raise ConfigError("At least one layer must be asked for; the last one is -1.")
+    return wanted
+
+
+def _layer(layer: int, last: int) -> int:
+    if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
+        raise ConfigError(f"A layer is a whole number, but {layer!r} was given.")
+    layer = int(layer)
+    index = layer + last + 1 if layer < 0 else layer
+    if not 0 <= index <= last:
+        raise ConfigError(
+            f"This model has layers 0 to {last} (or -1 to {-last - 1}), but layer {layer} was "
+            "asked for."
+        )
+    return index
 
 
 def _read(sequence: str, index: int, limit: float) -> np.ndarray:

@@ -1,7 +1,8 @@
 """A known sequence's answer, written beside the weights and asked for again before they serve.
 
     check.json    sequence, the dtype it was computed in, mean embedding of the last layer [D], mean
-                  log likelihood of its residues (one pass, nothing masked)
+                  log likelihood of its residues (one pass, nothing masked; null without a
+                  language-model head)
 
 Weights that were swapped, cut off or damaged on the way answer otherwise.
 """
@@ -40,7 +41,7 @@ def write_check(folder: Path, model: Esm) -> None:
     record = {
         "sequence": sequence,
         "dtype": _dtype(model),
-        "log_likelihood": round(log_likelihood, 6),
+        "log_likelihood": None if log_likelihood is None else round(log_likelihood, 6),
         "embedding": [float(f"{value:.6g}") for value in embedding],
     }
     (folder / CHECK).write_text(json.dumps(record) + "\n")
@@ -55,19 +56,24 @@ def verify_check(folder: Path, model: Esm) -> bool:
     record = _read(folder / CHECK)
     sequence = SEQUENCE[:8] if record is None else str(record["sequence"])
     embedding, log_likelihood = _answer(model, sequence)
-    if not (np.isfinite(embedding).all() and np.isfinite(log_likelihood)):
+    if not (np.isfinite(embedding).all() and np.isfinite(log_likelihood or 0.0)):
         raise BundleError(
             f"The model in {folder} answers a known sequence with something that is no number; "
             "serve another checkpoint."
         )
     if record is None:
         return False
+    if (log_likelihood is None) != (record["log_likelihood"] is None):
+        raise BundleError(
+            f"{folder / CHECK} belongs to a model with{'' if log_likelihood is None else 'out'} a "
+            "language-model head, unlike these weights; copy the folder again."
+        )
     expected = np.array(record["embedding"], np.float64)
     far, apart = TOLERANCE["bf16" if "bf16" in (record["dtype"], _dtype(model)) else "fp32"]
     if expected.shape != embedding.shape:
         raise BundleError(f"{folder / CHECK} belongs to a model of another width; copy it again.")
     error = ((embedding - expected) ** 2).sum() / max((expected**2).sum(), 1e-12)
-    difference = abs(log_likelihood - float(record["log_likelihood"]))
+    difference = abs((log_likelihood or 0.0) - float(record["log_likelihood"] or 0.0))
     if error > far or difference > apart:
         raise BundleError(
             f"The model in {folder} answers a known sequence otherwise than its record in {CHECK} "
@@ -77,8 +83,8 @@ def verify_check(folder: Path, model: Esm) -> bool:
     return True
 
 
-def _answer(model: Esm, sequence: str) -> tuple[np.ndarray, float]:
-    """Mean embedding of the last layer, [D] float64, and mean log likelihood, nats."""
+def _answer(model: Esm, sequence: str) -> tuple[np.ndarray, float | None]:
+    """Mean embedding of the last layer, [D] float64, and mean log likelihood, nats, with a head."""
     residues = encode_residues(sequence)
     alphabet = model.settings.alphabet
     tokens = torch.from_numpy(alphabet.add_specials(residues)).long()
@@ -86,9 +92,11 @@ def _answer(model: Esm, sequence: str) -> tuple[np.ndarray, float]:
     with torch.inference_mode():
         (final_TD,) = model.represent(packed, [model.settings.layers])
         inner_LD = final_TD[1 : 1 + len(residues)]
+        embedding = inner_LD.float().mean(0).cpu().numpy().astype(np.float64)
+        if not model.has_head:
+            return embedding, None
         log_p_LV = torch.log_softmax(model.predict(inner_LD).float(), -1)
         picked = log_p_LV.gather(1, packed.tokens_T[1 : 1 + len(residues), None])
-        embedding = inner_LD.float().mean(0).cpu().numpy().astype(np.float64)
         return embedding, float(picked.double().mean())
 
 

@@ -109,11 +109,15 @@ class Layer(nn.Module):
 
 
 class Esm(nn.Module):
-    """Masked language model of proteins (Rives et al., PNAS 2021; ESM-2: Lin et al., 2023)."""
+    """Masked language model of proteins (Rives et al., PNAS 2021; ESM-2: Lin et al., 2023).
 
-    def __init__(self, settings: ModelSettings) -> None:
+    Without its language-model head it represents, but neither predicts nor trains.
+    """
+
+    def __init__(self, settings: ModelSettings, *, with_head: bool = True) -> None:
         super().__init__()
         self.settings = settings
+        self.has_head = with_head
         traits, width, vocabulary = settings.traits, settings.width, len(settings.alphabet)
         self.embed = nn.Embedding(vocabulary, width)
         if traits.positions == "learned":
@@ -128,7 +132,13 @@ class Esm(nn.Module):
         self.norm_before = nn.LayerNorm(width, settings.eps) if traits.norm_before else None
         self.layers = nn.ModuleList(Layer(settings) for _ in range(settings.layers))
         self.norm_after = nn.LayerNorm(width, settings.eps) if traits.norm_after else None
-        if traits.tied_head:
+        if with_head:
+            self._add_head()
+
+    def _add_head(self) -> None:
+        settings = self.settings
+        width, vocabulary = settings.width, len(settings.alphabet)
+        if settings.traits.tied_head:
             self.head_dense = nn.Linear(width, width)
             self.head_norm = nn.LayerNorm(width, settings.eps)
         else:
@@ -207,7 +217,8 @@ class Esm(nn.Module):
             layer.compile_tokenwise()
 
     def predict(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """Final representations to logits over the vocabulary, [N, V]."""
+        """Final representations to logits over the vocabulary, [N, V]; needs the head."""
+        assert self.has_head
         (logits,) = tokenwise(self._predict, x_ND)
         return logits
 

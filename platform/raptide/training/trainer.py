@@ -276,6 +276,7 @@ def _refuse_other_model(saved: SavedCheckpoint, recipe: Recipe) -> None:
 
 def _refuse_other_start(recipe: Recipe, source: str) -> None:
     weights = read_weights(find_bundle(Path(source)))
+    weights.refuse_headless(f"init_from: {source}")
     there, asked = _shape(weights.settings), _shape(recipe.model)
     for name, value in there.items():
         if value != asked[name]:

@@ -158,7 +158,7 @@ def test_other_folders_are_refused(bundle, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "bert"}, "no ESM masked language model"),
+        ({"model_type": "bert"}, "a model of another architecture"),
         ({"token_dropout": False}, "token dropout"),
         ({"rope_theta": 1e6}, "rope_theta is 1000000"),
         ({"emb_layer_norm_before": True}, "this mixture is not supported"),

@@ -8,7 +8,8 @@
 
 `transformers.EsmForMaskedLM.from_pretrained` opens a bundle of ESM-1b or ESM-2 shape, and raptide
 opens folders that transformers wrote: safetensors or .bin, whole or in shards, layer norms spelled
-either way. ESM-1, which transformers does not know, keeps raptide's own tensor names.
+either way, with a language-model head or without (EsmModel, classifiers). ESM-1, which transformers
+does not know, keeps raptide's own tensor names.
 """
 
 from __future__ import annotations
@@ -24,13 +25,23 @@ from safetensors.torch import save_file
 
 from raptide.errors import BundleError
 from raptide.model.config import ModelSettings
-from raptide.model.formats.names import Named, tensor_names
+from raptide.model.formats.names import INV_FREQ, Named, tensor_names
 from raptide.model.formats.tensor_files import SAFETENSORS, read_folder
 
 CONFIG, VOCABULARY, LINEAGE = "config.json", "vocab.txt", "raptide.json"
 
 POSITION_IDS = "esm.embeddings.position_ids"
 POSITION_TABLE = "esm.embeddings.position_embeddings.weight"
+EMBEDDING = "embeddings.word_embeddings.weight"
+
+SHARED_INV_FREQ = "esm.rotary_embeddings.inv_freq"
+"""As transformers 5 holds them in memory, in place of the name it writes."""
+
+OUTSIDE = ("lm_head.", "classifier.")
+"""Modules that stand beside the encoder, not in it."""
+
+OTHER_HEADS = ("classifier.", "esm.pooler.")
+"""What transformers' classifiers and encoders hold beside the language model."""
 
 
 def read_bundle(folder: Path) -> Named:
@@ -42,10 +53,13 @@ def read_bundle(folder: Path) -> Named:
     settings = _from_config(_read_json(folder / CONFIG), folder / CONFIG)
     _check_vocabulary(folder / VOCABULARY, settings)
     tensors, source = read_folder(folder)
+    left_out: tuple[str, ...] = ()
     if settings.family != "esm1":
         tensors = _normalise(tensors, settings, source)
+        left_out = tuple(sorted(name for name in tensors if name.startswith(OTHER_HEADS)))
+        tensors = {name: tensors[name] for name in tensors if name not in left_out}
     lineage = _read_json(folder / LINEAGE) if (folder / LINEAGE).exists() else {}
-    return Named(settings, tensors, column(settings), source, lineage)
+    return Named(settings, tensors, column(settings), source, lineage, left_out)
 
 
 def write_bundle(folder: Path, named: Named) -> None:
@@ -53,8 +67,10 @@ def write_bundle(folder: Path, named: Named) -> None:
     settings = named.settings
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(named.tensors), folder / SAFETENSORS, metadata={"format": "pt"})
-    dtype = named.tensors[tensor_names(settings, named.column)["embed.weight"]].dtype
-    _write_json(folder / CONFIG, _to_config(settings, str(dtype).removeprefix("torch.")))
+    names = tensor_names(settings, named.column)
+    dtype = str(named.tensors[names["embed.weight"]].dtype).removeprefix("torch.")
+    architecture = "EsmForMaskedLM" if names["head_bias"] in named.tensors else "EsmModel"
+    _write_json(folder / CONFIG, _to_config(settings, dtype, architecture))
     (folder / VOCABULARY).write_text("\n".join(settings.alphabet.tokens))
     _write_json(folder / LINEAGE, named.lineage)
 
@@ -69,29 +85,47 @@ def _normalise(
 ) -> dict[str, torch.Tensor]:
     """One spelling for all writers, and without what no model of the shape uses.
 
+    An `EsmModel` has no `esm.` before its names, and modules around a model put theirs there.
     transformers writes layer norms as gamma/beta or as weight/bias. The position indices are not
     learned, and the published ESM-2 folders carry a position table from before the rotary ones.
     """
     clean: dict[str, torch.Tensor] = {}
+    base = next((n.removesuffix(EMBEDDING) for n in tensors if n.endswith(EMBEDDING)), "esm.")
     for name, tensor in tensors.items():
         spelled = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+        spelled = _without_wrapper(spelled, base)
         if spelled in clean:
             raise BundleError(f"{source} holds {spelled} twice, also as gamma or beta.")
-        if name == POSITION_IDS or (
-            name == POSITION_TABLE and settings.traits.positions == "rotary"
+        if spelled == POSITION_IDS or (
+            spelled == POSITION_TABLE and settings.traits.positions == "rotary"
         ):
             continue
         clean[spelled] = tensor
     return clean
 
 
-def _to_config(settings: ModelSettings, dtype: str) -> dict[str, Any]:
+def _without_wrapper(name: str, base: str) -> str:
+    """A tensor's name as in `EsmForMaskedLM`.
+
+    Args:
+        base: what stands before the encoder's own names: nothing in an `EsmModel`, `model.esm.` in
+            a module that keeps an `EsmForMaskedLM` as `model`.
+    """
+    outer = base.removesuffix("esm.")
+    if name.startswith(base) and not name.removeprefix(base).startswith(OUTSIDE):
+        name = "esm." + name.removeprefix(base)
+    else:
+        name = name.removeprefix(outer)
+    return INV_FREQ["hugging_face"].format(layer="*") if name == SHARED_INV_FREQ else name
+
+
+def _to_config(settings: ModelSettings, dtype: str, architecture: str) -> dict[str, Any]:
     traits = settings.traits
     if settings.family == "esm1":
         return {"model_type": "raptide-esm1", "dtype": dtype, **settings.model_dump()}
     rotary = traits.positions == "rotary"
     return {
-        "architectures": ["EsmForMaskedLM"],
+        "architectures": [architecture],
         "model_type": "esm",
         "dtype": dtype,
         "vocab_size": len(settings.alphabet),

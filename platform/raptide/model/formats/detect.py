@@ -11,8 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from raptide.errors import BundleError
 from raptide.model.check import write_check
 from raptide.model.formats import bundle, fair_esm
+from raptide.model.formats.strangers import recognise
 from raptide.model.formats.weights import Weights, name_tensors, place_tensors
 
 Format = Literal["bundle", "fair_esm"]
@@ -27,11 +29,15 @@ def read_weights(path: str | Path) -> Weights:
     """Read a model folder, raptide's or transformers', or a .pt file of fair-esm.
 
     Raises:
-        BundleError: it is none, or a tensor is missing, unused or of another shape.
+        BundleError: it is none, and what it is instead; or a tensor is missing, unused or of
+            another shape.
     """
     path = Path(path)
     readers = {"bundle": bundle.read_bundle, "fair_esm": fair_esm.read_fair_esm}
-    return place_tensors(readers[detect(path)](path))
+    try:
+        return place_tensors(readers[detect(path)](path))
+    except BundleError as error:
+        raise BundleError(recognise(path) or str(error)) from None
 
 
 def write_weights(path: str | Path, weights: Weights) -> None:

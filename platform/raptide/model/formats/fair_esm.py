@@ -17,7 +17,7 @@ import torch
 
 from raptide.errors import BundleError
 from raptide.model.config import ModelSettings
-from raptide.model.formats.names import CONTACT_HEAD, Named
+from raptide.model.formats.names import CONTACT_HEAD, Named, tensor_names
 from raptide.model.formats.tensor_files import read_pickle
 
 PREFIX = re.compile(r"^(encoder\.sentence_encoder\.|encoder\.|decoder\.)")
@@ -76,6 +76,11 @@ def write_fair_esm(file: Path, named: Named) -> None:
             f"{file.name} would hold {settings.family}; choose another name."
         )
     tensors = dict(named.tensors)
+    if tensor_names(settings, COLUMN)["head_bias"] not in tensors:
+        raise BundleError(
+            f"{file} would lack a language-model head, without which fair-esm opens no model; "
+            "write a folder in its place."
+        )
     regression = {n: tensors.pop(n) for n in list(tensors) if n.startswith(CONTACT_HEAD[COLUMN])}
     if settings.family == "esm1":
         tensors[PLACEHOLDER] = torch.zeros(1)

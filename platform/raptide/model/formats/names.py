@@ -35,6 +35,9 @@ class Named:
     lineage: Mapping[str, Any] = field(default_factory=dict)
     """Where the weights come from; plain JSON values."""
 
+    left_out: tuple[str, ...] = ()
+    """Tensors of the file that are no part of the language model, such as a classifier's."""
+
 
 LAYER_NAMES = [
     ("attention_norm", "attention.LayerNorm", "self_attn_layer_norm"),

@@ -18,6 +18,13 @@ from safetensors.torch import load_file
 from raptide.errors import BundleError
 
 SAFETENSORS = "model.safetensors"
+BIN = "pytorch_model.bin"
+
+WEIGHTS = (SAFETENSORS, f"{SAFETENSORS}.index.json", BIN, f"{BIN}.index.json")
+"""What a model folder keeps its tensors in, the first that is there."""
+
+PICKLE_BYTES = 1 << 24
+"""Of a pickle, how much `mentions` looks at."""
 
 
 def read_folder(folder: Path) -> tuple[dict[str, torch.Tensor], Path]:
@@ -29,15 +36,14 @@ def read_folder(folder: Path) -> tuple[dict[str, torch.Tensor], Path]:
     Raises:
         BundleError: there are none, a file is damaged, or the index contradicts its shards.
     """
-    for name, read in ((SAFETENSORS, _read_safetensors), ("pytorch_model.bin", _read_bin)):
+    for name, read in ((SAFETENSORS, read_safetensors), (BIN, _read_bin)):
         if (folder / name).is_file():
             return read(folder / name), folder / name
         index = folder / f"{name}.index.json"
         if index.is_file():
             return _read_shards(index, read), index
     raise BundleError(
-        f"{folder} holds no {SAFETENSORS} (nor its index, nor pytorch_model.bin); name a folder "
-        "that has one."
+        f"{folder} holds no {SAFETENSORS} (nor its index, nor {BIN}); name a folder that has one."
     )
 
 
@@ -84,7 +90,23 @@ def read_pickle(file: Path) -> Any:
         ) from None
 
 
-def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+def mentions(file: Path, word: str) -> bool:
+    """Whether a string stands in a PyTorch file that cannot be read; nothing is unpickled."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            with archive.open(pickled) as stream:
+                return word.encode() in stream.read(PICKLE_BYTES)
+    except (OSError, zipfile.BadZipFile, StopIteration):
+        return False
+
+
+def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file, mapped from disk.
+
+    Raises:
+        BundleError: it is damaged.
+    """
     try:
         return load_file(file)
     except SafetensorError as error:

@@ -38,16 +38,36 @@ class Weights:
     lineage: Mapping[str, Any] = field(default_factory=dict)
     """Where the weights come from; plain JSON values."""
 
+    left_out: tuple[str, ...] = ()
+    """Tensors of the file that are no part of the language model, such as a classifier's."""
+
     @classmethod
     def of(cls, model: Esm) -> Weights:
         """What a model in memory holds; nothing is copied."""
         inv_freq = model.inv_freq if model.settings.traits.positions == "rotary" else None
         return cls(model.settings, model.state_dict(), inv_freq, model.contact_head)
 
+    @property
+    def has_head(self) -> bool:
+        """Whether there is a language-model head; encoders and classifiers have none."""
+        return "head_bias" in self.state
+
+    def refuse_headless(self, source: object) -> None:
+        """Training starts from masked language models.
+
+        Raises:
+            BundleError: the one in `source` has no language-model head.
+        """
+        if not self.has_head:
+            raise BundleError(
+                f"{source} has no language-model head, which training needs; start from the masked "
+                "language model it was made from (EsmForMaskedLM)."
+            )
+
     def build(self) -> Esm:
         """The model around these very tensors, in evaluation mode."""
         with torch.device("meta"):
-            model = Esm(self.settings)
+            model = Esm(self.settings, with_head=self.has_head)
         model.load_state_dict(self.state, assign=True)
         if self.settings.traits.positions == "rotary":
             model.inv_freq = self.frequencies()
@@ -64,6 +84,8 @@ class Weights:
 def place_tensors(named: Named) -> Weights:
     """Give each tensor of a file its place, each exactly once.
 
+    A language-model head is whole or not there at all.
+
     Raises:
         BundleError: a tensor is missing, unused, of another shape, or contradicts another.
     """
@@ -71,9 +93,10 @@ def place_tensors(named: Named) -> Weights:
     left = dict(named.tensors)
     inv_freq = _take_inv_freq(settings, left, column, source)
     contact_head = _take_contact_head(settings, left, column, source)
-    with torch.device("meta"):
-        expected = Esm(settings).state_dict()
     names = tensor_names(settings, column)
+    head = {TIED_HEAD.get(column), *(names[name] for name in names if name.startswith("head_"))}
+    with torch.device("meta"):
+        expected = Esm(settings, with_head=not head.isdisjoint(left)).state_dict()
     state = {n: _take(left, names[n], t.shape, source) for n, t in expected.items()}
     tied = left.pop(TIED_HEAD.get(column, ""), None) if settings.traits.tied_head else None
     if tied is not None and not torch.equal(tied, state["embed.weight"]):
@@ -83,7 +106,7 @@ def place_tensors(named: Named) -> Weights:
         )
     if left:
         raise BundleError(f"{source} holds {min(left)}, which a model of its shape has no use for.")
-    return Weights(settings, state, inv_freq, contact_head, named.lineage)
+    return Weights(settings, state, inv_freq, contact_head, named.lineage, named.left_out)
 
 
 def _take(

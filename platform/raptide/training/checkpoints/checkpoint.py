@@ -26,6 +26,7 @@ from pyarrow import ArrowInvalid
 
 from raptide.data.streaming.stream import Cursor, describe_difference
 from raptide.errors import BundleError, CheckpointError, ConfigError
+from raptide.model.formats.strangers import recognise
 from raptide.training.checkpoints.scratch import made_once
 
 FORMAT_VERSION = 1
@@ -220,8 +221,9 @@ def find_bundle(folder: Path) -> Path:
     saved = newest_checkpoint(Storage.of_run(folder), only=f"{MODEL}/")
     if saved is None:
         raise BundleError(
-            f"{folder} is no model folder, no checkpoint, and no run with a complete checkpoint; "
-            "train one, or name another folder."
+            recognise(folder)
+            or f"{folder} is no model folder, no checkpoint, and no run with a complete "
+            "checkpoint; train one, or name another folder."
         )
     return local_checkpoint(folder, saved) / MODEL
 
