@@ -46,7 +46,11 @@ def metrics(run):
 
 def losses(run):
     """Loss of each step, a step redone counted by its last occurrence."""
-    return {line["trainer/global_step"]: line["train/loss"] for line in metrics(run)}
+    return {
+        line["trainer/global_step"]: line["train/loss"]
+        for line in metrics(run)
+        if "train/loss" in line
+    }
 
 
 def evaluations(run):

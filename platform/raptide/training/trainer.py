@@ -7,10 +7,9 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +19,6 @@ import ray.data
 import ray.train
 import yaml
 from pyarrow.fs import FileType
-from ray.train import ValidationConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raptide.cluster import DATA_CPUS, joins_cluster, on_this_node
@@ -30,55 +28,21 @@ from raptide.errors import CheckpointError, ConfigError, CorpusError, plain_erro
 from raptide.model.config import ModelSettings
 from raptide.model.formats.detect import read_weights
 from raptide.training.checkpoints.checkpoint import (
-    MODEL,
     RUN_INFO,
     SavedCheckpoint,
     Storage,
     find_bundle,
     forget_ray_snapshot,
-    local_checkpoint,
     newest_checkpoint,
 )
 from raptide.training.planning.recipe import CorpusShare, Recipe
-from raptide.training.watching.audit import Audit, write_audit
-from raptide.training.watching.heldout import (
-    UNIFORM_ECE,
-    Ece,
-    Evaluations,
-    heldout_rows,
-    unigram_ece,
-)
+from raptide.training.result import RESULT, RunResult, is_finished, read_result, write_result
+from raptide.training.watching.heldout import Ece, heldout_rows, unigram_ece
 from raptide.training.watching.picture import draw_run
 from raptide.training.watching.progress import BoardActor, shown
-from raptide.training.watching.tracking import METRICS
-from raptide.training.watching.validation import CheckpointEvaluation
 from raptide.training.worker import Run, train_worker
 
-RECIPE, RESULT = "recipe.yaml", "result.json"
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished run leaves."""
-
-    folder: Path
-    checkpoint: Path
-    step: int
-    tokens: int
-    heldout_ece: Ece
-    unigram_ece: Ece
-    uniform_ece: float
-    tokens_per_s: float
-    """Median over the logged steps, padding not counted."""
-    wandb_offline: bool
-    """Whether W&B files wait in the run folder to be synced."""
-
-    audit: Audit | None
-    """What the run's audit comes to, if it was kept."""
-
-    @property
-    def bundle(self) -> Path:
-        return self.checkpoint / MODEL
+RECIPE = "recipe.yaml"
 
 
 def prepare_run(
@@ -151,6 +115,9 @@ def pretrain(recipe: Recipe, plan: StreamPlan, folder: Path, *, replace: bool = 
         StreamStalled: no data came.
         CorpusError: a block could not be read.
     """
+    if not replace and is_finished(folder, recipe):
+        print(f"{folder} is finished; raise training.steps to go on with it.")
+        return read_result(folder, recipe)
     ray.data.DataContext.get_current().enable_progress_bars = False
     device = _choose_device(recipe)
     if replace or not (folder / RUN_INFO).exists():
@@ -161,6 +128,7 @@ def pretrain(recipe: Recipe, plan: StreamPlan, folder: Path, *, replace: bool = 
     info = json.loads((folder / RUN_INFO).read_text())
     corpora = [{"path": source.path, "weight": source.weight} for source in plan.sources]
     kept = recipe.model_copy(update={"corpus": tuple(CorpusShare(**c) for c in corpora)})
+    (folder / RESULT).unlink(missing_ok=True)  # there again once all is done
     (folder / RECIPE).write_text(yaml.safe_dump(kept.model_dump(), sort_keys=False))
     board = BoardActor.options(scheduling_strategy=on_this_node()).remote()
     run = Run(
@@ -174,9 +142,10 @@ def pretrain(recipe: Recipe, plan: StreamPlan, folder: Path, *, replace: bool = 
     )
     with shown(board, recipe.training.steps):
         _fit(run)
-    result = _result(run, folder, Ece(**info["unigram_ece"]))
+    ended, _ = ray.get(board.read.remote())
+    result = read_result(folder, recipe, step=ended["step"])
     draw_run(folder, result.unigram_ece.all_chosen)
-    (folder / RESULT).write_text(json.dumps(asdict(result), default=str, indent=1) + "\n")
+    write_result(result)
     return result
 
 
@@ -186,7 +155,6 @@ def _fit(run: Run) -> None:
     storage = Storage.of_run(Path(run.folder))
     forget_ray_snapshot(storage)
     accelerator = {"GPU": 1.0} if device == "cuda" else {}
-    evaluation = CheckpointEvaluation(recipe, run.plan, device, run.board)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"run": run},
@@ -210,38 +178,12 @@ def _fit(run: Run) -> None:
             storage_filesystem=storage.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
         ),
-        validation_config=ValidationConfig(
-            fn=evaluation, ray_remote_kwargs={"num_cpus": 1, "num_gpus": accelerator.get("GPU", 0)}
-        ),
     )
     with plain_errors():
         trainer.fit()
     mistake = ray.get(run.board.mistake.remote())
     if mistake is not None:
         raise mistake
-
-
-def _result(run: Run, folder: Path, baseline: Ece) -> RunResult:
-    saved = newest_checkpoint(Storage.of_run(folder), only=f"{MODEL}/")
-    patience = run.recipe.evaluation.patience
-    if saved is None or (
-        saved.step < run.recipe.training.steps
-        and not Evaluations.of_manifest(saved.manifest).is_over(patience)
-    ):
-        raise CheckpointError(f"{folder} ended without its last checkpoint; run it with --resume.")
-    metrics = (folder / METRICS).read_text().splitlines()
-    return RunResult(
-        folder=folder,
-        checkpoint=local_checkpoint(folder, saved),
-        step=saved.step,
-        tokens=saved.manifest["tokens"],
-        heldout_ece=Ece(**saved.manifest["heldout_ece"]),
-        unigram_ece=baseline,
-        uniform_ece=UNIFORM_ECE,
-        tokens_per_s=statistics.median(json.loads(m)["speed/tokens_per_s"] for m in metrics),
-        wandb_offline=any((folder / "wandb").glob("offline-run-*")),
-        audit=write_audit(folder) if run.recipe.tracking.audit else None,
-    )
 
 
 def _refuse_folder(folder: Path, replace: bool) -> None:

@@ -25,8 +25,7 @@ from raptide.training.checkpoints.checkpoint import (
     MODEL,
     SavedCheckpoint,
     Storage,
-    amend_manifest,
-    checkpoint_step,
+    checkpoint_name,
     newest_checkpoint,
 )
 from raptide.training.checkpoints.saving import CheckpointWriter
@@ -41,14 +40,10 @@ from raptide.training.planning.estimate import (
 from raptide.training.planning.recipe import Recipe, learning_rate
 from raptide.training.step import train_step
 from raptide.training.watching.audit import AuditWriter
-from raptide.training.watching.heldout import (
-    Evaluation,
-    Evaluations,
-    HeldoutEvaluator,
-    heldout_rows,
-)
+from raptide.training.watching.heldout import Evaluations, HeldoutEvaluator, heldout_rows
 from raptide.training.watching.metrics import loss_metrics, memory_gb, speed_metrics
 from raptide.training.watching.tracking import Tracker, start_tracking
+from raptide.training.watching.validation import RunEvaluations
 from raptide.training.watching.watch import HangWatch, LossWatch, describe_hang
 
 LOOK_EVERY_S = 5.0
@@ -133,10 +128,11 @@ class Worker:
             self._recipe.accumulation(self._workers),
         )
         self._post(phase="loading DeepSpeed")
-        cursor = self._load()
+        cursor, so_far = self._load()
         self._hang_watch.progress()
-        self._reader = self._start_stream(cursor)
         self._writer = self._prepare_saving(context.get_local_world_size())
+        self._evaluations = self._prepare_evaluations(so_far)
+        self._reader = self._start_stream(cursor)
         self._evaluator = HeldoutEvaluator(
             heldout_rows(run.plan, self._recipe.evaluation),
             run.plan,
@@ -148,7 +144,6 @@ class Worker:
         self._looked = time.monotonic()
         self._leaving: set[str] = set()
         self._save_at_once = False
-        self._evaluated: list[dict[str, float]] = []
         self._tracker = self._start_tracking(stack)
         self._audit = None
         if self._recipe.tracking.audit:
@@ -156,44 +151,56 @@ class Worker:
             self._audit = stack.enter_context(closing(writer))
 
     def train(self) -> None:
-        """All steps that are left."""
-        recipe = self._recipe
-        if self._improves_no_more:
-            return
+        """All steps that are left, which may be none, and what a run ends with."""
         self._post(phase=f"training on {self._workers}", step=self._step)
+        self._evaluations.take_up(self._step if self._steps_left else self._step - 1)
+        if self._steps_left:
+            self._train_steps()
+        self._finish()
+
+    @property
+    def _steps_left(self) -> int:
+        if self._improves_no_more:
+            return 0
+        return max(0, self._recipe.training.steps - self._step)
+
+    def _train_steps(self) -> None:
+        recipe = self._recipe
         self._hang_watch.progress()
         self._step_began = time.perf_counter()
-        for batch in self._reader.batches(recipe.training.steps - self._step):
+        for batch in self._reader.batches(self._steps_left):
             metrics, stop = self._timed_step(batch)
             last = stop or self._step == recipe.training.steps
             evaluate = last or self._step % recipe.evaluation.every_steps == 0
             if evaluate and not recipe.evaluation.asynchronous:
                 evaluation = self._evaluator.measure(self._engine, self._engine.device)
-                self._take(evaluation, self._step)
+                self._evaluations.take(evaluation, self._step)
                 last = last or self._improves_no_more
             self._loss_watch.refuse_divergence(self._step, last=last)
             if last or self._save_at_once or self._step % recipe.checkpoint.every_steps == 0:
-                metrics |= self._save(batch.next_cursor, metrics["train/loss"], evaluate)
+                beside = evaluate and recipe.evaluation.asynchronous and not last
+                metrics |= self._save(batch.next_cursor, metrics["train/loss"], beside)
             if last:
-                self._finish()
+                self._writer.wait()
             self._log(metrics)
             if last:
                 return
             self._hang_watch.progress()
             self._step_began = time.perf_counter()
 
-    def _load(self) -> Cursor:
-        """Build the engine, go on from the newest checkpoint; returns the place in the stream."""
+    def _load(self) -> tuple[Cursor, Evaluations]:
+        """Build the engine, go on from the newest checkpoint.
+
+        Returns the place in the stream, and what the evaluations have come to.
+        """
         saved = self._choose_checkpoint()
         self._engine = build_engine(self._recipe, self._workers, self._run.device, saved)
         self._step, self._tokens = 0, 0
-        self._heldout = Evaluations()
         if saved is None:
-            return Cursor()
+            return Cursor(), Evaluations()
         load_state(self._engine, saved, self._workers)
-        self._heldout = Evaluations.of_manifest(saved.manifest)
         self._step, self._tokens = saved.step, saved.manifest["tokens"]
-        return saved.cursor
+        return saved.cursor, Evaluations.of_manifest(saved.manifest)
 
     def _timed_step(self, batch: GlobalBatch) -> tuple[dict[str, float], bool]:
         """One step: its metrics, and whether the run should end with it."""
@@ -244,46 +251,42 @@ class Worker:
             self._save_at_once = True
             self._warn(f"A node is to go away: saving a checkpoint after step {self._step}.")
         self._refuse_unsaved()
-        self._take_evaluations()
+        self._evaluations.look()
 
     def _refuse_unsaved(self) -> None:
         unsaved = self._writer.problem
         if unsaved is not None and self._recipe.checkpoint.when_unsaved == "stop":
             raise CheckpointUnsaved(unsaved)
 
-    def _take(self, evaluation: Evaluation, step: int) -> None:
-        """Count an evaluation of this step, or of an earlier one."""
-        self._heldout = self._heldout.after(evaluation.ece, step)
-        self._evaluated.append(evaluation.metrics() | {"eval/step": step})
-        self._post(heldout_ece=evaluation.ece.all_chosen)
-
-    def _take_evaluations(self) -> None:
-        """Count those of checkpoints that have ended beside the training."""
-        if self._rank != 0 or not self._recipe.evaluation.asynchronous:
-            return
-        for name, evaluation in ray.get(self._run.board.take_evaluations.remote()).items():
-            self._writer.unevaluated.discard(name)
-            if evaluation is not None:
-                self._take(evaluation, checkpoint_step(name))
-                amend_manifest(Storage.of_ray_train(), name, self._heldout.to_manifest())
-
     @property
     def _improves_no_more(self) -> bool:
-        return self._heldout.is_over(self._recipe.evaluation.patience)
+        return self._evaluations.so_far.is_over(self._recipe.evaluation.patience)
 
     def _finish(self) -> None:
-        """Wait for what is on its way, and point W&B at the model."""
-        self._writer.wait()
+        """Evaluate the last checkpoint if need be, and point W&B at the model.
+
+        The last checkpoint is evaluated by the workers themselves, which have nothing else to do.
+        It is there already, so that who resumes a run that dies in here comes back here.
+        """
         self._refuse_unsaved()
-        if self._rank == 0 and self._recipe.evaluation.asynchronous:
-            self._post(phase="evaluating")
-            ray.train.get_all_reported_checkpoints()  # returns once all are evaluated
-            self._take_evaluations()
-        saved = None
-        if self._tracker is not None:
-            saved = newest_checkpoint(Storage.of_ray_train(), only=f"{MODEL}/")
-        if saved is not None and self._tracker is not None:
-            facts = {"step": saved.step, **self._heldout.to_manifest()}
+        self._hang_watch.progress()
+        evaluations, name = self._evaluations, checkpoint_name(self._step)
+        self._post(phase="evaluating")
+        last = None
+        if evaluations.so_far.step != self._step:
+            last = self._evaluator.measure(self._engine, self._engine.device)
+        if self._tracker is None:  # that is rank 0's
+            return
+        evaluations.wait(self._hang_watch.progress)
+        if last is not None:
+            evaluations.take(last, self._step)
+            evaluations.write_down(name)
+        self._writer.prune(name)
+        for evaluation in evaluations.unlogged():
+            self._tracker.log(self._step, evaluation)
+        saved = newest_checkpoint(Storage.of_ray_train(), only=f"{MODEL}/")
+        if saved is not None:
+            facts = {"step": saved.step, **evaluations.so_far.to_manifest()}
             self._tracker.link("model", self._run.run_id, f"{saved.uri}/{MODEL}", **facts)
 
     def _log(self, metrics: dict[str, float]) -> None:
@@ -292,12 +295,12 @@ class Worker:
                 metrics["speed/checkpoint_s"] = self._writer.last_seconds
                 self._writer.last_seconds = None
             due = self._step % self._recipe.tracking.log_every == 0
-            if due or self._evaluated or "speed/checkpoint_stall_s" in metrics:
-                for evaluation in self._evaluated or [{}]:
+            evaluations = self._evaluations.unlogged()
+            if due or evaluations or "speed/checkpoint_stall_s" in metrics:
+                for evaluation in evaluations or [{}]:
                     self._tracker.log(self._step, metrics | evaluation)
-        self._evaluated.clear()
 
-    def _save(self, cursor: Cursor, loss: float, evaluate: bool) -> dict[str, float]:
+    def _save(self, cursor: Cursor, loss: float, evaluate_beside: bool) -> dict[str, float]:
         """Save what this step has come to, unless its loss says that it is no numbers any more."""
         if self._loss_watch.nonfinite_steps:
             return {}
@@ -315,7 +318,7 @@ class Worker:
             "code_version": run.code_version,
             "wandb_run_id": run.run_id,
             "train_loss": loss,
-            **self._heldout.to_manifest(),
+            **self._evaluations.so_far.to_manifest(),
         }
         state = full_state(self._engine, recipe.training)
         lineage = {name: value for name, value in manifest.items() if name != "cursor"}
@@ -323,9 +326,8 @@ class Worker:
         weights = Weights(recipe.model, state, inv_freq, lineage=lineage)
         self._writer.save(
             self._engine,
-            manifest,
+            manifest | {"awaits_evaluation": evaluate_beside},
             lambda folder: write_weights(folder, weights),
-            evaluate=evaluate and recipe.evaluation.asynchronous,
         )
         if self._save_at_once:  # the notice may be short
             self._writer.wait()
@@ -339,6 +341,11 @@ class Worker:
         return CheckpointWriter(
             recipe.checkpoint, run.board, self._attempt, scratch, workers_here * share
         )
+
+    def _prepare_evaluations(self, so_far: Evaluations) -> RunEvaluations:
+        run, board = self._run, self._run.board if self._rank == 0 else None
+        waiting = self._writer.unevaluated
+        return RunEvaluations(run.recipe, run.plan, run.device, board, waiting, so_far)
 
     def _choose_checkpoint(self) -> SavedCheckpoint | None:
         """The newest checkpoint that counts, as rank 0 sees it."""
@@ -355,9 +362,8 @@ class Worker:
         """Rank 0 owns the feeder, so that it ends with this group of workers."""
         feeder = None
         if self._rank == 0:
-            left = self._recipe.training.steps - self._step
             here = FeederActor.options(scheduling_strategy=on_this_node())
-            feeder = here.remote(self._run.plan, cursor, left, self._workers)
+            feeder = here.remote(self._run.plan, cursor, self._steps_left, self._workers)
         self._feeder = broadcast_from_rank_zero(feeder)  # kept: a feeder nobody holds is ended
         return BatchReader(self._feeder, self._recipe.cluster.data_timeout_s)
 

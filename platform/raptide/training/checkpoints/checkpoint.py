@@ -264,6 +264,17 @@ def prune(
             discard(storage, name)
 
 
+def awaiting_evaluation(storage: Storage, last_step: int) -> list[str]:
+    """Checkpoints up to a step whose evaluation was promised and never ended, oldest first."""
+    waiting = []
+    for name in sorted(_checkpoint_names(storage)):
+        manifest, _ = _read_manifest(storage, name)
+        due = manifest is not None and manifest.get("awaits_evaluation", False)
+        if due and checkpoint_step(name) <= last_step:
+            waiting.append(name)
+    return waiting
+
+
 def amend_manifest(storage: Storage, name: str, changes: dict[str, Any]) -> None:
     """Write down what became known after a checkpoint was saved; nothing if it is gone."""
     manifest, _ = _read_manifest(storage, name)

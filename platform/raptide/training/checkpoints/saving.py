@@ -69,8 +69,9 @@ class CheckpointWriter:
         self._write_bundle: Callable[[], None] | None = None
         self._idle = threading.Event()
         self._idle.set()
-        self.unevaluated: set[str] = set()
-        """Checkpoints that must not be deleted yet."""
+        self.unevaluated: dict[str, float] = {}
+        """Checkpoints that wait to be evaluated, and since when (`time.monotonic`), on rank 0; they
+        must not be deleted yet."""
         self.problem: str | None = None
         """Why the last checkpoint could not be saved, on rank 0."""
         self.last_seconds: float | None = None
@@ -81,15 +82,13 @@ class CheckpointWriter:
         engine: Any,
         manifest: dict[str, Any],
         write_bundle: Callable[[Path], None],
-        *,
-        evaluate: bool,
     ) -> None:
         """Save through Ray Train; every rank calls it and goes on once its files are written.
 
         Args:
-            manifest: what rank 0 writes, without `files`.
+            manifest: what rank 0 writes, without `files`; with `awaits_evaluation` the checkpoint
+                waits in `unevaluated` from when it counts.
             write_bundle: called with the bundle's folder on rank 0, while training goes on.
-            evaluate: let Ray Train evaluate the checkpoint once it is there.
         """
         self.wait()
         self._began = time.perf_counter()
@@ -104,8 +103,6 @@ class CheckpointWriter:
         if dist.get_rank() == 0:
             self._write_bundle = partial(write_bundle, folder / MODEL)
             discard(self._storage, name)  # what an interrupted save has left
-            if evaluate:
-                self.unevaluated.add(name)
         self._manifest = manifest
         self._idle.clear()
         ray.train.report(
@@ -114,7 +111,6 @@ class CheckpointWriter:
             checkpoint_dir_name=name,  # agreed on among all ranks, so nobody sends before this
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=self._send,
-            validation=evaluate,
         )
 
     def wait(self) -> None:
@@ -167,17 +163,22 @@ class CheckpointWriter:
         except OSError as error:
             self._fail(name, str(error))
             return
-        settings = self._settings
-        prune(self._storage, name, settings.keep, settings.keep_best, self.unevaluated)
+        if full["awaits_evaluation"]:
+            self.unevaluated[name] = time.monotonic()
+        self.prune(name)
         self.problem = None
         self.last_seconds = time.perf_counter() - self._began
+
+    def prune(self, newest: str) -> None:
+        """Delete what the settings do not keep; not while a save is on its way."""
+        settings, spare = self._settings, tuple(self.unevaluated)
+        prune(self._storage, newest, settings.keep, settings.keep_best, spare)
 
     def _fail(self, name: str, reason: str) -> None:
         """Leave no part of a checkpoint, and tell the user."""
         reason = " ".join(reason.split())
         self.problem = f"{name} could not be saved ({reason}); free some space in the storage."
         if dist.get_rank() == 0:
-            self.unevaluated.discard(name)
             discard(self._storage, name)
             self._board.warn.remote(self.problem)
 

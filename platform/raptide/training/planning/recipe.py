@@ -182,8 +182,12 @@ class EvaluationSettings(Settings):
     """Held-out blocks that are read, from the first on."""
 
     asynchronous: bool = False
-    """Evaluate checkpoints in a task of Ray's own beside the training, with a GPU where it trains
-    on GPUs; else the workers stop for it."""
+    """Evaluate checkpoints in tasks beside the training, on what is free then: a GPU where it
+    trains on GPUs, else CPUs. Otherwise the workers stop for it, as they do at the last step."""
+
+    timeout_s: float = Field(1800.0, gt=0.0)
+    """Seconds after which an evaluation beside the training that has not ended is given up, whether
+    it has begun or found nothing free; also the longest that a run waits for it at its end."""
 
     patience: int | None = Field(None, ge=1)
     """Evaluations in a row without a lower held-out ECE after which the run ends; None runs all

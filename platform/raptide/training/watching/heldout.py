@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,9 @@ class Evaluations:
     since_best: int = 0
     """Evaluations since then."""
 
+    failed: int = 0
+    """Evaluations beside the training that came to nothing."""
+
     @classmethod
     def of_manifest(cls, manifest: dict[str, Any]) -> Evaluations:
         ece = manifest["heldout_ece"]
@@ -104,6 +107,7 @@ class Evaluations:
             step=manifest["heldout_step"],
             best=manifest["heldout_best"],
             since_best=manifest["heldout_since_best"],
+            failed=manifest.get("heldout_failed", 0),
         )
 
     def to_manifest(self) -> dict[str, Any]:
@@ -112,13 +116,18 @@ class Evaluations:
             "heldout_step": self.step,
             "heldout_best": self.best,
             "heldout_since_best": self.since_best,
+            "heldout_failed": self.failed,
         }
 
     def after(self, ece: Ece, step: int) -> Evaluations:
         """With one evaluation more."""
         if self.best is None or ece.all_chosen < self.best:
-            return Evaluations(ece, step, ece.all_chosen, 0)
-        return Evaluations(ece, step, self.best, self.since_best + 1)
+            return replace(self, last=ece, step=step, best=ece.all_chosen, since_best=0)
+        return replace(self, last=ece, step=step, since_best=self.since_best + 1)
+
+    def after_failure(self) -> Evaluations:
+        """With one evaluation more that came to nothing."""
+        return replace(self, failed=self.failed + 1)
 
     def is_over(self, patience: int | None) -> bool:
         """Whether the run should end, since its evaluations improve no more."""

@@ -20,7 +20,7 @@ def draw_run(folder: Path, unigram_ece: float) -> Path:
     from matplotlib import pyplot
 
     lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    last = {line[STEP]: line for line in lines}
+    last = {line[STEP]: line for line in lines if "train/ece" in line}
     steps = {step: last[step] for step in sorted(last)}
     figure, axes = pyplot.subplots(figsize=(8, 4.5), constrained_layout=True)
     axes.plot(

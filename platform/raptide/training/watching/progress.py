@@ -30,7 +30,6 @@ class Board:
         self._warnings: list[str] = []
         self._mistake: RaptideError | None = None
         self._answers: dict[tuple[int, str], dict[int, Any]] = {}
-        self._evaluations: dict[str, Any] = {}
 
     def give_up(self, mistake: RaptideError) -> None:
         """Keep an error that no restart can mend."""
@@ -62,15 +61,6 @@ class Board:
     def answers(self, attempt: int, name: str) -> dict[int, tuple[dict[str, str], str | None]]:
         """What the ranks have sent so far."""
         return self._answers.get((attempt, name), {})
-
-    def add_evaluation(self, name: str, evaluation: Any) -> None:
-        """A checkpoint was evaluated beside the training."""
-        self._evaluations[name] = evaluation
-
-    def take_evaluations(self) -> dict[str, Any]:
-        """Evaluations that were not taken yet, by the checkpoint's name, oldest first."""
-        taken, self._evaluations = self._evaluations, {}
-        return taken
 
 
 BoardActor = ray.remote(num_cpus=0)(Board)

@@ -1,48 +1,213 @@
-"""Evaluation of checkpoints beside the training, in a task that Ray Train starts."""
+"""Evaluation of checkpoints beside the training: tasks on what the cluster has free.
+
+Ray Train could start them too (`ValidationConfig`), but it asks for the same resources from the
+first to the last, which with GPUs may never come free, and a task whose process dies ends the run.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
 import torch
+from ray._private.state import available_resources_per_node
+from ray.exceptions import GetTimeoutError, RayError
 
 from raptide.data.streaming.stream import StreamPlan
+from raptide.errors import CheckpointError
 from raptide.model.formats.detect import read_weights
-from raptide.training.checkpoints.checkpoint import MODEL, Storage, open_checkpoint
+from raptide.training.checkpoints.checkpoint import (
+    MODEL,
+    Storage,
+    amend_manifest,
+    awaiting_evaluation,
+    checkpoint_step,
+    open_checkpoint,
+)
 from raptide.training.planning.estimate import DTYPES
 from raptide.training.planning.recipe import Recipe
-from raptide.training.watching.heldout import HeldoutEvaluator, heldout_rows
+from raptide.training.watching.heldout import (
+    Evaluation,
+    Evaluations,
+    HeldoutEvaluator,
+    heldout_rows,
+)
+
+MOST_CPUS = 16
+"""Logical CPUs that an evaluation takes at most."""
+
+POLL_S = 0.2
+"""Seconds between two looks once the run has nothing else to do."""
 
 
-@dataclass(frozen=True)
-class CheckpointEvaluation:
-    """Measures held-out ECE of a checkpoint's bundle, in the precision that it is trained in."""
+class RunEvaluations:
+    """What the evaluations of a run have come to, and those beside the training.
 
-    recipe: Recipe
-    plan: StreamPlan
-    device: str
-    board: Any
-    """Handle of the board, from which rank 0 takes what was found."""
+    Rank 0 starts these, one after the other. A task ends with the process that started it, so none
+    outlives the workers: what they leave unevaluated, the next ones find by its manifests.
+    """
 
-    def __call__(self, checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
-        path = Path(checkpoint.path)
-        storage = Storage(checkpoint.filesystem, str(path.parent))
-        saved = open_checkpoint(storage, path.name, only=f"{MODEL}/")
-        if saved is None:  # it could not be saved, or is gone since
-            ray.get(self.board.add_evaluation.remote(path.name, None))
-            return {}
-        with tempfile.TemporaryDirectory() as scratch:
-            saved.copy_to(Path(scratch), only=f"{MODEL}/")
-            model = read_weights(Path(scratch) / MODEL).build()
-        device = torch.device(self.device)
-        model.to(device, DTYPES[self.recipe.training.precision])
-        rows = heldout_rows(self.plan, self.recipe.evaluation)
-        evaluator = HeldoutEvaluator(rows, self.plan, self.recipe.training.micro_batch_rows)
-        evaluation = evaluator.measure(model, device)
-        ray.get(self.board.add_evaluation.remote(path.name, evaluation))
-        return asdict(evaluation)
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: StreamPlan,
+        device: str,
+        board: Any,
+        waiting: dict[str, float],
+        so_far: Evaluations,
+        storage: Storage | None = None,
+    ) -> None:
+        """
+        Args:
+            device: what the workers train on.
+            board: handle of the run's board on rank 0, None on the others.
+            waiting: names of checkpoints to evaluate beside the training, oldest first, and since
+                when, by `time.monotonic`; each is taken out once that has ended.
+            so_far: what the run goes on from.
+            storage: where the checkpoints are; that of this worker's run by default.
+        """
+        self._recipe, self._plan, self._device, self._board = recipe, plan, device, board
+        self._storage = storage or Storage.of_ray_train()
+        self.waiting = waiting
+        self._task: Any = None
+        self._unlogged: list[dict[str, float]] = []
+        self.so_far = so_far
+
+    def take(self, evaluation: Evaluation, step: int) -> None:
+        """Count an evaluation of this step, or of an earlier one."""
+        self.so_far = self.so_far.after(evaluation.ece, step)
+        facts = {"eval/step": step, "eval/failed": self.so_far.failed}
+        self._unlogged.append(evaluation.metrics() | facts)
+        if self._board is not None:
+            self._board.post.remote({"heldout_ece": evaluation.ece.all_chosen})
+
+    def take_up(self, last_step: int) -> None:
+        """Let checkpoints up to a step wait again that earlier workers have left unevaluated."""
+        if self._board is not None and self._recipe.evaluation.asynchronous:
+            left = awaiting_evaluation(self._storage, last_step)
+            self.waiting.update(dict.fromkeys(left, time.monotonic()))
+
+    def look(self) -> None:
+        """Count those that have ended beside the training, and start the next; returns at once.
+
+        A checkpoint waits until its manifest says what came of it: nobody deletes it before.
+        """
+        while self.waiting:
+            name = next(iter(self.waiting))
+            outcome = self._look_at(name)
+            if outcome is None:
+                return
+            if isinstance(outcome, Evaluation):
+                self.take(outcome, checkpoint_step(name))
+            else:
+                self.so_far = self.so_far.after_failure()
+                self._unlogged.append({"eval/failed": self.so_far.failed})
+                sentence = f"{name} was not evaluated beside the training: {outcome}."
+                self._board.warn.remote(sentence)
+            self.write_down(name)
+            del self.waiting[name]
+
+    def wait(self, progress: Callable[[], None]) -> None:
+        """Until those beside the training have ended, which is within `evaluation.timeout_s`.
+
+        Args:
+            progress: called again and again meanwhile.
+        """
+        self.look()
+        while self.waiting:
+            progress()
+            time.sleep(POLL_S)
+            self.look()
+
+    def write_down(self, name: str) -> None:
+        """Let a checkpoint's manifest say that it was evaluated, and what it has come to."""
+        changes = {**self.so_far.to_manifest(), "awaits_evaluation": False}
+        amend_manifest(self._storage, name, changes)
+
+    def unlogged(self) -> list[dict[str, float]]:
+        """Metrics of what has come since the last call."""
+        taken, self._unlogged = self._unlogged, []
+        return taken
+
+    def _look_at(self, name: str) -> Evaluation | str | None:
+        """What has come of the oldest that waits, None while something may."""
+        timeout_s = self._recipe.evaluation.timeout_s
+        late = time.monotonic() - self.waiting[name] > timeout_s
+        outcome: Evaluation | str | None = None
+        if late:
+            outcome = f"it did not end within {timeout_s:g} s on what the cluster had free"
+        if self._task is None:
+            self._task = None if late else self._start(name)
+            return outcome
+        try:
+            outcome = ray.get(self._task, timeout=0)
+        except GetTimeoutError:
+            if not late:
+                return None
+            ray.cancel(self._task, force=True)
+        except RayError as error:
+            outcome = _first_line(error)
+        self._task = None
+        return outcome
+
+    def _start(self, name: str) -> Any:
+        """The task that evaluates a checkpoint, None as long as nothing is free for it."""
+        options = free_resources(self._device, available_resources_per_node().values())
+        if options is None:
+            return None
+        device = "cuda" if "num_gpus" in options else "cpu"
+        return evaluate_checkpoint.options(**options).remote(
+            self._recipe, self._plan, self._storage, name, device, options["num_cpus"]
+        )
+
+
+def free_resources(device: str, nodes: Iterable[Mapping[str, float]]) -> dict[str, int] | None:
+    """Options for a task that would start now, None if nothing is free.
+
+    A GPU where the run trains on GPUs and one is free, else CPUs of one node: at most half of all
+    that are free, since the data tasks need some.
+
+    Args:
+        nodes: what each node has free.
+    """
+    nodes = list(nodes)
+    if device == "cuda" and any(node.get("GPU", 0) >= 1 for node in nodes):
+        return {"num_cpus": 0, "num_gpus": 1}
+    free = [int(node.get("CPU", 0)) for node in nodes]
+    cpus = min(max(free, default=0), sum(free) // 2, MOST_CPUS)
+    return {"num_cpus": cpus} if cpus else None
+
+
+@ray.remote(max_retries=0)
+def evaluate_checkpoint(
+    recipe: Recipe, plan: StreamPlan, storage: Storage, name: str, device: str, cpus: int
+) -> Evaluation:
+    """Held-out ECE of a checkpoint's bundle, in the precision that it is trained in.
+
+    Raises:
+        CheckpointError: the checkpoint is gone or damaged.
+    """
+    if device == "cpu":
+        torch.set_num_threads(cpus)
+    saved = open_checkpoint(storage, name, only=f"{MODEL}/")
+    if saved is None:
+        raise CheckpointError("it is gone or damaged")
+    with tempfile.TemporaryDirectory() as scratch:
+        saved.copy_to(Path(scratch), only=f"{MODEL}/")
+        model = read_weights(Path(scratch) / MODEL).build()
+    dtype = DTYPES[recipe.training.precision]
+    if device == "cpu" and dtype == torch.float16:  # slow there, where there is it at all
+        dtype = torch.float32
+    model.to(torch.device(device), dtype)
+    rows = heldout_rows(plan, recipe.evaluation)
+    evaluator = HeldoutEvaluator(rows, plan, recipe.training.micro_batch_rows)
+    return evaluator.measure(model, torch.device(device))
+
+
+def _first_line(error: RayError) -> str:
+    lines = str(getattr(error, "cause", None) or error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

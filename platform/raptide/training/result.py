@@ -1,0 +1,104 @@
+"""What a finished run leaves, and whether a run is finished."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from raptide.errors import CheckpointError
+from raptide.training.checkpoints.checkpoint import (
+    MODEL,
+    RUN_INFO,
+    Storage,
+    local_checkpoint,
+    newest_checkpoint,
+)
+from raptide.training.planning.recipe import Recipe
+from raptide.training.watching.audit import Audit, write_audit
+from raptide.training.watching.heldout import UNIFORM_ECE, Ece, Evaluations
+from raptide.training.watching.tracking import METRICS
+
+RESULT = "result.json"
+"""Written last of all: where it is, nothing of the run is left to do."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves."""
+
+    folder: Path
+    checkpoint: Path
+    step: int
+    tokens: int
+    heldout_ece: Ece
+    unigram_ece: Ece
+    uniform_ece: float
+    failed_evaluations: int
+    """Evaluations beside the training that came to nothing."""
+
+    tokens_per_s: float
+    """Median over the logged steps, padding not counted."""
+    wandb_offline: bool
+    """Whether W&B files wait in the run folder to be synced."""
+
+    audit: Audit | None
+    """What the run's audit comes to, if it was kept."""
+
+    @property
+    def bundle(self) -> Path:
+        return self.checkpoint / MODEL
+
+
+def is_finished(folder: Path, recipe: Recipe) -> bool:
+    """Whether a run's steps, its last evaluation and its result are all there."""
+    file = folder / RESULT
+    saved = newest_checkpoint(Storage.of_run(folder), only=f"{MODEL}/") if file.exists() else None
+    if saved is None:
+        return False
+    evaluations = Evaluations.of_manifest(saved.manifest)
+    all_steps = saved.step >= recipe.training.steps
+    over = all_steps or evaluations.is_over(recipe.evaluation.patience)
+    return over and evaluations.step == saved.step == json.loads(file.read_text())["step"]
+
+
+def read_result(folder: Path, recipe: Recipe, *, step: int | None = None) -> RunResult:
+    """What a run's newest checkpoint, its metrics and its audit come to.
+
+    Args:
+        step: where the workers have ended.
+
+    Raises:
+        CheckpointError: there is no checkpoint of that step, or it was not evaluated.
+    """
+    saved = newest_checkpoint(Storage.of_run(folder), only=f"{MODEL}/")
+    if (
+        saved is None
+        or saved.step != saved.manifest["heldout_step"]
+        or step not in (None, saved.step)
+    ):
+        raise CheckpointError(f"{folder} ended without its last checkpoint; run it with --resume.")
+    info = json.loads((folder / RUN_INFO).read_text())
+    speed = "speed/tokens_per_s"
+    metrics = list(map(json.loads, (folder / METRICS).read_text().splitlines()))
+    return RunResult(
+        folder=folder,
+        checkpoint=local_checkpoint(folder, saved),
+        step=saved.step,
+        tokens=saved.manifest["tokens"],
+        heldout_ece=Ece(**saved.manifest["heldout_ece"]),
+        unigram_ece=Ece(**info["unigram_ece"]),
+        uniform_ece=UNIFORM_ECE,
+        failed_evaluations=Evaluations.of_manifest(saved.manifest).failed,
+        tokens_per_s=statistics.median(line[speed] for line in metrics if speed in line),
+        wandb_offline=any((folder / "wandb").glob("offline-run-*")),
+        audit=write_audit(folder) if recipe.tracking.audit else None,
+    )
+
+
+def write_result(result: RunResult) -> None:
+    """Write `result.json`, all of it or nothing."""
+    partial = result.folder / f"{RESULT}.partial"
+    partial.write_text(json.dumps(asdict(result), default=str, indent=1) + "\n")
+    partial.rename(result.folder / RESULT)

@@ -1,0 +1,149 @@
+"""Evaluation beside the training: real tasks on checkpoints of the shared run."""
+
+import json
+import os
+import shutil
+import time
+
+import psutil
+import pytest
+import ray
+from draws import generator
+from small_runs import EVERY, as_recipe, evaluations, make_recipe
+
+from raptide.training.checkpoints.checkpoint import Storage, awaiting_evaluation, prune
+from raptide.training.trainer import prepare_run
+from raptide.training.watching.heldout import Evaluations
+from raptide.training.watching.progress import BoardActor
+from raptide.training.watching.validation import MOST_CPUS, RunEvaluations, free_resources
+
+GOOD, GONE, KILLED, HANGS = names = [f"step-{EVERY * n:08d}" for n in (1, 2, 3, 4)]
+
+
+def test_a_task_takes_what_is_free_and_leaves_some_to_the_data():
+    def free(device, *nodes):
+        return free_resources(
+            device, [dict(zip(("CPU", "GPU"), node, strict=True)) for node in nodes]
+        )
+
+    gpu = {"num_cpus": 0, "num_gpus": 1}
+    assert free("cuda", (0, 0), (0, 1)) == gpu
+    assert free("cuda", (0, 0), (3, 0.5)) == {"num_cpus": 1}, "half a GPU is none"
+    assert free("cpu", (4, 1)) == {"num_cpus": 2}
+    assert free("cpu", (1, 0), (1, 0), (1, 0)) == {"num_cpus": 1}, "they are on several nodes"
+    assert free("cuda", (1, 0)) is free("cpu", (1.9, 8)) is free("cpu") is None
+    for _ in range(100):
+        nodes = [
+            (int(cpus), 0) for cpus in generator().integers(0, 100, generator().integers(1, 9))
+        ]
+        cpus = (free("cuda", *nodes) or {"num_cpus": 0})["num_cpus"]
+        free_cpus = [node[0] for node in nodes]
+        assert cpus <= min(max(free_cpus), sum(free_cpus) / 2, MOST_CPUS)
+        assert cpus or sum(free_cpus) < 2
+
+
+@pytest.fixture
+def make(whole, corpus, tmp_path):
+    """Evaluations of checkpoints that lie in `tmp_path/checkpoints`."""
+    shutil.copytree(whole.folder / "checkpoints", tmp_path / "checkpoints")
+    tree = make_recipe(corpus)
+    plan = prepare_run(as_recipe(tree), tmp_path / "run")
+
+    def make(timeout_s):
+        tree["evaluation"] |= {"asynchronous": True, "timeout_s": timeout_s}
+        board, storage = BoardActor.remote(), Storage.of(tmp_path / "checkpoints")
+        made = RunEvaluations(
+            as_recipe(tree), plan, "cpu", board, {}, Evaluations(), storage=storage
+        )
+        return made, board, storage
+
+    return make
+
+
+def await_saves_of(storage, *names, **changes):
+    for name in names:
+        file = f"{storage.path}/{name}/manifest.json"
+        with open(file) as before:
+            manifest = json.load(before) | {"awaits_evaluation": True} | changes
+        with open(file, "w") as after:
+            json.dump(manifest, after)
+
+
+def kill_the_evaluation():
+    """Once it has begun; it is the only task that reads from a pipe."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        for process in psutil.Process().children(recursive=True):
+            if process.name().startswith("ray::evaluate"):
+                process.kill()
+                return
+        time.sleep(0.05)
+    raise AssertionError("no evaluation has begun")
+
+
+def test_evaluations_that_fail_or_hang_or_die_are_counted_and_let_go(whole, make, tmp_path):
+    """Two that succeed lie around one that is gone, one whose process is killed, one that hangs."""
+    beside, board, storage = make(timeout_s=300)
+    for name in (KILLED, HANGS):  # whoever opens a pipe waits for ever
+        (tmp_path / "checkpoints" / name / "model/config.json").unlink()
+        os.mkfifo(tmp_path / "checkpoints" / name / "model/config.json")
+    await_saves_of(storage, *names, heldout_step=0)
+    beside.take_up(last_step=4 * EVERY - 1)
+    assert list(beside.waiting) == [GOOD, GONE, KILLED], "the last is evaluated by the workers"
+    beside.take_up(last_step=4 * EVERY)
+    beside.look()
+    shutil.rmtree(tmp_path / "checkpoints" / GONE)
+    prune(storage, HANGS, 1, 0, tuple(beside.waiting))
+    assert (tmp_path / "checkpoints" / GOOD).exists(), "deleted while it was evaluated"
+    while KILLED in list(beside.waiting)[1:]:
+        beside.look()
+        time.sleep(0.05)
+    kill_the_evaluation()
+    while KILLED in beside.waiting:
+        beside.look()
+        time.sleep(0.05)
+    beside.waiting[HANGS] = time.monotonic() - 297
+    beside.wait(lambda: None)
+    found, *failures = beside.unlogged()
+    expected = evaluations(whole.folder)[EVERY]
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert failures == [{"eval/failed": n} for n in (1, 2, 3)]
+    assert beside.so_far.failed == 3
+    assert beside.so_far.best == pytest.approx(expected["eval/ece"], abs=1e-4)
+    warnings = [text.split(" was not evaluated beside the training: ") for text in warned(board)]
+    assert [name for name, _ in warnings] == [GONE, KILLED, HANGS]
+    reasons = [reason for _, reason in warnings]
+    assert reasons[0] == "it is gone or damaged."
+    assert "died" in reasons[1]
+    assert reasons[2] == "it did not end within 300 s on what the cluster had free."
+    assert not awaiting_evaluation(storage, 4 * EVERY)
+    prune(storage, HANGS, 1, 0, tuple(beside.waiting))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()] == [HANGS]
+
+
+def warned(board):
+    return ray.get(board.read.remote())[1]
+
+
+@ray.remote
+class Trainer:
+    """Holds what it was started with."""
+
+    def ready(self):
+        return True
+
+
+def test_nothing_waits_for_ever_where_nothing_is_free(make):
+    beside, board, storage = make(timeout_s=1)
+    taken = Trainer.options(num_cpus=int(ray.available_resources()["CPU"])).remote()
+    assert ray.get(taken.ready.remote())
+    await_saves_of(storage, GOOD, GONE)
+    began = time.monotonic()
+    beside.take_up(last_step=4 * EVERY)
+    beside.wait(lambda: None)
+    assert 1 < time.monotonic() - began < 30
+    assert [line.split()[0] for line in warned(board)] == [GOOD, GONE]
+    assert beside.so_far == Evaluations(failed=2)
+    assert Evaluations.of_manifest(beside.so_far.to_manifest()) == beside.so_far
+    ray.kill(taken)
