@@ -8,6 +8,8 @@ from raptide.errors import BundleError, CheckpointError
 from raptide.training.checkpoints.checkpoint import (
     CHECKPOINTS,
     Storage,
+    amend_manifest,
+    awaiting_evaluation,
     discard,
     find_bundle,
     newest_checkpoint,
@@ -122,6 +124,25 @@ def test_the_newest_and_the_best_stay(tmp_path):
     assert left == [20, 40, 50, 60], "30 was not evaluated when it was saved"
     prune(Storage.of(tmp_path / CHECKPOINTS), "step-00000060", 1, 0)
     assert [p.name for p in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000060"]
+
+
+def test_what_waits_for_its_evaluation_stays_until_that_has_ended(tmp_path):
+    """Whatever came of it; a checkpoint that nobody evaluates is no longer spared."""
+    for step in (10, 20, 30, 40):
+        write_checkpoint(
+            tmp_path, step, heldout_ece=None, heldout_step=0, awaits_evaluation=step < 40
+        )
+    (tmp_path / CHECKPOINTS / "step-00000005").mkdir()  # a save that was interrupted
+    storage = Storage.of(tmp_path / CHECKPOINTS)
+    waiting = awaiting_evaluation(storage, 30)
+    assert waiting == ["step-00000010", "step-00000020", "step-00000030"]
+    assert awaiting_evaluation(storage, 29) == waiting[:2]
+    for spared in (waiting, waiting[1:], waiting[2:], []):
+        prune(storage, "step-00000040", 1, 0, spared)
+        left = sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir())
+        assert left == [*spared, "step-00000040"]
+        amend_manifest(storage, "step-00000010", {"awaits_evaluation": False})  # gone: no matter
+    assert awaiting_evaluation(storage, 40) == []
 
 
 def test_nothing_to_resume(tmp_path):

@@ -58,6 +58,7 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(whole, stored):
     assert not (run.folder / "checkpoints").exists()
     names = [info.base_name for info in listed(Storage.of_run(run.folder))]
     assert names == ["step-00000006", "step-00000012"], "the best, and the newest"
+    assert run.failed_evaluations == 0
     assert find_bundle(run.folder) == run.bundle
     assert Engine.load(run.bundle).lineage["step"] == STEPS // 2
 

@@ -20,18 +20,19 @@ def test_a_bad_model_has_a_finite_ece_that_json_can_hold(nats):
     json.dumps(ece.all_chosen, allow_nan=False)
 
 
-def test_logits_beyond_all_measure_are_evaluated(corpus):
+@pytest.mark.parametrize(("right", "wrong"), [(0.0, 1e6), (-3e38, 3e38)])
+def test_logits_beyond_all_measure_are_evaluated(corpus, right, wrong):
     source = Source(str(corpus.path), corpus.digest, 1.0)
     settings = StreamSettings(row_tokens=256, crop_tokens=128, batch_rows=4)
     plan = StreamPlan(sources=(source,), settings=settings, alphabet="esm-33")
     rows = heldout_rows(plan, EvaluationSettings(blocks=1))
 
     class Sure(torch.nn.Module):
-        """Gives every place the same wrong token, with a logit of a million."""
+        """Gives every place the same wrong token, with a logit beyond all others."""
 
         def forward(self, packed):
-            logits = torch.zeros(len(packed.tokens_T), len(ALPHABETS["esm-33"]))
-            logits[:, 0] = 1e6
+            logits = torch.full((len(packed.tokens_T), len(ALPHABETS["esm-33"])), right)
+            logits[:, 0] = wrong
             return logits
 
     found = HeldoutEvaluator(rows, plan, 4).measure(Sure(), torch.device("cpu"))

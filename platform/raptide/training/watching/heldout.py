@@ -52,6 +52,9 @@ MOST_NATS = 700.0
 """A model so bad that its ECE is no float any more still has one: exp of this, about 1e304."""
 
 
+LARGEST = torch.finfo(torch.float32).max
+
+
 def _ece(mean_nats: float) -> float:
     return math.exp(min(mean_nats, MOST_NATS))
 
@@ -185,6 +188,7 @@ class HeldoutEvaluator:
                 targets = micro.targets_T[at]
                 logits = model(micro.packed)[at].float()
                 nats = cross_entropy(logits, targets, reduction="none").double()
+                nats = nats.clamp(max=LARGEST)  # infinite ones times 0 would be no number
                 masked = micro.packed.tokens_T[at] == self._alphabet.mask
                 groups = torch.stack(
                     [
