@@ -2,19 +2,21 @@
 
     python tests/benchmarks/bench_corpus.py
     python tests/benchmarks/bench_corpus.py --fasta uniprot20k.fasta.gz --json corpus.json
+    python tests/benchmarks/bench_corpus.py --quick
 
-- Tokenising alone, on one core: `translate_batch` against fair-esm's batch converter and
-  transformers' EsmTokenizer, the same records, in turn, medians over the rounds. The bound is the
-  speed at which this core copies memory.
-- Whole builds from plain FASTA by jobs/build_corpus.py, from the start of the process to its end,
-  of three sizes of synthetic proteins (synthetic_proteins.py). The memory of every process is read
-  five times a second. Its own memory is what no other process shares; the object store, which all
-  of Ray's workers map, is not in it, and is printed beside.
-- `datasets.map` with EsmTokenizer, two processes, writing Parquet, on the smallest of the three.
-- One cluster of a million members, if --giant is given.
-- Bytes on disk for each residue of --fasta (by default the proteome that the demo trains on).
+- tokenising: on one core, `translate_batch` against fair-esm's batch converter and transformers'
+  EsmTokenizer, the same records, in turn, medians over the rounds. The bound is the speed at which
+  this core copies memory.
+- builds: whole builds from plain FASTA by jobs/build_corpus.py, from the start of the process to
+  its end, of three sizes of synthetic proteins (synthetic_proteins.py). The memory of every process
+  is read five times a second. Its own memory is what no other process shares; the object store,
+  which all of Ray's workers map, is not in it, and is printed beside. With --giant, one more of
+  which a million members are one cluster.
+- datasets: `datasets.map` with EsmTokenizer, two processes, writing Parquet, on the smallest of the
+  three. Left out, and said so, where `datasets` is not installed; refused then if asked for.
+- on_disk: bytes for each residue of --fasta (by default the proteome that the demo trains on).
 
-Needs the extra `bench`: pip install -c constraints.txt -e '.[dev,bench]'
+Needs the extra `dev`, for `datasets` also `bench`: pip install -c constraints.txt -e '.[dev,bench]'
 """
 
 from __future__ import annotations
@@ -32,62 +34,111 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import numpy as np
 import psutil
-from machine import publish
 from synthetic_proteins import write_proteins
+
+from processes import running
+from raptide.errors import RaptideError
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = (500_000, 2_500_000, 5_000_000)
 GIANT = 1_000_000
+PARTS = ("tokenising", "builds", "datasets", "on_disk")
+QUICK = {"sizes": (20_000, 60_000, 100_000), "records": 300, "rounds": 3}
 PACKAGES = ("raptide", "ray", "pyarrow", "numpy", "transformers", "fair-esm", "datasets")
 MEMORY_EVERY_S = 0.2
+BYTES_PER_PROTEIN = 2_000
+"""Of FASTA, corpus and what passes between them, with some to spare."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def parse() -> argparse.Namespace:
+    parser = by_hand.script_parser(__doc__)
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, help="default: all whose packages are installed"
     )
     parser.add_argument("--sizes", type=int, nargs=3, default=SIZES, metavar="N")
     parser.add_argument("--records", type=int, default=3000, help="records to tokenise")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--fasta", type=Path, help="real proteins for the size on disk")
     parser.add_argument("--cluster-tag", help="of --fasta, as for build_corpus.py")
-    parser.add_argument("--giant", action="store_true")
-    parser.add_argument("--scratch", type=Path, help="where 10 GB are free")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        report = measure(Path(scratch), args)
-    publish(report, PACKAGES, print_report, args.json)
+    parser.add_argument("--giant", type=int, nargs="?", const=GIANT, default=0, metavar="MEMBERS")
+    parser.add_argument(
+        "--scratch", type=Path, help="where 2 kB for each protein of the largest build are free"
+    )
+    return by_hand.parse(parser, QUICK)
 
 
-def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
-    tokenising = measure_tokenising(args.records, args.rounds)
-    builds = [measure_build(scratch, count) for count in args.sizes]
-    giant = [measure_build(scratch, GIANT + GIANT // 4, GIANT)] if args.giant else []
-    datasets = measure_datasets(scratch, args.sizes[0])
-    on_disk = measure_size(scratch, args.fasta or default_proteome(), args.cluster_tag)
-    small, middle, large = builds
-    speed = tokenising["residues_per_s"]
-    later = (large["seconds"] - middle["seconds"]) / (large["residues"] - middle["residues"])
-    earlier = (middle["seconds"] - small["seconds"]) / (middle["residues"] - small["residues"])
-    return {
-        "ratios": {
-            "tokenise_residues_per_s_per_core": speed["raptide"],
-            "tokenise_vs_esm_tokenizer": speed["raptide"] / speed["transformers"],
-            "tokenise_vs_fair_esm": speed["raptide"] / speed["fair-esm"],
-            "build_residues_per_s": large["residues"] / large["seconds"],
-            "build_vs_datasets": small["residues"] / small["seconds"] / datasets["residues_per_s"],
-            "build_time_per_residue_growth": later / earlier,
-            "memory_growth_mb": large["own_mb"] - small["own_mb"],
-            "bytes_per_residue": on_disk["bytes_per_residue"],
-        },
-        "tokenising": tokenising,
-        "builds": builds + giant,
-        "datasets": datasets,
-        "on_disk": on_disk,
-    }
+def main() -> None:
+    args = parse()
+    parts = args.parts or PARTS
+    if "tokenising" in parts:
+        by_hand.need_packages("transformers", "esm")
+    if args.parts and "datasets" in parts:
+        by_hand.need_packages("datasets", "transformers")
+    if "on_disk" in parts and args.fasta is None:
+        by_hand.need_packages("pyhmmer")
+    if args.fasta is not None:
+        by_hand.need_file(args.fasta, "--fasta")
+    proteins = max(*args.sizes, args.giant)
+    by_hand.need_room(proteins * BYTES_PER_PROTEIN / 1e9, args.scratch, "--scratch")
+    with (
+        by_hand.Report("bench_corpus", args, PACKAGES, print_report, ratios, adds=True) as report,
+        tempfile.TemporaryDirectory(dir=args.scratch) as scratch,
+    ):
+        measure(Path(scratch), args, parts, report)
+
+
+def measure(
+    scratch: Path, args: argparse.Namespace, parts: Sequence[str], report: by_hand.Report
+) -> None:
+    if "tokenising" in parts:
+        with report.part("tokenising"):
+            report["tokenising"] = measure_tokenising(args.records, args.rounds)
+    if "builds" in parts:
+        with report.part("builds"):
+            builds = report["builds"] = []
+            for count in args.sizes:
+                builds.append(measure_build(scratch, count))
+            if args.giant:
+                builds.append(measure_build(scratch, args.giant * 5 // 4, args.giant))
+    if "datasets" in parts:
+        if (why := by_hand.lacks("datasets")) is not None:
+            report.pop("datasets", None)
+            report.leave_out("datasets", why)
+        else:
+            with report.part("datasets"):
+                report["datasets"] = measure_datasets(scratch, args.sizes[0])
+    if "on_disk" in parts:
+        with report.part("on_disk"):
+            fasta = args.fasta or default_proteome()
+            report["on_disk"] = measure_size(scratch, fasta, args.cluster_tag)
+
+
+def ratios(report: dict[str, Any]) -> dict[str, float]:
+    """Of the parts that a report has."""
+    found = {}
+    if "tokenising" in report:
+        speed = report["tokenising"]["residues_per_s"]
+        found["tokenise_residues_per_s_per_core"] = speed["raptide"]
+        found["tokenise_vs_esm_tokenizer"] = speed["raptide"] / speed["transformers"]
+        found["tokenise_vs_fair_esm"] = speed["raptide"] / speed["fair-esm"]
+    builds = [row for row in report.get("builds", ()) if not row["one_cluster"]]
+    peer = report.get("datasets")
+    if builds and peer is not None and peer["sequences"] == builds[0]["sequences"]:
+        ours = builds[0]["residues"] / builds[0]["seconds"]
+        found["build_vs_datasets"] = ours / peer["residues_per_s"]
+    if len(builds) == len(SIZES):
+        small, middle, large = builds
+        later = (large["seconds"] - middle["seconds"]) / (large["residues"] - middle["residues"])
+        earlier = (middle["seconds"] - small["seconds"]) / (middle["residues"] - small["residues"])
+        found["build_residues_per_s"] = large["residues"] / large["seconds"]
+        found["build_time_per_residue_growth"] = later / earlier
+        found["memory_growth_mb"] = large["own_mb"] - small["own_mb"]
+    if "on_disk" in report:
+        found["bytes_per_residue"] = report["on_disk"]["bytes_per_residue"]
+    return found
 
 
 def default_proteome() -> Path:
@@ -177,11 +228,13 @@ def measure_build(scratch: Path, count: int, one_cluster: int = 0) -> dict[str, 
 def build(fasta: Path, output: Path, *options: str) -> dict[str, float]:
     """Seconds of the job, and the largest memory of any of its processes."""
     job = [sys.executable, ROOT / "jobs/build_corpus.py", "--input", fasta, "--output", output]
+    log = output.with_name("build.log")
     started = time.perf_counter()
-    with subprocess.Popen([*job, *options], stdout=subprocess.DEVNULL) as process:
+    with running([*map(str, job), *options], log=log) as process:
         own, resident = watch_memory(process)
     if process.returncode:
-        raise SystemExit(f"The build ended with code {process.returncode}; see above.")
+        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        raise RaptideError(f"The build of {fasta.name} ended with {process.returncode}: {last}")
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "own_mb": own / 1e6, "resident_mb": resident / 1e6}
 
@@ -216,9 +269,9 @@ def measure_datasets(scratch: Path, count: int) -> dict[str, Any]:
     script = Path(__file__).with_name("corpus_peer.py")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hf")}
     started = time.perf_counter()
-    subprocess.run(
-        [sys.executable, script, fasta, scratch / "tokens.parquet"], check=True, env=environment
-    )
+    command = [sys.executable, script, fasta, scratch / "tokens.parquet"]
+    if (code := subprocess.run(command, check=False, env=environment).returncode) != 0:
+        raise RaptideError(f"datasets.map on {fasta.name} ended with {code}; see above.")
     seconds = time.perf_counter() - started
     remove(fasta, scratch / "tokens.parquet", scratch / "hf")
     return {"sequences": count, "seconds": seconds, "residues_per_s": residues / seconds}
@@ -240,30 +293,34 @@ def remove(*paths: Path) -> None:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    tokenising, ratios = report["tokenising"], report["ratios"]
-    print(f"\nTokenising, one core, {tokenising['residues']:,} residues")
-    for name, speed in tokenising["residues_per_s"].items():
-        print(f"  {name:14} {speed / 1e6:8.1f} M residues/s")
-    print(f"  {'copying bytes':14} {tokenising['copied_bytes_per_s'] / 1e6:8.1f} M/s")
-    print("Building, the whole job")
-    for row in report["builds"]:
+    if "tokenising" in report:
+        tokenising = report["tokenising"]
+        print(f"\nTokenising, one core, {tokenising['residues']:,} residues")
+        for name, speed in tokenising["residues_per_s"].items():
+            print(f"  {name:14} {speed / 1e6:8.1f} M residues/s")
+        print(f"  {'copying bytes':14} {tokenising['copied_bytes_per_s'] / 1e6:8.1f} M/s")
+    if "builds" in report:
+        print("Building, the whole job")
+    for row in report.get("builds", ()):
         giant = f", {row['one_cluster']:,} in one cluster" if row["one_cluster"] else ""
         print(
             f"  {row['sequences']:>10,} sequences{giant}: {row['seconds']:6.1f} s, "
             f"{row['residues'] / row['seconds'] / 1e6:5.1f} M residues/s, largest process "
             f"{row['own_mb']:,.0f} MB of its own, {row['resident_mb']:,.0f} MB with shared pages"
         )
-    peer = report["datasets"]
-    print(
-        f"  datasets.map, {peer['sequences']:,} sequences: {peer['seconds']:.1f} s, "
-        f"{peer['residues_per_s'] / 1e6:.2f} M residues/s"
-    )
-    on_disk = report["on_disk"]
-    print(f"On disk, {on_disk['fasta']}: {on_disk['bytes_per_residue']:.3f} bytes a residue")
-    for name, ratio in ratios.items():
+    if "datasets" in report:
+        peer = report["datasets"]
+        print(
+            f"  datasets.map, {peer['sequences']:,} sequences: {peer['seconds']:.1f} s, "
+            f"{peer['residues_per_s'] / 1e6:.2f} M residues/s"
+        )
+    if "on_disk" in report:
+        on_disk = report["on_disk"]
+        print(f"On disk, {on_disk['fasta']}: {on_disk['bytes_per_residue']:.3f} bytes a residue")
+    for name, ratio in report["ratios"].items():
         print(f"  {name:34} {ratio:14,.2f}")
     print(json.dumps(report["machine"]))
 
 
 if __name__ == "__main__":
-    main()
+    by_hand.run_script(main)

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_engine.py
     python tests/benchmarks/bench_engine.py --preset esm2_t30_150M --rounds 5 --json engine.json
+    python tests/benchmarks/bench_engine.py --quick
 
 Every peer gets the same random weights and the same real proteins of natural lengths (20 to 1,022),
 and a process of its own. The processes take turns, one at work at a time, so that whatever else the
@@ -10,7 +11,9 @@ the model's linear layers as bare matrix products, without attention, norms or a
 second one adds torch's own attention kernel.
 
 esm-cpp is installed into a virtual environment of its own (--esm-cpp names another Python that has
-it; --esm-cpp "" leaves it out).
+it; --esm-cpp "" leaves it out). Where it cannot be installed it is left out; the report says so.
+
+Needs the extra `dev`: pip install -c constraints.txt -e '.[dev]'
 """
 
 from __future__ import annotations
@@ -28,22 +31,35 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import numpy as np
-import torch
-from machine import publish
+from machine import CORES
 
 from raptide.alphabet import decode_sequences
 from raptide.data.fasta import read_fasta
+from raptide.errors import ConfigError, RaptideError
 from raptide.model.config import PRESETS, ModelSettings
-from raptide.model.contacts import ContactHead
-from raptide.model.formats.detect import read_weights, write_weights
-from raptide.model.formats.weights import Weights
-from raptide.model.transformer import Esm
 
 HERE = Path(__file__).parent
 SHORTEST, LONGEST = 20, 1022
 PACKAGES = ("raptide", "torch", "transformers", "fair-esm", "numpy")
 ESM_CPP = "esm-cpp==0.2.1"
+QUICK = {"preset": "esm2_t6_8M", "sequences": 16, "rounds": 1}
+RATIOS = {
+    "gemm_bound_fraction": ("matrix products bf16", "raptide"),
+    "gemm_and_attention_bound_fraction": ("products and attention bf16", "raptide"),
+    "gemm_bound_fraction_fp32": ("matrix products fp32", "raptide fp32"),
+    "vs_transformers_bf16_sorted": ("transformers bf16 sorted", "raptide"),
+    "vs_transformers_fp32_sorted": ("transformers fp32 sorted", "raptide"),
+    "vs_fair_esm_sorted": ("fair-esm sorted", "raptide"),
+    "vs_fair_esm_file_order": ("fair-esm file order", "raptide"),
+    "vs_esm_cpp_fp32": ("esm-cpp fp32", "raptide"),
+    "vs_esm_cpp_int8": ("esm-cpp int8", "raptide"),
+}
+"""By the name of a ratio: a peer, and what its seconds are divided by."""
+
+ROOM_GB = 3.0
+"""For models of up to 150 M parameters, and for esm-cpp."""
 
 
 class Peer:
@@ -63,7 +79,10 @@ class Peer:
             text=True,
             env=os.environ | env | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
         )
-        self.first = self._next_line()
+
+    def ready(self) -> dict[str, Any]:
+        """Wait until it has loaded everything; what it says then."""
+        return self._next_line()
 
     def run(self) -> float:
         """Seconds of one pass."""
@@ -81,34 +100,64 @@ class Peer:
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise SystemExit(
+        raise RaptideError(
             f"The peer {self.name} ended with code {self._process.wait()}; run "
             f"{' '.join(map(str, self._process.args))} to see why."
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse() -> argparse.Namespace:
+    parser = by_hand.script_parser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="esm2_t12_35M")
     parser.add_argument("--sequences", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=CORES)
     parser.add_argument("--esm-cpp", metavar="PYTHON", help="a Python that has esm-cpp")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
+    return by_hand.parse(parser, QUICK)
+
+
+def main() -> None:
+    args = parse()
+    by_hand.need_packages("transformers", "esm", "pyhmmer")
+    by_hand.need_room(ROOM_GB)
+    if args.esm_cpp:
+        need_esm_cpp(args.esm_cpp)
+    with (
+        by_hand.Report("bench_engine", args, PACKAGES, print_report, ratios) as report,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         folder = Path(scratch)
         sequences = write_inputs(folder, args.preset, args.sequences)
-        esm_cpp = install_esm_cpp(folder) if args.esm_cpp is None else args.esm_cpp
-        report = measure(folder, sequences, args.rounds, args.threads, esm_cpp)
-    report["preset"] = args.preset
-    publish(report, PACKAGES, print_report, args.json)
+        report |= {
+            "preset": args.preset,
+            "sequences": len(sequences),
+            "residues": sum(map(len, sequences)),
+            "threads": args.threads,
+        }
+        esm_cpp = install_esm_cpp(folder, report) if args.esm_cpp is None else args.esm_cpp
+        measure(folder, args, esm_cpp, report)
+
+
+def need_esm_cpp(python: str) -> None:
+    """Refuse a Python that is none, or lacks esm-cpp."""
+    look = "from importlib.util import find_spec; raise SystemExit(find_spec('esm_cpp') is None)"
+    program = shutil.which(python)
+    if program is None or subprocess.run([program, "-c", look], check=False).returncode != 0:
+        raise ConfigError(
+            f"--esm-cpp must be a Python that has esm-cpp, and {python} is none; install it with: "
+            f"{python} -m pip install {ESM_CPP}"
+        )
 
 
 def write_inputs(folder: Path, preset: str, count: int) -> list[str]:
     """Random weights as a bundle, and proteins of a real proteome in a fixed random order."""
+    import torch
+
+    from raptide.model.contacts import ContactHead
+    from raptide.model.formats.detect import write_weights
+    from raptide.model.formats.weights import Weights
+    from raptide.model.transformer import Esm
+
     settings = ModelSettings.model_validate({"preset": preset})
     head = ContactHead(torch.zeros(1, settings.layers * settings.heads), torch.zeros(1))
     weights = Weights.of(Esm(settings).initialise(1))
@@ -125,7 +174,7 @@ def write_inputs(folder: Path, preset: str, count: int) -> list[str]:
     return sequences
 
 
-def install_esm_cpp(folder: Path) -> str:
+def install_esm_cpp(folder: Path, report: by_hand.Report) -> str:
     """A Python with esm-cpp, or an empty string where it cannot be installed."""
     venv.create(folder / "esm-cpp", with_pip=True)
     python = str(folder / "esm-cpp/bin/python")
@@ -133,43 +182,49 @@ def install_esm_cpp(folder: Path) -> str:
         [python, "-m", "pip", "install", "--quiet", ESM_CPP], capture_output=True, text=True
     )
     if done.returncode != 0:
-        print(f"{ESM_CPP} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+        report.leave_out(ESM_CPP, f"not installed: {done.stderr.strip().splitlines()[-1]}")
         return ""
     return python
 
 
-def measure(
-    folder: Path, sequences: list[str], rounds: int, threads: int, esm_cpp: str
-) -> dict[str, Any]:
+def measure(folder: Path, args: argparse.Namespace, esm_cpp: str, report: by_hand.Report) -> None:
+    """All peers, round by round; a report holds whole rounds."""
     from engine_peers import PEERS
 
     names = [name for name in PEERS if esm_cpp or not name.startswith("esm-cpp")]
-    peers = []
+    peers: list[Peer] = []
     try:
-        for name in names:
-            python = esm_cpp if name.startswith("esm-cpp") else sys.executable
-            peers.append(Peer(name, python, folder, threads))
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        for number in range(rounds):
+        with report.part("seconds"):
+            for name in names:
+                python = esm_cpp if name.startswith("esm-cpp") else sys.executable
+                peers.append(Peer(name, python, folder, args.threads))
             for peer in peers:
-                seconds[peer.name].append(peer.run())
-                print(f"round {number + 1}: {peer.name} {seconds[peer.name][-1]:.2f} s", flush=True)
-        cosines = compare(peers)
+                peer.ready()
+                print(f"{peer.name} is ready", flush=True)
+            rounds: list[dict[str, float]] = []
+            for number in range(args.rounds):
+                rounds.append(one_round(peers, number))
+                report["seconds"] = {name: [each[name] for each in rounds] for name in names}
+                report["residues_per_s"] = {
+                    name: report["residues"] / statistics.median(seconds)
+                    for name, seconds in report["seconds"].items()
+                }
+        with report.part("lowest_cosine_with_transformers_fp32"):
+            report["lowest_cosine_with_transformers_fp32"] = compare(peers)
     finally:
         for peer in peers:
             peer.stop()
-    residues = sum(map(len, sequences))
-    memory = measure_memory(folder, threads)
-    return {
-        "sequences": len(sequences),
-        "residues": residues,
-        "threads": threads,
-        "seconds": seconds,
-        "residues_per_s": {n: residues / statistics.median(s) for n, s in seconds.items()},
-        "lowest_cosine_with_transformers_fp32": cosines,
-        "memory_mb": memory,
-        "ratios": ratios(seconds, memory),
-    }
+    with report.part("memory_mb"):
+        report["memory_mb"] = measure_memory(folder, args.threads)
+
+
+def one_round(peers: list[Peer], number: int) -> dict[str, float]:
+    """Seconds of each peer's pass, one after the other."""
+    seconds = {}
+    for peer in peers:
+        seconds[peer.name] = peer.run()
+        print(f"round {number + 1}: {peer.name} {seconds[peer.name]:.2f} s", flush=True)
+    return seconds
 
 
 def compare(peers: list[Peer]) -> dict[str, float]:
@@ -186,6 +241,10 @@ def compare(peers: list[Peer]) -> dict[str, float]:
 
 def measure_memory(folder: Path, threads: int) -> dict[str, float]:
     """What the engine adds to a process at the 4,096-token batches it uses by default."""
+    from raptide.model.formats.detect import read_weights, write_weights
+    from raptide.model.formats.weights import Weights
+    from raptide.model.transformer import Esm
+
     half = read_weights(folder / "model")
     state = {name: tensor.bfloat16() for name, tensor in half.state.items()}
     (folder / "half").mkdir()
@@ -194,49 +253,43 @@ def measure_memory(folder: Path, threads: int) -> dict[str, float]:
     write_weights(folder / "half/model-tiny", Weights.of(tiny))
     shutil.copy(folder / "sequences.json", folder / "half")
     peer = Peer("memory", sys.executable, folder / "half", threads)
-    peer.stop()
-    return peer.first
+    try:
+        return peer.ready()
+    finally:
+        peer.stop()
 
 
-def ratios(seconds: dict[str, list[float]], memory: dict[str, float]) -> dict[str, float]:
-    """Medians over the rounds of how many times faster raptide was."""
-
-    def against(peer: str, mine: str = "raptide") -> float:
-        pairs = zip(seconds[peer], seconds[mine], strict=True)
-        return statistics.median(theirs / ours for theirs, ours in pairs)
-
-    found = {
-        "gemm_bound_fraction": against("matrix products bf16"),
-        "gemm_and_attention_bound_fraction": against("products and attention bf16"),
-        "gemm_bound_fraction_fp32": against("matrix products fp32", "raptide fp32"),
-        "vs_transformers_bf16_sorted": against("transformers bf16 sorted"),
-        "vs_transformers_fp32_sorted": against("transformers fp32 sorted"),
-        "vs_fair_esm_sorted": against("fair-esm sorted"),
-        "vs_fair_esm_file_order": against("fair-esm file order"),
-        "peak_memory_less_output_vs_weights": (memory["grown_mb"] - memory["output_mb"])
-        / memory["weights_mb"],
-    }
-    for kind in ("fp32", "int8"):
-        if f"esm-cpp {kind}" in seconds:
-            found[f"vs_esm_cpp_{kind}"] = against(f"esm-cpp {kind}")
+def ratios(report: dict[str, Any]) -> dict[str, float]:
+    """Medians over the rounds of how many times faster raptide was; of what a report has."""
+    seconds, memory = report.get("seconds", {}), report.get("memory_mb")
+    found = {}
+    for name, (peer, mine) in RATIOS.items():
+        if peer in seconds:
+            pairs = zip(seconds[peer], seconds[mine], strict=True)
+            found[name] = statistics.median(theirs / ours for theirs, ours in pairs)
+    if memory is not None:
+        added = memory["grown_mb"] - memory["output_mb"]
+        found["peak_memory_less_output_vs_weights"] = added / memory["weights_mb"]
     return {name: round(value, 3) for name, value in found.items()}
 
 
 def print_report(report: dict[str, Any]) -> None:
     machine = report["machine"]
-    print(
-        f"\n{report['preset']}, {report['sequences']} proteins, {report['residues']:,} residues, "
-        f"{report['threads']} threads\n{machine['processor']} {machine['flags']}\n"
-        f"{machine['versions']}\n"
-    )
-    for name, speed in sorted(report["residues_per_s"].items(), key=lambda item: -item[1]):
-        cosine = report["lowest_cosine_with_transformers_fp32"].get(name)
+    if "preset" in report:
+        print(
+            f"\n{report['preset']}, {report['sequences']} proteins, {report['residues']:,} "
+            f"residues, {report['threads']} threads"
+        )
+    print(f"{machine['processor']} {machine['flags']}\n{machine['versions']}\n")
+    speeds = report.get("residues_per_s", {})
+    for name, speed in sorted(speeds.items(), key=lambda item: -item[1]):
+        cosine = report.get("lowest_cosine_with_transformers_fp32", {}).get(name)
         shown = f"{cosine:>10.6f}" if cosine is not None else " " * 10
-        print(f"  {name:<26}{speed:>10,.0f} residues/s{shown}")
+        print(f"  {name:<30}{speed:>10,.0f} residues/s{shown}")
     print("\nLast column: lowest cosine with the embeddings of transformers fp32.\n")
     for name, value in report["ratios"].items():
         print(f"  {name:<38}{value:>8.2f}")
 
 
 if __name__ == "__main__":
-    main()
+    by_hand.run_script(main)

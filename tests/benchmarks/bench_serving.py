@@ -3,6 +3,7 @@
     python tests/benchmarks/bench_serving.py
     python tests/benchmarks/bench_serving.py --parts engine latency --rounds 5 --json serving.json
     python tests/benchmarks/bench_serving.py --parts soak
+    python tests/benchmarks/bench_serving.py --quick
 
 Random weights of one ESM-2 shape, the same real proteins of natural lengths (20 to 1,022) for all,
 one protein a request, base64. Load comes from this process (raptide.load), never from the server's.
@@ -15,7 +16,8 @@ The endpoint has a replica a core, as docs/serving.md advises on CPUs, unless sa
   of proxy, gateway and engine for a request.
 - peers: the same load on a plain FastAPI server (plain_server.py: a forward each, in threads or one
   at a time) and on infinity-emb, a batching embedding server, in an environment of its own; in
-  turn, with the same weights. They compute in fp32, raptide in what it chooses by itself.
+  turn, with the same weights. They compute in fp32, raptide in what it chooses by itself. infinity
+  is left out where it cannot be installed, and of quick runs without --infinity.
 - latency: one client, one protein after the other, by HTTP and by the bare engine in turn, each
   twice, of which the second counts; one replica with every core. The difference is what serving
   adds, through Serve's default proxy and, where haproxy is installed, through its HAProxy mode;
@@ -23,350 +25,86 @@ The endpoint has a replica a core, as docs/serving.md advises on CPUs, unless sa
 - levels: latency against load, closed and open loop, as a table and a picture (--picture).
 - soak (only if asked for): 256 clients for five minutes; errors, and the memory of every process.
 
-Parts can be run one by one with the same --json file, which keeps those that are not run.
+Parts can be run one by one with the same --json file, which keeps those that are not run. All of
+them but soak take about three quarters of an hour, with --quick a few minutes.
+
+Needs the extra `dev`: pip install -c constraints.txt -e '.[dev]'
 """
 
 from __future__ import annotations
 
 import argparse
-import http.client
-import json
-import re
-import signal
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing
-from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from bench_engine import write_inputs
-from machine import publish
-from servers import (
-    CORES,
-    EngineAlone,
-    Server,
-    find_haproxy,
-    infinity_server,
-    install_infinity,
-    plain_server,
-    raptide_server,
-)
+import by_hand
+from machine import CORES
 
-from raptide import RaptideError
-from raptide.load.levels import Level, LoadGenerator, Measured
-from raptide.load.report import HEADER, draw_load, summarise, table_line
-from raptide.load.requests import embedding_requests
 from raptide.model.config import PRESETS
 
 PACKAGES = ("raptide", "ray", "torch", "transformers", "fastapi", "uvicorn", "aiohttp", "numpy")
 PARTS = ("engine", "peers", "latency", "levels")
-PEERS = {
-    "FastAPI": "vs_plain_fastapi",
-    "FastAPI, one at a time": "vs_plain_fastapi_one_at_a_time",
-    "infinity": "vs_embedding_server",
+QUICK = {
+    "preset": "esm2_t6_8M",
+    "sequences": 16,
+    "rounds": 1,
+    "seconds": 5.0,
+    "soak_seconds": 30.0,
 }
-"""Other servers, and the name of the ratio of raptide's throughput to theirs."""
-
-LEVEL_CLIENTS, LEVEL_SHARES = (1, 4, 16, 64), (0.3, 0.5, 0.7, 0.9)
-SOAK_CLIENTS, SOAK_S, SOAK_SAMPLE_S = 256, 300.0, 10.0
+ROOM_GB, INFINITY_GB = 2.0, 8.0
+"""For weights and logs; for infinity-emb with a torch of its own."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse() -> argparse.Namespace:
+    parser = by_hand.script_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=(*PARTS, "soak"), default=PARTS)
     parser.add_argument("--preset", choices=PRESETS, default="esm2_t12_35M")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=40.0, help="a window of load")
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--soak-seconds", type=float, default=SOAK_S)
+    parser.add_argument("--soak-seconds", type=float, default=300.0)
     parser.add_argument("--infinity", type=Path, metavar="VENV", help="kept there between runs")
     parser.add_argument("--picture", type=Path, default=Path("load.png"), metavar="PNG")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers end with this process
-    report: dict[str, Any] = {"ratios": {}}
-    if args.json is not None and args.json.exists():
-        report = json.loads(args.json.read_text())
-    with tempfile.TemporaryDirectory(prefix="bench-serving-") as scratch:
-        folder = Path(scratch)
-        sequences = write_inputs(folder, args.preset, args.sequences)
-        report |= {
-            "preset": args.preset,
-            "sequences": len(sequences),
-            "residues": sum(map(len, sequences)),
-            "clients": args.clients,
-        }
-        for part in args.parts:
-            measure = {
-                "engine": measure_engine,
-                "peers": measure_peers,
-                "latency": measure_latency,
-                "levels": measure_levels,
-                "soak": measure_soak,
-            }[part]
-            found, ratios = measure(folder, sequences, args)
-            report[part] = found
-            report["ratios"] |= ratios
-            if args.json is not None:
-                args.json.write_text(json.dumps(report, indent=1) + "\n")
-    publish(report, PACKAGES, print_report, args.json)
+    return by_hand.parse(parser, QUICK)
 
 
-def measure_engine(
-    folder: Path, sequences: list[str], args: argparse.Namespace
-) -> tuple[dict[str, Any], dict[str, float]]:
-    found: dict[str, Any] = {}
-    ratios: dict[str, float] = {}
-    for name, replicas in (("", CORES), ("_one_replica", 1)):
-        model = folder / "model"
-        with raptide_server(model, folder, replicas=replicas) as server, EngineAlone(model) as bare:
-            rounds = [engine_round(server, bare, sequences, args) for _ in range(args.rounds)]
-        found[f"rounds{name}"] = rounds
-        ratios[f"http_vs_engine{name}"] = median_of(rounds, "ratio")
-        # This one does not see idle cores, but neither does it see what else the machine does.
-        ratios[f"http_vs_engine_by_cpu_time{name}"] = median_of(rounds, "ratio_by_cpu_time")
-    return found, ratios
+def main() -> None:
+    args = parse()
+    check(args)
+    with (
+        by_hand.Report("bench_serving", args, PACKAGES, print_report, adds=True) as report,
+        tempfile.TemporaryDirectory(prefix="bench-serving-") as scratch,
+    ):
+        from serving_parts import measure
+
+        measure(Path(scratch), args, report)
 
 
-def engine_round(
-    server: Server, bare: EngineAlone, sequences: list[str], args: argparse.Namespace
-) -> dict[str, Any]:
-    """A window of load, then as long of the bare engine."""
-    level = load(server, sequences, Level(clients=args.clients), args.seconds)
-    before, seconds, residues = bare.cpu_s(), 0.0, 0
-    while seconds < args.seconds:
-        seconds += bare.embed(sequences)
-        residues += sum(map(len, sequences))
-    cpu_ms = 1e3 * (bare.cpu_s() - before) / residues
-    level["engine_residues_per_s"] = residues / seconds
-    level["ratio"] = level["residues_per_s"] / level["engine_residues_per_s"]
-    level["ratio_by_cpu_time"] = cpu_ms / level["cpu_ms_per_residue"]
-    print(
-        f"engine: HTTP {level['residues_per_s']:,.0f}, alone {residues / seconds:,.0f} residues/s, "
-        f"ratio {level['ratio']:.3f}, CPU-ms a request {level['cpu_ms']}",
-        flush=True,
-    )
-    return level
-
-
-def median_of(rounds: list[dict[str, Any]], key: str) -> float:
-    return round(statistics.median(each[key] for each in rounds), 3)
-
-
-def measure_peers(
-    folder: Path, sequences: list[str], args: argparse.Namespace
-) -> tuple[dict[str, Any], dict[str, float | None]]:
-    model = folder / "model"
-    environment = args.infinity or folder / "infinity"
-    missing = install_infinity(environment)
-    with ExitStack() as stack:
-        start = stack.enter_context
-        servers = [
-            start(raptide_server(model, folder, replicas=CORES)),
-            start(plain_server(model, folder)),
-            start(plain_server(model, folder, "--one-at-a-time")),
-        ]
-        if missing is None:
-            servers.append(start(infinity_server(environment, model, folder)))
-        rounds: dict[str, list[dict[str, Any]]] = {server.name: [] for server in servers}
-        for _ in range(args.rounds):
-            for server in servers:
-                level = load(server, sequences, Level(clients=args.clients), args.seconds)
-                rounds[server.name].append(level)
-                print(
-                    f"peers: {server.name} {level['residues_per_s']:,.0f} residues/s "
-                    f"{level['errors'] or ''}",
-                    flush=True,
-                )
-    ratios = {}
-    for server in servers[1:]:
-        ratios[PEERS[server.name]] = ratio = against(server.name, rounds)
-        if ratio is None:
-            print(f"peers: {server.name} answered nothing in some window; give more --seconds")
-    return {"rounds": rounds, "infinity_missing": missing}, ratios
-
-
-def against(peer: str, rounds: dict[str, list[dict[str, Any]]]) -> float | None:
-    """Median over the rounds of how many times more residues raptide answered.
-
-    None if the peer answered nothing in a round: its requests took longer than the window.
-    """
-    pairs = zip(rounds["raptide"], rounds[peer], strict=True)
-    speeds = [(ours["residues_per_s"], theirs["residues_per_s"]) for ours, theirs in pairs]
-    if not all(theirs for _, theirs in speeds):
-        return None
-    return round(statistics.median(ours / theirs for ours, theirs in speeds), 3)
-
-
-def load(
-    server: Server, sequences: list[str], level: Level, seconds: float, warmup_s: float = 5.0
-) -> dict[str, Any]:
-    """A window of load, with CPU-ms for each answered request by role."""
-    samples = []
-
-    def tick(passed: float) -> None:
-        # Reading takes time from the load: at the window's begin and end only.
-        if passed >= warmup_s + seconds or (not samples and passed >= warmup_s):
-            samples.append(server.cpu_s())
-
-    requests = embedding_requests(sequences, 1, "base64", **model_named(server))
-    generator = LoadGenerator(server.url, requests, server.key, 600.0)
-    measured = generator.run(level, duration_s=seconds, warmup_s=warmup_s, tick=tick)
-    result = summarise(measured)
-    count = max(1, len(answered_of(measured)))
-    first, last = samples[0], samples[-1]
-    result["cpu_ms"] = {
-        role: round(1e3 * (last[role] - first.get(role, 0.0)) / count, 1) for role in last
-    }
-    spent = sum(last.values()) - sum(first.values())
-    residues = sum(each.residues for each in answered_of(measured))
-    result["cpu_ms_per_residue"] = 1e3 * spent / max(1, residues)
-    return result
-
-
-def model_named(server: Server) -> dict[str, str]:
-    return {"model": "infinity"} if server.name == "infinity" else {}
-
-
-def answered_of(measured: Measured) -> list[Any]:
-    return [each for each in measured.outcomes if each.problem is None]
-
-
-def measure_latency(
-    folder: Path, sequences: list[str], args: argparse.Namespace
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Added milliseconds of single requests; the proteins are those of at most median length."""
-    shorter = sorted(sequences, key=len)[: len(sequences) // 2]
-    modes: dict[str, str | None] = {"default": None}
-    if (haproxy := find_haproxy()) is not None:
-        modes["haproxy"] = haproxy
-    found: dict[str, Any] = {}
-    ratios = {}
-    for name, binary in modes.items():
-        try:
-            with raptide_server(folder / "model", folder, haproxy=binary) as server:
-                found[name] = added_latency(server, folder / "model", shorter, args.rounds)
-        except RaptideError as error:  # HAProxy's configuration depends on its version
-            print(f"latency: {error}")
-            found[name] = {"missing": str(error)}
-            continue
-        added, outside = found[name]["added_ms"], found[name]["outside_compute_ms"]
-        print(f"latency: {name} adds {added:.1f} ms, {outside:.1f} outside computing", flush=True)
-        suffix = "" if name == "default" else f"_{name}"
-        ratios[f"added_latency_ms{suffix}"] = round(added, 2)
-        ratios[f"outside_compute_ms{suffix}"] = round(outside, 2)
-    return found, ratios
-
-
-def added_latency(server: Server, model: Path, sequences: list[str], rounds: int) -> dict[str, Any]:
-    client = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=120.0)
-    with EngineAlone(model) as bare, closing(client):
-        ask = partial(one_request, client, server.key)
-        rows = [one_protein(ask, bare, each) for _ in range(rounds + 1) for each in sequences]
-    measured = rows[len(sequences) :]  # the first round warms up
-    added = [whole - engine for whole, _, engine in measured]
-    return {
-        "http_ms": statistics.median(whole for whole, _, _ in measured),
-        "engine_ms": statistics.median(engine for _, _, engine in measured),
-        "added_ms": statistics.median(added),
-        "added_ms_quartiles": statistics.quantiles(added, n=4),
-        "outside_compute_ms": statistics.median(whole - compute for whole, compute, _ in measured),
-        "requests": len(measured),
-    }
-
-
-def one_protein(
-    ask: Callable[[str], tuple[float, float]], bare: EngineAlone, sequence: str
-) -> tuple[float, float, float]:
-    """Milliseconds by HTTP, of these what the replica says it computed, and by the bare engine.
-
-    A client asks again when it has its answer, so the second of two requests counts (nothing is
-    cached): the first would also show the time that processes take to wake up after the other
-    side's turn. Turns are short because the machine's speed changes within seconds.
-    """
-    _, (whole, compute) = ask(sequence), ask(sequence)
-    _, alone = bare.embed([sequence]), bare.embed([sequence])
-    return whole, compute, 1e3 * alone
-
-
-def one_request(
-    client: http.client.HTTPConnection, key: str | None, sequence: str
-) -> tuple[float, float]:
-    """Milliseconds of a request and of its computing; the client is lean, since its time counts."""
-    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-    started = time.perf_counter()
-    body = json.dumps({"input": sequence, "encoding_format": "base64"})
-    client.request("POST", "/v1/embeddings", body, headers)
-    answer = client.getresponse()
-    answer.read()
-    whole = time.perf_counter() - started
-    if answer.status != 200:
-        raise RaptideError(f"{client.host}:{client.port} answered {answer.status}.")
-    compute = re.search(r"compute;dur=([\d.]+)", answer.headers["Server-Timing"])
-    assert compute is not None
-    return 1e3 * whole, float(compute[1])
-
-
-def measure_levels(
-    folder: Path, sequences: list[str], args: argparse.Namespace
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The closed loop up to more clients than help, then the open loop below what that reached."""
-    print(HEADER)
-    levels: list[dict[str, Any]] = []
-    with raptide_server(folder / "model", folder, replicas=CORES) as server:
-
-        def measure(level: Level) -> None:
-            levels.append(load(server, sequences, level, args.seconds))
-            print(table_line(levels[-1]), flush=True)
-
-        for clients in LEVEL_CLIENTS:
-            measure(Level(clients=clients))
-        most = max(level["requests_per_s"] for level in levels)
-        for share in LEVEL_SHARES:
-            measure(Level(rate=round(share * most, 2)))
-    draw_load(levels, f"{args.preset}, {CORES} CPU cores", args.picture)
-    return levels, {}
-
-
-def measure_soak(
-    folder: Path, sequences: list[str], args: argparse.Namespace
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Many clients for minutes: errors, and memory once a fifth has passed and at the end."""
-    seconds = args.soak_seconds
-    memory: list[tuple[float, dict[str, float]]] = []
-    with raptide_server(folder / "model", folder, replicas=CORES) as server:
-
-        def tick(passed: float) -> None:
-            if not memory or passed - memory[-1][0] >= SOAK_SAMPLE_S or passed >= seconds:
-                memory.append((passed, server.memory_mb()))
-                print(f"soak: {passed:.0f} s, MB {memory[-1][1]}", flush=True)
-
-        requests = embedding_requests(sequences, 1, "base64")
-        generator = LoadGenerator(server.url, requests, server.key, 600.0)
-        level = Level(clients=SOAK_CLIENTS)
-        measured = generator.run(level, duration_s=seconds, warmup_s=0.0, tick=tick)
-    result = summarise(measured)
-    result["memory_mb"] = [{"s": round(s), **by_role} for s, by_role in memory]
-    settled = next(by_role for s, by_role in memory if s >= seconds / 5)
-    grown = {role: memory[-1][1][role] / settled[role] for role in settled}
-    return result, {f"soak_memory_growth_{role}": round(grown[role], 3) for role in grown}
+def check(args: argparse.Namespace) -> None:
+    by_hand.need_packages("pyhmmer")
+    by_hand.need_room(ROOM_GB)
+    if "levels" in args.parts:
+        by_hand.need_place(args.picture, "--picture")
+    if "peers" not in args.parts:
+        return
+    by_hand.need_packages("transformers")
+    if args.infinity is not None:
+        by_hand.need_environment(args.infinity, "--infinity")
+    elif not args.quick:
+        by_hand.need_room(INFINITY_GB)
 
 
 def print_report(report: dict[str, Any]) -> None:
     machine = report["machine"]
-    print(
-        f"\n{report['preset']}, {report['sequences']} proteins, {report['residues']:,} residues, "
-        f"{report['clients']} clients, {CORES} cores\n{machine['processor']} {machine['flags']}\n"
-        f"{machine['versions']}\n"
-    )
-    for name, value in report["ratios"].items():
+    if "preset" in report:
+        print(
+            f"\n{report['preset']}, {report['sequences']} proteins, {report['residues']:,} "
+            f"residues, {report['clients']} clients, {CORES} cores"
+        )
+    print(f"{machine['processor']} {machine['flags']}\n{machine['versions']}\n")
+    for name, value in report.get("ratios", {}).items():
         print(f"  {name:<36}" + ("      none" if value is None else f"{value:>10.3f}"))
     if "soak" in report:
         soak = report["soak"]
@@ -374,4 +112,4 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    by_hand.run_script(main)

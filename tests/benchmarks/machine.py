@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
+CORES = len(os.sched_getaffinity(0))
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
@@ -25,26 +23,13 @@ def describe_machine(*packages: str) -> dict[str, object]:
     return {
         "processor": fields.get("model name", platform.processor()),
         "flags": [flag for flag in FLAGS if flag in held],
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": CORES,
         "memory_gb": round(memory / 1e9),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
         "command": " ".join(["python", *sys.argv]),
     }
-
-
-def publish(
-    report: dict[str, Any],
-    packages: Sequence[str],
-    show: Callable[[dict[str, Any]], None],
-    file: Path | None,
-) -> None:
-    """Add the machine to a benchmark's report, show it, and write it to a JSON file, if any."""
-    report["machine"] = describe_machine(*packages)
-    show(report)
-    if file is not None:
-        file.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _version(name: str) -> str:

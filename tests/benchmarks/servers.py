@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 import psutil
+from machine import CORES
 
 from raptide import RaptideError
 
@@ -29,7 +30,6 @@ sys.path.append(str(ROOT / "jobs"))
 
 from processes import free_port  # noqa: E402
 
-CORES = len(os.sched_getaffinity(0))
 INFINITY = ("infinity-emb[torch,server]==0.0.78", "transformers<5")
 """What was seen to serve ESM-2 folders."""
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from raptide.errors import RaptideError
+
 
 class TakesTurns:
     """A process, with all that it starts, which appends a line of JSON to a file after each step.
@@ -56,7 +58,8 @@ class TakesTurns:
 
     def _wait_for(self, count: int) -> None:
         while len(read_lines(self._lines)) < count:
-            assert self._process.poll() is None, f"a peer ended: {self._process.args!r}"
+            if (code := self._process.poll()) is not None:
+                raise RaptideError(f"A peer ended with {code}: {self._process.args!r}")
             time.sleep(0.1)
 
     def _suspend(self) -> None:

@@ -7,6 +7,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-for folder in (ROOT / "jobs", ROOT / "tests/support", ROOT):
+for folder in (ROOT / "jobs", ROOT / "tests/support", ROOT / "tests/benchmarks", ROOT):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))

@@ -2,222 +2,53 @@
 
     python tests/chaos/pretrain_chaos.py
     python tests/chaos/pretrain_chaos.py --events 20 --zero-stage 3 --seed 5 --json chaos.json
+    python tests/chaos/pretrain_chaos.py --quick
 
 A run on one worker that nothing happens to is compared with one on one to four workers, to which
 happen, at random steps: SIGKILL of a worker, death of a node, a node that is added, a node that is
 announced to go away. Both must train on the same rows in the same order and show the same losses.
-Everything runs on this machine, on nodes that Ray's `cluster_utils` starts.
+Everything runs on this machine, on nodes that Ray's `cluster_utils` starts. Ends with 1 if they do
+not. Seventeen events take about 25 minutes on two cores, --quick a few.
+
+Needs the extra `demo`, whose proteins it trains on: pip install -c constraints.txt -e '.[dev]'
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import random
-import sys
 import tempfile
-import threading
-import time
-from collections import Counter
-from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from moving_cluster import TRAINER, MovingCluster, moving_cluster
+import checkout  # noqa: F401
+from by_hand import Report, need_packages, need_room, parse, run_script, script_parser
 
-from raptide.config import parse_settings
-from raptide.data.building.build import BuildSettings, build_corpus
-from raptide.data.corpus import Corpus
-from raptide.training.planning.recipe import Recipe
-from raptide.training.trainer import RunResult, prepare_run, pretrain
-from raptide.training.watching.audit import audited_steps
-
-MOST_NODES = 4
-KILLS = ("worker killed", "node killed", "node preempted")
-EVENTS = (*KILLS, "node added")
-NOTICE_S = 8.0
-PATIENCE_S = 300.0
-"""Seconds without a new step after which the test gives up."""
+PACKAGES = ("raptide", "ray", "torch", "deepspeed")
+QUICK = {"events": 3, "steps": 140}
+ROOM_GB = 1.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> int:
+    parser = script_parser(__doc__)
     parser.add_argument("--events", type=int, default=17, help="things that happen to the run")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=2)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch, moving_cluster(2) as cluster:
-        report = wreak_havoc(cluster, Path(scratch), args)
+    args = parse(parser, QUICK)
+    need_packages("pyhmmer")
+    need_room(ROOM_GB)
+    with Report("pretrain_chaos", args, PACKAGES, print_report) as report:
+        from moving_cluster import moving_cluster
+        from wild_run import wreak_havoc
+
+        with tempfile.TemporaryDirectory() as scratch, moving_cluster(2) as cluster:
+            wreak_havoc(cluster, Path(scratch), args, report)
+    return 0 if report["audit_equal"] and report["loss_max_abs_diff"] < 1e-4 else 1
+
+
+def print_report(report: dict[str, Any]) -> None:
     print(json.dumps(report, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    sys.exit(0 if report["audit_equal"] and report["loss_max_abs_diff"] < 1e-4 else 1)
-
-
-def wreak_havoc(cluster: MovingCluster, scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
-    corpus = proteome_corpus(scratch / "corpus")
-    quiet = run_recipe(chaos_recipe(corpus, args.steps, args.zero_stage, (1, 1)), scratch / "quiet")
-    recipe = chaos_recipe(corpus, args.steps, args.zero_stage, (1, MOST_NODES))
-    began = time.monotonic()
-    wild, happened = run_among_events(cluster, recipe, scratch / "wild", args.events, args.seed)
-    sizes = [line["system/workers"] for line in metrics(wild.folder)]
-    assert wild.audit is not None
-    assert quiet.audit is not None
-    return {
-        "kills": sum(happened[kind] for kind in KILLS),
-        "resizes": sum(a != b for a, b in pairwise(sizes)),
-        "audit_equal": dict(audited_steps(wild.folder)) == dict(audited_steps(quiet.folder)),
-        "loss_max_abs_diff": greatest_difference(wild.folder, quiet.folder),
-        "heldout_ece": [quiet.heldout_ece.all_chosen, wild.heldout_ece.all_chosen],
-        "events": dict(happened),
-        "sizes": sorted(set(sizes)),
-        "epochs": max(line["progress/epoch"] for line in metrics(wild.folder)) + 1,
-        "restarts": wild.audit.attempts - 1,
-        "redone_steps": wild.audit.redone_steps,
-        "longest_redone": wild.audit.longest_redone,
-        "checkpoint_every_steps": recipe.checkpoint.every_steps,
-        "seconds": round(time.monotonic() - began),
-    }
-
-
-def proteome_corpus(folder: Path) -> Corpus:
-    """2,100 real proteins that a test dependency ships."""
-    fasta = Path(str(files("pyhmmer") / "tests/data/seqs/938293.PRJEB85.HG003687.faa"))
-    return build_corpus([fasta], folder, BuildSettings(block_residues=32_768))
-
-
-def chaos_recipe(
-    corpus: Corpus,
-    steps: int,
-    zero_stage: int,
-    workers: tuple[int, int],
-    *,
-    anywhere: bool = False,
-) -> Recipe:
-    """A tiny model in fp32, whose steps say exactly what they trained on.
-
-    Args:
-        anywhere: workers need no node of their own.
-    """
-    tree = {
-        "name": "chaos",
-        "corpus": str(corpus.path),
-        "stream": {"row_tokens": 512, "crop_tokens": 256, "batch_rows": 12, "seed": 3},
-        "model": {"layers": 2, "width": 64, "heads": 4},
-        "optimizer": {"lr": 1e-3, "warmup_steps": 10},
-        "training": {
-            "steps": steps,
-            "micro_batch_rows": 3,
-            "precision": "fp32",
-            "zero_stage": zero_stage,
-            "zero3_keep_whole_below": 0,
-        },
-        "cluster": {
-            "workers": list(workers),
-            "device": "cpu",
-            "worker_resources": {} if anywhere else {TRAINER: 1},
-            "resize_check_s": 2,
-            "max_failures": -1,
-        },
-        "checkpoint": {"every_steps": 5, "keep": 3},
-        "evaluation": {"every_steps": 40, "blocks": 1},
-        "tracking": {"log_every": 1, "audit": True},
-    }
-    return parse_settings(Recipe, tree, source="chaos")
-
-
-def run_recipe(recipe: Recipe, folder: Path, *, resume: bool = False) -> RunResult:
-    return pretrain(recipe, prepare_run(recipe, folder, resume=resume), folder)
-
-
-def run_among_events(
-    cluster: MovingCluster, recipe: Recipe, folder: Path, events: int, seed: int
-) -> tuple[RunResult, Counter[str]]:
-    """Run to the end while one thing after the other happens, some random steps apart."""
-    results: list[RunResult] = []
-    thread = threading.Thread(target=lambda: results.append(run_recipe(recipe, folder)))
-    thread.start()  # Ray's cluster adds nodes in the main thread only
-    rng = random.Random(seed)
-    happened: Counter[str] = Counter()
-    for _ in range(events):
-        await_step(folder, last_step(folder) + rng.randint(3, 15), thread)
-        happened[cause_something(cluster, rng, folder, thread)] += 1
-        print(f"step {last_step(folder)}: {dict(happened)}, {cluster.size} nodes", flush=True)
-    thread.join()
-    (result,) = results
-    return result, happened
-
-
-def cause_something(
-    cluster: MovingCluster, rng: random.Random, folder: Path, thread: threading.Thread
-) -> str:
-    possible = ["worker killed"]
-    if cluster.size > 1:
-        possible += ["node killed", "node preempted"]
-    if cluster.size < MOST_NODES:
-        possible += ["node added", "node added"]
-    event = rng.choice(possible)
-    if event == "worker killed":
-        while not cluster.kill_worker(rng.randrange(MOST_NODES)):
-            time.sleep(0.1)  # they are just being started
-    elif event == "node killed":
-        cluster.remove_node(rng.randrange(cluster.size))
-    elif event == "node preempted":
-        node = cluster.announce_preemption(NOTICE_S, rng.randrange(cluster.size))
-        time.sleep(NOTICE_S)
-        cluster.end_node(node)
-    else:
-        cluster.add_node()
-        await_size(folder, cluster.size, thread)
-    return event
-
-
-def await_step(folder: Path, step: int, thread: threading.Thread) -> None:
-    """Until the run has got to a step."""
-    seen, since = -1, time.monotonic()
-    while (now := last_step(folder)) < step:
-        if now != seen:
-            seen, since = now, time.monotonic()
-        assert thread.is_alive(), "the run has ended early"
-        assert time.monotonic() - since < PATIENCE_S, f"no step after {seen}"
-        time.sleep(0.05)
-
-
-def await_size(folder: Path, size: int, thread: threading.Thread) -> None:
-    """Until the run has taken in a new node, or has ended first."""
-    since = time.monotonic()
-    while thread.is_alive() and time.monotonic() - since < PATIENCE_S:
-        lines = metrics(folder)
-        if lines and lines[-1]["system/workers"] == size:
-            return
-        time.sleep(0.2)
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    file = folder / "metrics.jsonl"
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def last_step(folder: Path) -> int:
-    lines = metrics(folder)
-    return lines[-1]["trainer/global_step"] if lines else 0
-
-
-def greatest_difference(one: Path, other: Path) -> float:
-    """Between the losses of two runs, over all steps; each counts by its last occurrence."""
-    curves = [
-        {line["trainer/global_step"]: line["train/loss"] for line in metrics(folder)}
-        for folder in (one, other)
-    ]
-    assert curves[0].keys() == curves[1].keys(), "the runs have logged other steps"
-    return max(abs(curves[0][step] - curves[1][step]) for step in curves[0])
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import httpx
 
@@ -84,3 +86,18 @@ def longest_stall(answers: list[Told]) -> float:
     """Longest time in which no client at all got an answer, seconds."""
     times = sorted(told.done for told in answers if told.status == 200)
     return max((b - a for a, b in pairwise(times)), default=0.0)
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+def summary(answers: list[Told]) -> dict[str, Any]:
+    times = sorted(told.seconds for told in answers if told.status == 200)
+    return {
+        "requests": len(answers),
+        "failed": sum(told.status != 200 for told in answers),
+        "p50_s": round(statistics.median(times), 4),
+        "p99_s": round(times[int(0.99 * (len(times) - 1))], 4),
+        "longest_stall_s": round(longest_stall(answers), 3),
+    }

@@ -2,72 +2,98 @@
 
     python tests/chaos/zero_sizes.py
     python tests/chaos/zero_sizes.py --stages 3 --json zero.json
+    python tests/chaos/zero_sizes.py --quick
 
-For each stage, runs of 1 and of 2 workers are saved in mid-epoch; copies of them go on with 1, 2, 3
-and 4. Each must show the losses, step by step, of a run that never stopped nor changed its size.
+For each stage, runs on the first number of workers of each change are saved in mid-epoch, and
+copies of them go on with the second. Each must show the losses, step by step, of a run that never
+stopped nor changed its size; ends with 1 if any does not.
+
+Needs the extra `demo`, whose proteins it trains on: pip install -c constraints.txt -e '.[dev]'
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import sys
 import tempfile
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pretrain_chaos import chaos_recipe, greatest_difference, metrics, proteome_corpus, run_recipe
+import checkout  # noqa: F401
+from by_hand import Report, need_packages, need_room, parse, run_script, script_parser
 
-from raptide.cluster import ray_session
-
+PACKAGES = ("raptide", "ray", "torch", "deepspeed")
 STEPS, SAVED_AT = 20, 10
-AFTER = {1: (2,), 2: (1, 3, 4)}
-"""Numbers of workers that go on, by the number that came before."""
+WORKERS = (1, 2, 3, 4)
+CHANGES = ("1:2", "2:1", "2:3", "2:4")
+QUICK = {"changes": ("2:1", "2:3")}
+ROOM_GB = 1.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> int:
+    parser = script_parser(__doc__)
     parser.add_argument("--stages", type=int, nargs="+", choices=(1, 2, 3), default=(1, 2, 3))
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch, ray_session(num_cpus=6):
-        found = compare(Path(scratch), args.stages)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
-    sys.exit(0 if all(each["loss_max_abs_diff"] < 1e-4 for each in found) else 1)
+    parser.add_argument(
+        "--changes",
+        nargs="+",
+        choices=[f"{a}:{b}" for a in WORKERS for b in WORKERS],
+        default=CHANGES,
+        metavar="BEFORE:AFTER",
+        help=f"numbers of workers up to {WORKERS[-1]} (default: {' '.join(CHANGES)})",
+    )
+    args = parse(parser, QUICK)
+    need_packages("pyhmmer")
+    need_room(ROOM_GB)
+    with Report("zero_sizes", args, PACKAGES, print_report) as report:
+        from raptide.cluster import ray_session
+
+        with tempfile.TemporaryDirectory() as scratch, ray_session(num_cpus=max(WORKERS) + 2):
+            compare(Path(scratch), args, report)
+    return 0 if all(each["loss_max_abs_diff"] < 1e-4 for each in report["sizes"]) else 1
 
 
-def compare(scratch: Path, stages: list[int]) -> list[dict[str, Any]]:
+def compare(scratch: Path, args: argparse.Namespace, report: Report) -> None:
+    from wild_run import chaos_recipe, proteome_corpus, run_recipe
+
     corpus = proteome_corpus(scratch / "corpus")
     whole = scratch / "whole"
-    run_recipe(chaos_recipe(corpus, STEPS, stages[0], (2, 2), anywhere=True), whole)
-    found = []
-    for stage in stages:
-        for before, sizes in AFTER.items():
+
+    def run(folder: Path, stage: int, workers: int, steps: int, *, resume: bool = False) -> None:
+        recipe = chaos_recipe(corpus, steps, stage, (workers, workers), anywhere=True)
+        run_recipe(recipe, folder, resume=resume)
+
+    with report.part("whole run"):
+        run(whole, args.stages[0], 2, STEPS)
+    changes = sorted(tuple(map(int, change.split(":"))) for change in args.changes)
+    report["sizes"] = []
+    for stage in args.stages:
+        for before, sizes in groupby(changes, lambda change: change[0]):
             half = scratch / f"stage-{stage}-{before}"
-            run_recipe(chaos_recipe(corpus, SAVED_AT, stage, (before, before), anywhere=True), half)
-            for size in sizes:
-                run = half.with_name(f"{half.name}-{size}")
-                shutil.copytree(half, run)
-                recipe = chaos_recipe(corpus, STEPS, stage, (size, size), anywhere=True)
-                run_recipe(recipe, run, resume=True)
-                assert metrics(run)[-1]["system/workers"] == size
-                difference = greatest_difference(whole, run)
-                found.append(
-                    {
-                        "zero_stage": stage,
-                        "workers": [before, size],
-                        "loss_max_abs_diff": difference,
-                    }
-                )
-                print(
-                    f"ZeRO {stage}, {before} -> {size} workers: {difference:.1e} nats", flush=True
-                )
-    return found
+            with report.part(f"ZeRO {stage} on {before} workers"):
+                run(half, stage, before, SAVED_AT)
+            for _, size in sizes:
+                with report.part(f"ZeRO {stage}, {before} -> {size} workers"):
+                    resumed = half.with_name(f"{half.name}-{size}")
+                    shutil.copytree(half, resumed)
+                    run(resumed, stage, size, STEPS, resume=True)
+                    report["sizes"].append(difference(whole, resumed, stage, (before, size)))
+
+
+def difference(whole: Path, resumed: Path, stage: int, workers: tuple[int, int]) -> dict[str, Any]:
+    from wild_run import greatest_difference, metrics
+
+    assert metrics(resumed)[-1]["system/workers"] == workers[1]
+    nats = greatest_difference(whole, resumed)
+    print(f"ZeRO {stage}, {workers[0]} -> {workers[1]} workers: {nats:.1e} nats", flush=True)
+    return {"zero_stage": stage, "workers": list(workers), "loss_max_abs_diff": nats}
+
+
+def print_report(report: dict[str, Any]) -> None:
+    sizes = report.get("sizes", ())
+    most = max((each["loss_max_abs_diff"] for each in sizes), default=None)
+    print(f"{len(sizes)} changes of size; greatest difference in nats: {most}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
