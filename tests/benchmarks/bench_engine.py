@@ -188,7 +188,7 @@ def install_esm_cpp(folder: Path, report: by_hand.Report) -> str:
 
 
 def measure(folder: Path, args: argparse.Namespace, esm_cpp: str, report: by_hand.Report) -> None:
-    """All peers, round by round; a report holds whole rounds."""
+    """All peers, round by round."""
     from engine_peers import PEERS
 
     names = [name for name in PEERS if esm_cpp or not name.startswith("esm-cpp")]
@@ -201,14 +201,11 @@ def measure(folder: Path, args: argparse.Namespace, esm_cpp: str, report: by_han
             for peer in peers:
                 peer.ready()
                 print(f"{peer.name} is ready", flush=True)
-            rounds: list[dict[str, float]] = []
+            seconds = report["seconds"] = {name: [] for name in names}
             for number in range(args.rounds):
-                rounds.append(one_round(peers, number))
-                report["seconds"] = {name: [each[name] for each in rounds] for name in names}
-                report["residues_per_s"] = {
-                    name: report["residues"] / statistics.median(seconds)
-                    for name, seconds in report["seconds"].items()
-                }
+                for peer in peers:
+                    seconds[peer.name].append(taken := peer.run())
+                    print(f"round {number + 1}: {peer.name} {taken:.2f} s", flush=True)
         with report.part("lowest_cosine_with_transformers_fp32"):
             report["lowest_cosine_with_transformers_fp32"] = compare(peers)
     finally:
@@ -216,15 +213,6 @@ def measure(folder: Path, args: argparse.Namespace, esm_cpp: str, report: by_han
             peer.stop()
     with report.part("memory_mb"):
         report["memory_mb"] = measure_memory(folder, args.threads)
-
-
-def one_round(peers: list[Peer], number: int) -> dict[str, float]:
-    """Seconds of each peer's pass, one after the other."""
-    seconds = {}
-    for peer in peers:
-        seconds[peer.name] = peer.run()
-        print(f"round {number + 1}: {peer.name} {seconds[peer.name]:.2f} s", flush=True)
-    return seconds
 
 
 def compare(peers: list[Peer]) -> dict[str, float]:
@@ -264,9 +252,10 @@ def ratios(report: dict[str, Any]) -> dict[str, float]:
     seconds, memory = report.get("seconds", {}), report.get("memory_mb")
     found = {}
     for name, (peer, mine) in RATIOS.items():
-        if peer in seconds:
-            pairs = zip(seconds[peer], seconds[mine], strict=True)
-            found[name] = statistics.median(theirs / ours for theirs, ours in pairs)
+        # The last round may have broken off.
+        rounds = list(zip(seconds.get(peer, ()), seconds.get(mine, ()), strict=False))
+        if rounds:
+            found[name] = statistics.median(theirs / ours for theirs, ours in rounds)
     if memory is not None:
         added = memory["grown_mb"] - memory["output_mb"]
         found["peak_memory_less_output_vs_weights"] = added / memory["weights_mb"]
@@ -281,7 +270,11 @@ def print_report(report: dict[str, Any]) -> None:
             f"residues, {report['threads']} threads"
         )
     print(f"{machine['processor']} {machine['flags']}\n{machine['versions']}\n")
-    speeds = report.get("residues_per_s", {})
+    speeds = {
+        name: report["residues"] / statistics.median(taken)
+        for name, taken in report.get("seconds", {}).items()
+        if taken
+    }
     for name, speed in sorted(speeds.items(), key=lambda item: -item[1]):
         cosine = report.get("lowest_cosine_with_transformers_fp32", {}).get(name)
         shown = f"{cosine:>10.6f}" if cosine is not None else " " * 10
