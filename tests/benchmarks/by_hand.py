@@ -255,4 +255,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     known = find_raptide_error(error)
-    return str(known) if known is not None else f"{type(error).__name__}: {error}"
+    if known is not None:
+        return str(known)
+    # Of what Ray wraps, the last line says what happened; all of it follows as a traceback.
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"

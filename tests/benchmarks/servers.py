@@ -244,8 +244,9 @@ def _serving(
         deadline = time.monotonic() + READY_S
         while not _answers(url + ready):
             if process.poll() is not None or time.monotonic() > deadline:
-                last = log.read_text(errors="replace").strip().splitlines()[-15:]
-                raise RaptideError(f"{name} does not start:\n" + "\n".join(last))
+                last = log.read_text(errors="replace").strip().splitlines()[-15:] or ["no output"]
+                print(*last[:-1], sep="\n", flush=True)
+                raise RaptideError(f"{name} does not start: {last[-1]}")
             time.sleep(0.5)
         yield Server(name, url, psutil.Process(process.pid), key)
     finally:
