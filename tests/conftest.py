@@ -55,8 +55,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 PARTS = ["training", "chaos", "jobs", "data", "inference", "model", "client", "tests", "serve"]
-"""Parts of the suite, each in one process, the longest first. Serve comes last: it takes cores until
-its process ends, which training can use before."""
+"""Parts of the suite, each in one process, the longest first. Serve comes last: it takes cores that
+training needs until its process ends."""
 
 
 def part_of(item: pytest.Item) -> str:
