@@ -31,6 +31,7 @@ from processes import free_port, no_orphans, run, running
 from raptide import Corpus, CorpusError, Engine, RaptideError
 from raptide.alphabet import decode_sequences
 from raptide.data.corpus import sha256_of_file
+from raptide.data.fasta_text import refuse_missing
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS, RUN = Path("corpora/demo"), Path("runs/demo")
@@ -48,6 +49,8 @@ def main() -> None:
         "overrides", nargs="*", metavar="section.field=value", help="settings of the recipe"
     )
     args = parser.parse_intermixed_args()
+    if args.input:
+        refuse_missing(args.input)
     source = args.input or Path(str(files("pyhmmer") / PROTEOME))
     seconds: dict[str, float] = {}
     with no_orphans():

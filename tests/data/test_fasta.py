@@ -1,11 +1,15 @@
 import bz2
+import contextlib
 import gzip
 import lzma
+import os
+import random
+import threading
 
 import numpy as np
 import pytest
 from backports import zstd
-from draws import generator
+from draws import generator, random_sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -272,3 +276,96 @@ def test_records_are_whole_wherever_pieces_end(write, monkeypatch, piece_bytes, 
     (tmp := path.with_name("bad.fasta")).write_bytes(compress((text + ">x\nM1\n").encode()))
     with pytest.raises(FastaError, match=r":181: record 'x'"):
         read(tmp)
+
+
+@pytest.fixture
+def through_pipe(tmp_path):
+    """A named pipe that gives some bytes, in pieces of random sizes."""
+    threads = []
+
+    def through_pipe(content, sizes=(1, 2, 5000)):
+        pipe = tmp_path / f"pipe{len(threads)}"
+        os.mkfifo(pipe)
+
+        def write():
+            with contextlib.suppress(BrokenPipeError), pipe.open("wb", buffering=0) as file:
+                start = 0
+                while start < len(content):
+                    size = rng.choice(sizes)
+                    file.write(content[start : start + size])
+                    start += size
+
+        rng = random.Random(int(generator().integers(2**31)))
+        threads.append(threading.Thread(target=write))
+        threads[-1].start()
+        return pipe
+
+    yield through_pipe
+    for thread in threads:
+        thread.join(10)
+
+
+@pytest.mark.parametrize(
+    "compress", [bytes, gzip.compress, bz2.compress, lzma.compress, zstd.compress]
+)
+def test_a_pipe_is_read_once_and_told_by_its_first_bytes(write, through_pipe, compress):
+    pipe = through_pipe(compress(PROTEINS.encode()), sizes=(1, 2))
+    assert read(pipe) == read(write(PROTEINS))
+
+
+def test_errors_in_a_pipe_name_the_line_as_in_a_file(write, through_pipe, monkeypatch):
+    monkeypatch.setattr(fasta_text, "PIECE_BYTES", 512)
+    rng = generator()
+    for damage in ("MK1LV", "", "MK*LV"):
+        records = [
+            f">r{number}\n" + "\n".join(random_sequence(rng.integers(1, 40)) for _ in range(3))
+            for number in range(400)
+        ]
+        bad = int(rng.integers(100, 400))
+        records[bad] = f">bad\n{damage}"
+        text = ("\n".join(records) + "\n").encode()
+        file = write(text)
+        with pytest.raises(FastaError) as of_file:
+            read(file, batch_records=7)
+        pipe = through_pipe(text)
+        with pytest.raises(FastaError) as of_pipe:
+            read(pipe, batch_records=7)
+        assert str(of_pipe.value) == str(of_file.value).replace(str(file), str(pipe))
+        assert "bad" in str(of_pipe.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"@read\nACGT\n", b"\n>a\nMK\n", gzip.compress(b"x\n")])
+def test_what_is_no_fasta_is_refused_in_a_pipe_too(write, through_pipe, content):
+    file = write(content)
+    with pytest.raises(FastaError) as of_file:
+        read(file)
+    pipe = through_pipe(content)
+    with pytest.raises(FastaError) as of_pipe:
+        read(pipe)
+    assert str(of_pipe.value) == str(of_file.value).replace(str(file), str(pipe))
+
+
+def test_an_endless_pipe_takes_bounded_memory(tmp_path):
+    record = b">a x\n" + b"MKLVWWFFYY" * 10 + b"\n"
+    os.mkfifo(tmp_path / "pipe")
+
+    def write():
+        with contextlib.suppress(BrokenPipeError), (tmp_path / "pipe").open("wb") as file:
+            while True:
+                file.write(record * 1000)
+
+    threading.Thread(target=write, daemon=True).start()
+    stream = fasta_text.FastaStream(tmp_path / "pipe")
+    batches = read_fasta(stream)
+    for _ in range(100):
+        next(batches)
+        assert len(stream._lines) <= 2 * fasta_text.PIECE_BYTES // len(record) + 4096
+    batches.close()
+    assert stream.line_of(100 * 4096) == 2 * 100 * 4096 + 1
+
+
+def test_a_file_that_is_needed_twice_is_no_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "-"):
+        with pytest.raises(FastaError, match="can be read only once, but a FASTA file is read twi"):
+            split_fasta(path)

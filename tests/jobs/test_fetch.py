@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import random
 import re
 import subprocess
 import sys
@@ -27,6 +28,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = {}
+        self.listed = {}
         self.mishaps = []
         self.ranges = True
         self.requests = []
@@ -39,12 +41,14 @@ class Server(ThreadingHTTPServer):
     def put(self, name, content, md5=None, size=None):
         folder, _, file = name.rpartition("/")
         self.files[name] = content
+        self.listed.setdefault(folder, {})[file] = f"""<file name="{file}">
+            <size>{len(content) if size is None else size}</size><verification>
+            <hash type="md5">{md5 or hashlib.md5(content).hexdigest()}</hash>
+            </verification></file>"""
         self.files[f"{folder}/RELEASE.metalink"] = f"""<?xml version="1.0"?>
             <metalink xmlns="http://www.metalinker.org/" version="3.0">
-              <version>2026_04</version><files><file name="other"/><file name="{file}">
-                <size>{len(content) if size is None else size}</size><verification>
-                <hash type="md5">{md5 or hashlib.md5(content).hexdigest()}</hash>
-              </verification></file></files></metalink>""".encode()
+              <version>2026_04</version><files><file name="other"/>
+              {"".join(self.listed[folder].values())}</files></metalink>""".encode()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -64,6 +68,15 @@ class Handler(BaseHTTPRequestHandler):
         if mishap is not None:
             self.wfile.flush()
             self.connection.close()
+
+    def do_HEAD(self):
+        content = self.server.files.get(self.path)
+        if content is None:
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.md5(content).hexdigest()}"')
+        self.end_headers()
 
     def log_message(self, *args):
         pass
@@ -171,23 +184,88 @@ def test_the_job_fetches_unpacks_and_says_what_comes_next(server, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["uniref50.fasta", "uniref50.fasta.gz"]
 
 
-def test_members_become_a_cluster_table(server, tmp_path):
-    name = "/current_release/knowledgebase/idmapping/idmapping_selected.tab.gz"
-    lines = []
-    for number, (entry, cluster) in enumerate([("A", "A"), ("B", "A"), ("B", "A"), ("", "")]):
-        columns = ["x; y" if number % 2 else ""] * 22
-        columns[0] = f"Q{number}"
-        columns[7] = entry and f"UniRef100_{entry}"
-        columns[9] = cluster and f"UniRef50_{cluster}"
-        lines.append("\t".join(columns))
-    server.put(name, gzip.compress("\n".join(lines).encode() + b"\n"))
-    done = job("uniref50-members", "--mirror", server.url, "--output", tmp_path)
+def member(name, tag="member"):
+    return (
+        f'<{tag}><dbReference type="UniParc ID" id="y">'
+        f'<property type="UniRef100 ID" value="UniRef100_{name}"/>'
+        f'<property type="UniRef90 ID" value="UniRef90_{name[0]}"/></dbReference></{tag}>'
+    )
+
+
+XML = (
+    '<?xml version="1.0" encoding="ISO-8859-1" ?><UniRef50 xmlns="http://uniprot.org/uniref">'
+    f'<entry id="UniRef50_A">{member("A", "representativeMember")}{member("UPI01")}</entry>'
+    f'<entry id="UniRef50_B">{member("UPI02", "representativeMember")}{member("UPI02")}</entry>'
+    "</UniRef50>"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "table", "expected"),
+    [
+        (
+            "uniref50-members",
+            "uniref50_members.tsv.gz",
+            ["A\tUniRef100_A", "A\tUniRef100_UPI01", "B\tUniRef100_UPI02"],
+        ),
+        (
+            "uniref50-members90",
+            "uniref50_members90.tsv.gz",
+            ["A\tUniRef90_A", "A\tUniRef90_U", "B\tUniRef90_U"],
+        ),
+    ],
+)
+def test_members_become_a_cluster_table_also_those_of_uniparc_alone(
+    server, tmp_path, source, table, expected
+):
+    server.put("/uniref/uniref50/uniref50.xml.gz", gzip.compress(XML.encode()))
+    done = job(source, "--mirror", server.url, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
-    table = gzip.decompress((tmp_path / "uniref50_members.tsv.gz").read_bytes())
-    assert sorted(table.splitlines()) == [
-        b"UniRef50_A\tUniRef100_A",
-        b"UniRef50_A\tUniRef100_B",
-    ]
+    lines = gzip.decompress((tmp_path / table).read_bytes()).decode().splitlines()
+    assert lines == [f"UniRef50_{line}" for line in expected]
+    assert f"--clusters {tmp_path}/{table} --unclustered drop" in done.stdout
+
+
+def test_xml_that_is_cut_short_leaves_no_table(server, tmp_path):
+    server.put("/uniref/uniref50/uniref50.xml.gz", gzip.compress(XML[:-20].encode()))
+    done = job("uniref50-members", "--mirror", server.url, "--output", tmp_path)
+    assert done.returncode == 1
+    assert "uniref50_members.tsv.gz cannot be written (this is no whole XML" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["uniref50.xml.gz"]
+
+
+def test_uniparc_comes_in_all_its_files_and_is_built_as_the_paper_did(server, tmp_path):
+    folder = "/current_release/uniparc/fasta/active"
+    for number in (1, 2, 10):
+        text = f">UPI00000000{number:02} status=active\nMKLV\n".encode()
+        server.put(f"{folder}/uniparc_active_p{number}.fasta.gz", gzip.compress(text))
+    server.put(f"{folder}/README", b"no FASTA")
+    done = job("uniparc", "--mirror", server.url, "--output", tmp_path, "--unpack")
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("uniparc_active_p*.fasta"))) == 3
+    assert not (tmp_path / "README").exists()
+    # 1 million of 250 million
+    command = f"--input {tmp_path}/uniparc_active_p*.fasta --holdout-fraction 0.004 --output"
+    assert command in done.stdout
+
+
+def test_the_authors_lists_are_fetched_counted_and_gone_on_with(server, tmp_path):
+    name = "uniref201803_ur50_valid_headers.txt.gz"
+    rng = random.Random(1)
+    names = [f"UniRef50_A0A{rng.getrandbits(40):010X}\n" for _ in range(3000)]
+    server.files[f"/{name}"] = gzip.compress("".join(names).encode())
+    server.mishaps = [500]
+    done = job("heldout-ur50", "--mirror", server.url, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "3,000 names" in done.stdout
+    assert f"--holdout-fraction 0 --holdout-clusters {tmp_path}/{name} " in done.stdout
+    asked = [asked for path, asked in server.requests if path == f"/{name}"]
+    assert asked == ["bytes=0-", "bytes=500-"]
+    server.files[f"/{name}"] = server.files[f"/{name}"][:-500]
+    damaged = job("heldout-ur50", "--mirror", server.url, "--output", tmp_path)
+    assert damaged.returncode == 1
+    assert "What arrived is no list of names" in damaged.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_source_and_a_dead_server_are_told_in_one_sentence(tmp_path):

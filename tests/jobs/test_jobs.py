@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -14,6 +15,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
+from draws import generator, random_sequence
 from in_process import job_in_process
 
 from raptide import Corpus, Engine
@@ -262,7 +264,19 @@ def test_build_and_embed_a_users_own_file(demo, tmp_path, proteome):
     ("name", "arguments", "message"),
     [
         ("build_corpus.py", ["--input", "a.fasta", "--output", "a.fasta/c"], "which is a file"),
-        ("build_corpus.py", ["--input", "pipe", "--output", "c"], "a pipe or a device"),
+        ("build_corpus.py", ["--input", "pipe", "--output", "c"], "can be read only once"),
+        ("build_corpus.py", ["--input", "-", "--output", "c"], "write it to a file first"),
+        (
+            "build_corpus.py",
+            ["--input", "a.fasta", "--clusters", "pipe", "--output", "c"],
+            "but a cluster table is read twice here",
+        ),
+        ("run_demo.py", ["--input", "pipe"], "can be read only once"),
+        (
+            "embed_proteins.py",
+            ["--model", "m", "--input", "-", "a.fasta", "-", "--output", "e.parquet"],
+            "names - 2 times",
+        ),
         (
             "build_corpus.py",
             ["--input", "a.fasta", "--clusters", "none.tsv", "--output", "c"],
@@ -320,3 +334,31 @@ def test_records_that_are_no_proteins_are_left_out_of_embeddings(demo, cluster, 
     table = pq.read_table(tmp_path / "new/e.parquet")
     assert table["id"].to_pylist() == ["ok", "cut/1-2", "cut/4-5"]
     assert table["length"].to_pylist() == [4, 2, 2]
+
+
+def test_embeddings_of_standard_input_and_of_a_pipe_are_those_of_a_file(tmp_path):
+    shape = ModelSettings(family="esm1b", layers=1, width=8, heads=2, max_positions=64)
+    write_weights(tmp_path / "m", Weights.of(Esm(shape).initialise(1)))
+    texts = [
+        "".join(f">{part}{n}\n{random_sequence(generator().integers(1, 60))}\n" for n in range(600))
+        for part in "abc"
+    ]
+    for name, text in zip("abc", texts, strict=True):
+        (tmp_path / f"{name}.fasta").write_text(text)
+    os.mkfifo(tmp_path / "pipe")
+    embed = ("embed_proteins.py", "--model", "m", "--output")
+    plain = job(*embed, "f.parquet", "--input", "a.fasta", "b.fasta", "c.fasta", cwd=tmp_path)
+    assert plain.returncode == 0, plain.stderr
+    threading.Thread(target=(tmp_path / "pipe").write_text, args=[texts[2]]).start()
+    with (tmp_path / "b.fasta").open("rb") as file:
+        zipped = subprocess.Popen(["gzip", "-c"], stdin=file, stdout=subprocess.PIPE)
+    arguments = ("s.parquet", "--input", "a.fasta", "-", "pipe")
+    streamed = job(*embed, *arguments, cwd=tmp_path, stdin=zipped.stdout)
+    assert streamed.returncode == 0, streamed.stderr
+    assert pq.read_table(tmp_path / "s.parquet").equals(pq.read_table(tmp_path / "f.parquet"))
+
+    bad = subprocess.Popen(["printf", r">a\nMKLV\n>b\nMK1\n"], stdout=subprocess.PIPE)
+    refused = job(*embed, "r.parquet", "--input", "-", cwd=tmp_path, stdin=bad.stdout)
+    assert refused.returncode == 2
+    assert "error: standard input:3: record 'b': Residues are the letters" in refused.stderr
+    assert not list(tmp_path.glob("r.parquet*"))

@@ -96,7 +96,7 @@ class FastaBatch(NamedTuple):
 
 
 def read_fasta(
-    file: str | Path | FastaPart,
+    file: str | Path | FastaPart | FastaStream,
     batch_records: int = 4096,
     rules: ReadingRules = ReadingRules(),  # noqa: B008 (frozen)
 ) -> Iterator[FastaBatch]:
@@ -108,7 +108,7 @@ def read_fasta(
         FastaError: the file is no protein FASTA, or a record is to be refused; the message names
             file and line.
     """
-    part = file if isinstance(file, FastaPart) else open_fasta(file)
+    part = file if isinstance(file, FastaPart | FastaStream) else open_fasta(file)
     first = 0
     for records in _batches(parse(part), batch_records):
         batch = _encode(part, first, records, rules)
