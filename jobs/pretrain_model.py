@@ -4,16 +4,23 @@
     python jobs/pretrain_model.py --config jobs/recipes/demo.yaml training.steps=500
     python jobs/pretrain_model.py --config jobs/recipes/demo.yaml --dry-run
     python jobs/pretrain_model.py --resume runs/demo
+    python jobs/pretrain_model.py --config jobs/recipes/demo.yaml --start-or-resume
 
 Any setting of the recipe can be overridden with section.field=value. The run folder holds
 recipe.yaml, metrics.jsonl, loss.png, wandb/ and checkpoints/; a run is only ever resumed on
-request, from its newest checkpoint that is complete, with the very next batch. A dry run checks the
-recipe, every file of the corpus and the run folder, and prints steps, epochs and memory without
-training.
+request, from its newest checkpoint that is complete, with the very next batch.
+
+--start-or-resume is one command for the first start and every retry: it starts the run, goes on
+with it, starts over where no checkpoint was finished yet, and does nothing once it is finished. A
+run of another recipe is refused, with the fields that differ.
+
+A dry run checks the recipe, every file of the corpus, the run folder and what the cluster has, and
+prints steps, epochs and memory without training.
 """
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from pathlib import Path
 
@@ -24,7 +31,9 @@ from raptide.errors import ConfigError
 from raptide.training.planning.deepspeed_config import check_deepspeed
 from raptide.training.planning.estimate import describe_run
 from raptide.training.planning.recipe import Recipe
-from raptide.training.trainer import RunResult, load_resumed, prepare_run, pretrain
+from raptide.training.result import RESULT, RunResult
+from raptide.training.run_folder import load_resumed, standing_of_run
+from raptide.training.trainer import prepare_run, pretrain
 
 
 def main() -> None:
@@ -34,6 +43,11 @@ def main() -> None:
     start.add_argument("--resume", type=Path, metavar="RUN", help="go on with an earlier run")
     parser.add_argument(
         "--output", type=Path, metavar="RUN", help="run folder (default: runs/ and the name)"
+    )
+    parser.add_argument(
+        "--start-or-resume",
+        action="store_true",
+        help="with --config: start the run, or go on with it if its folder holds it already",
     )
     parser.add_argument("--replace", action="store_true", help="delete an earlier run first")
     parser.add_argument(
@@ -48,13 +62,22 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     overrides = [*args.overrides, *(["tracking.audit=true"] if args.audit else [])]
 
-    if args.resume and (args.output or args.replace):
-        raise ConfigError("--resume goes on in the run's own folder; leave out --output/--replace.")
+    _refuse_contradictions(args)
     file = load_resumed(args.resume) if args.resume else args.config
     recipe = load_settings(Recipe, file, overrides)
     folder = args.resume or args.output or Path("runs") / recipe.name
     refuse_output(folder, "--output")
-    plan = prepare_run(recipe, folder, resume=bool(args.resume), replace=args.replace)
+    standing = standing_of_run(folder, recipe) if args.start_or_resume else "none"
+    if standing == "finished":
+        print(f"The run in {folder} is finished; see {folder / RESULT}.")
+        return
+    plan = prepare_run(
+        recipe,
+        folder,
+        resume=bool(args.resume) or standing == "saved",
+        replace=args.replace,
+        begun=standing == "begun",
+    )
     if args.dry_run:
         check_deepspeed(recipe, "cpu" if recipe.cluster.device == "cpu" else "cuda")
         print(f"Run {folder}\n{describe_run(recipe, plan)}")
@@ -63,6 +86,16 @@ def main() -> None:
     with ray_session(num_cpus=cpus, verbose=args.verbose):
         result = pretrain(recipe, plan, folder, replace=args.replace)
     _print_summary(result)
+
+
+def _refuse_contradictions(args: argparse.Namespace) -> None:
+    if args.resume and (args.output or args.replace):
+        raise ConfigError("--resume goes on in the run's own folder; leave out --output/--replace.")
+    if args.start_or_resume and (args.resume or args.replace):
+        raise ConfigError(
+            "--start-or-resume finds out itself what there is; give it --config, without "
+            "--resume/--replace."
+        )
 
 
 def _print_summary(result: RunResult) -> None:

@@ -105,6 +105,17 @@ def corpus(cluster: None, proteome: Path, tmp_path_factory: pytest.TempPathFacto
     return build_corpus([proteome], output, BuildSettings(block_residues=32_768))
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of one, for what workers do together."""
+    import torch.distributed as dist
+
+    file = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """The run of training/small_runs.py: two workers, ZeRO-2, never interrupted."""

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from raptide.alphabet import ESM_33
 from raptide.data.streaming.rows import PackedRows
@@ -14,6 +13,8 @@ from raptide.model.config import ModelSettings
 from raptide.model.transformer import Esm
 from raptide.training.batches import share_bounds
 from raptide.training.step import train_step
+
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 class PlainEngine:
@@ -44,15 +45,6 @@ class PlainEngine:
             self.gradients = [p.grad.clone() for p in self.module.parameters()]
             self.optimizer.step()
             self.optimizer.zero_grad()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone(tmp_path_factory):
-    """A process group of one."""
-    file = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def a_batch(rows):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from raptide.training.checkpoints.checkpoint import ZERO, ZERO_TAG, SavedCheckpo
 from raptide.training.checkpoints.scratch import made_once
 from raptide.training.planning.deepspeed_config import deepspeed_config
 from raptide.training.planning.recipe import Recipe, TrainingSettings
+
+HYPERPARAMETERS = ("betas", "eps", "weight_decay")
+"""Adam's settings in a parameter group; the rate is set in every step."""
 
 
 def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoint | None) -> Any:
@@ -76,9 +81,27 @@ def load_state(engine: Any, saved: SavedCheckpoint, workers: int) -> None:
             lambda target: _convert(source, target, saved),
         )
         folder, tag = converted.parent, converted.name
-    path, _ = engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
+    with _keeping_settings(engine.optimizer):
+        path, _ = engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
     assert path is not None, f"DeepSpeed found nothing in {folder}"
     dist.barrier()
+
+
+@contextmanager
+def _keeping_settings(optimizer: Any) -> Iterator[None]:
+    """Within the block, whatever is loaded, an optimizer keeps what its recipe says.
+
+    Its state brings along the settings of the run before: Adam's at every stage, the clipping norm
+    where an optimizer of DeepSpeed's clips.
+    """
+    groups = optimizer.param_groups
+    settings = [{name: group[name] for name in HYPERPARAMETERS} for group in groups]
+    clip_norm = getattr(optimizer, "clip_grad", None)
+    yield
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    if clip_norm is not None:
+        optimizer.clip_grad = clip_norm
 
 
 def _convert(source: Path, target: Path, saved: SavedCheckpoint) -> None:

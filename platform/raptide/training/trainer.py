@@ -5,20 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import re
-import shutil
 import subprocess
-import uuid
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import ray
 import ray.data
 import ray.train
-import yaml
-from pyarrow.fs import FileType
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raptide.cluster import DATA_CPUS, joins_cluster, on_this_node
@@ -29,26 +22,42 @@ from raptide.model.config import ModelSettings
 from raptide.model.formats.detect import read_weights
 from raptide.training.checkpoints.checkpoint import (
     RUN_INFO,
-    SavedCheckpoint,
     Storage,
     find_bundle,
     forget_ray_snapshot,
     newest_checkpoint,
 )
-from raptide.training.planning.recipe import CorpusShare, Recipe
+from raptide.training.planning.recipe import Recipe
+from raptide.training.planning.resuming import with_absolute_paths
 from raptide.training.result import RESULT, RunResult, is_finished, read_result, write_result
+from raptide.training.run_folder import (
+    alone_in,
+    begin_run,
+    delete_run,
+    keep_recipe,
+    refuse_folder,
+)
 from raptide.training.watching.heldout import Ece, heldout_rows, unigram_ece
 from raptide.training.watching.picture import draw_run
 from raptide.training.watching.progress import BoardActor, shown
 from raptide.training.worker import Run, train_worker
 
-RECIPE = "recipe.yaml"
-
 
 def prepare_run(
-    recipe: Recipe, folder: Path, *, resume: bool = False, replace: bool = False
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    replace: bool = False,
+    begun: bool = False,
 ) -> StreamPlan:
     """Check a run against its folder and corpus; changes nothing.
+
+    Args:
+        resume: the run goes on from its newest checkpoint.
+        replace: an earlier run in the folder will be deleted.
+        begun: the run in the folder was begun by this recipe, has no checkpoint yet, and starts
+            over.
 
     Raises:
         ConfigError: a new run's folder exists, or `replace` would delete something else; the
@@ -70,15 +79,15 @@ def prepare_run(
         saved = newest_checkpoint(Storage.of_run(folder))
         if saved is None:
             raise CheckpointError(
-                f"{folder} has no checkpoint that counts; start the run anew with --replace."
+                f"{folder} has no checkpoint that counts; start over with --replace, or give "
+                "its recipe with --start-or-resume if none was finished yet."
             )
-        saved.refuse_other_run(plan.fingerprint(), recipe.training.zero_stage)
-        _refuse_other_model(saved, recipe)
-    else:
-        _refuse_folder(folder, replace)
+        saved.refuse_other_run(plan.fingerprint(), recipe)
+    elif not begun:
+        refuse_folder(folder, replace)
     if recipe.checkpoint.storage is not None:
         Storage.at(recipe.checkpoint.storage)
-    if recipe.init_from is not None:
+    if recipe.init_from is not None and not resume:
         _refuse_other_start(recipe, recipe.init_from)
     for corpus in corpora:
         if not plan.training_blocks(corpus):
@@ -91,19 +100,6 @@ def prepare_run(
     return plan
 
 
-def load_resumed(folder: Path) -> Path:
-    """The recipe file of a run to resume.
-
-    Raises:
-        CheckpointError: the folder holds no run.
-    """
-    if not (folder / RECIPE).is_file():
-        raise CheckpointError(
-            f"{folder} holds no run to resume (no {RECIPE}); name the folder of an earlier run."
-        )
-    return folder / RECIPE
-
-
 def pretrain(recipe: Recipe, plan: StreamPlan, folder: Path, *, replace: bool = False) -> RunResult:
     """Run a recipe to its last step; `plan` comes from `prepare_run`. Ray must be running.
 
@@ -111,7 +107,7 @@ def pretrain(recipe: Recipe, plan: StreamPlan, folder: Path, *, replace: bool = 
         replace: delete an earlier run in `folder` once everything else is in order.
 
     Raises:
-        ConfigError: this machine has too few CPUs or GPUs.
+        ConfigError: this machine has too few CPUs or GPUs; another process trains the run.
         StreamStalled: no data came.
         CorpusError: a block could not be read.
     """
@@ -120,16 +116,20 @@ def pretrain(recipe: Recipe, plan: StreamPlan, folder: Path, *, replace: bool = 
         return read_result(folder, recipe)
     ray.data.DataContext.get_current().enable_progress_bars = False
     device = _choose_device(recipe)
+    recipe = with_absolute_paths(recipe)
     if replace or not (folder / RUN_INFO).exists():
         baseline = unigram_ece(plan, heldout_rows(plan, recipe.evaluation))
         if replace:
-            _delete_run(folder)
-        _write_run_info(folder, recipe, baseline)
+            delete_run(folder)
+        begin_run(folder, recipe, baseline)
+    with alone_in(folder):
+        (folder / RESULT).unlink(missing_ok=True)  # there again once all is done
+        keep_recipe(folder, recipe)
+        return _train(recipe, plan, folder, device)
+
+
+def _train(recipe: Recipe, plan: StreamPlan, folder: Path, device: str) -> RunResult:
     info = json.loads((folder / RUN_INFO).read_text())
-    corpora = [{"path": source.path, "weight": source.weight} for source in plan.sources]
-    kept = recipe.model_copy(update={"corpus": tuple(CorpusShare(**c) for c in corpora)})
-    (folder / RESULT).unlink(missing_ok=True)  # there again once all is done
-    (folder / RECIPE).write_text(yaml.safe_dump(kept.model_dump(), sort_keys=False))
     board = BoardActor.options(scheduling_strategy=on_this_node()).remote()
     run = Run(
         recipe=recipe,
@@ -186,36 +186,6 @@ def _fit(run: Run) -> None:
         raise mistake
 
 
-def _refuse_folder(folder: Path, replace: bool) -> None:
-    """A new run takes no other's place unasked, and none whose checkpoints are never found again:
-    DeepSpeed looks for its files with glob."""
-    if folder.exists() and not replace:
-        raise ConfigError(
-            f"The run folder {folder} exists already; go on with --resume {folder}, start over "
-            "with --replace, or choose another --output."
-        )
-    if folder.exists() and not (folder / RECIPE).is_file():
-        raise ConfigError(
-            f"{folder} is no run folder (no {RECIPE} in it), so it is not replaced; choose "
-            "another --output."
-        )
-    if pattern := re.search(r"[\[\]*?]", str(folder.resolve())):
-        raise ConfigError(
-            f"A run folder's path may not hold {pattern[0]!r}, or DeepSpeed could not load its "
-            f"checkpoints, but {folder.resolve()} does; choose another --output."
-        )
-
-
-def _refuse_other_model(saved: SavedCheckpoint, recipe: Recipe) -> None:
-    before = ModelSettings.model_validate(saved.manifest["recipe"]["model"])
-    now = recipe.model
-    if before != now:
-        raise CheckpointError(
-            f"{saved.name} holds another model ({before}) than the recipe asks for ({now}); resume "
-            "with the same model settings, or start a new run."
-        )
-
-
 def _refuse_other_start(recipe: Recipe, source: str) -> None:
     weights = read_weights(find_bundle(Path(source)))
     weights.refuse_headless(f"init_from: {source}")
@@ -268,37 +238,6 @@ def _choose_device(recipe: Recipe) -> str:
             f"{cpus:.0f} here; lower cluster.workers or cluster.cpus_per_worker."
         )
     return device
-
-
-def _write_run_info(folder: Path, recipe: Recipe, baseline: Ece) -> None:
-    """Keep what stays the same through all restarts of a run; makes the folder of a new one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    run_id = uuid.uuid4().hex[:12]
-    info = {
-        "wandb_run_id": run_id,
-        "unigram_ece": asdict(baseline),
-        "checkpoints": _storage_uri(recipe, run_id),
-    }
-    (folder / RUN_INFO).write_text(json.dumps(info) + "\n")
-
-
-def _storage_uri(recipe: Recipe, run_id: str) -> str | None:
-    """Where a new run's checkpoints go, a folder of its own; None for the run folder."""
-    uri = recipe.checkpoint.storage
-    if uri is None:
-        return None
-    parts = urlsplit(uri)  # options may stand behind the path: s3://bucket/runs?region=…
-    return parts._replace(path=f"{parts.path.rstrip('/')}/{recipe.name}-{run_id}").geturl()
-
-
-def _delete_run(folder: Path) -> None:
-    """Delete an earlier run, with its checkpoints wherever they lie."""
-    if not folder.exists():
-        return
-    storage = Storage.of_run(folder)
-    if storage.filesystem.get_file_info(storage.path).type == FileType.Directory:
-        storage.filesystem.delete_dir(storage.path)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def code_version() -> str:

@@ -354,8 +354,7 @@ class Worker:
             saved = newest_checkpoint(Storage.of_ray_train(), skipped=self._warn)
         saved = broadcast_from_rank_zero(saved)
         if saved is not None:
-            zero_stage = self._recipe.training.zero_stage
-            saved.refuse_other_run(self._run.plan.fingerprint(), zero_stage)
+            saved.refuse_other_run(self._run.plan.fingerprint(), self._recipe)
         return saved
 
     def _start_stream(self, cursor: Cursor) -> BatchReader:

@@ -24,10 +24,13 @@ import pyarrow.fs
 import ray.train
 from pyarrow import ArrowInvalid
 
+from raptide.config import parse_settings
 from raptide.data.streaming.stream import Cursor, describe_difference
 from raptide.errors import BundleError, CheckpointError, ConfigError
 from raptide.model.formats.strangers import recognise
 from raptide.training.checkpoints.scratch import made_once
+from raptide.training.planning.recipe import Recipe
+from raptide.training.planning.resuming import refuse_changes
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -124,23 +127,19 @@ class SavedCheckpoint:
         scheme = "file" if self.storage.is_local else self.storage.filesystem.type_name
         return f"{scheme}://{self.storage.path}/{self.name}"
 
-    def refuse_other_run(self, fingerprint: dict[str, Any], zero_stage: int) -> None:
-        """Refuse to go on with another stream, or between ZeRO stages that do not convert.
+    def refuse_other_run(self, fingerprint: dict[str, Any], recipe: Recipe) -> None:
+        """Refuse to go on with another stream, or with a recipe that does not fit.
 
         Raises:
             CheckpointError: names the first difference.
         """
+        before = parse_settings(Recipe, self.manifest["recipe"], source=f"{self.name}/{MANIFEST}")
+        refuse_changes(before, recipe, self.name)
         difference = describe_difference(self.manifest["fingerprint"], fingerprint)
         if difference is not None:
             raise CheckpointError(
-                f"{self.name} belongs to another stream ({difference}); resume with the settings "
-                "it was made with, or start a new run."
-            )
-        before = self.manifest["recipe"]["training"]["zero_stage"]
-        if before != zero_stage:
-            raise CheckpointError(
-                f"{self.name} was written with ZeRO stage {before} and cannot go on with stage "
-                f"{zero_stage}; resume with training.zero_stage={before}."
+                f"{self.name} belongs to another stream ({difference}); resume with the corpus "
+                "settings it was made with, or start a new run."
             )
 
     def fetch(self) -> Path:
@@ -205,6 +204,15 @@ def verify_folder(folder: Path, *, only: str = "") -> dict[str, Any]:
     if manifest is None:
         raise CheckpointError(f"{folder} is no complete checkpoint: {problem}; take another one.")
     return manifest
+
+
+def has_finished_one(storage: Storage) -> bool:
+    """Whether a checkpoint was ever finished, be it damaged since."""
+    manifests = [f"{storage.path}/{name}/{MANIFEST}" for name in _checkpoint_names(storage)]
+    return any(
+        info.type == pyarrow.fs.FileType.File
+        for info in storage.filesystem.get_file_info(manifests)
+    )
 
 
 def find_bundle(folder: Path) -> Path:

@@ -1,0 +1,243 @@
+"""Every field of a recipe on a resume: it takes effect, or is refused by name."""
+
+import copy
+import json
+import shutil
+from typing import get_args
+
+import pytest
+import yaml
+from offline_wandb import read_runs
+from small_runs import STEPS, evaluations, make_recipe, metrics, run_to_the_end
+
+from raptide.alphabet import ESM_33
+from raptide.config import Settings, parse_settings
+from raptide.data.streaming.stream import Source, StreamPlan
+from raptide.errors import CheckpointError
+from raptide.training.batches import empty_micro_batch
+from raptide.training.checkpoints.checkpoint import ZERO, ZERO_TAG, SavedCheckpoint, Storage
+from raptide.training.engine import build_engine, load_state
+from raptide.training.planning.recipe import Recipe, learning_rate
+from raptide.training.trainer import prepare_run
+
+REFUSED = {
+    "init_from": "models/other",
+    "stream.row_tokens": 512,
+    "stream.crop_tokens": 64,
+    "stream.batch_rows": 8,
+    "stream.fraction": 0.5,
+    "stream.seed": 4,
+    "stream.sampling": "all",
+    "stream.mask_fraction": 0.2,
+    "model.family": "esm1b",
+    "model.layers": 3,
+    "model.width": 32,
+    "model.heads": 2,
+    "model.ffn": 100,
+    "model.norm_eps": 1e-3,
+    "model.max_positions": 2048,
+    "model.norm_before": True,
+    "optimizer.fused": False,
+    "training.precision": "bf16",
+    "training.zero_stage": 1,
+    "training.seed": 2,
+    "checkpoint.storage": "file:///elsewhere",
+    "evaluation.blocks": 2,
+    "evaluation.seed": 8,
+}
+"""Every one of them on its own, by `prepare_run`."""
+
+IN_ENGINE = {
+    "optimizer.beta1": 0.8,
+    "optimizer.beta2": 0.95,
+    "optimizer.eps": 1e-6,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.clip_norm": 0.25,
+    "training.micro_batch_rows": 5,
+    "training.checkpoint_activations": True,
+}
+"""All at once; seen in an engine that has loaded its state, at every ZeRO stage."""
+
+IN_RUN = {
+    "name": "renamed",
+    "corpus.path": "the same corpus, moved",
+    "optimizer.lr": 2e-3,
+    "optimizer.warmup_steps": 2,
+    "optimizer.decay": "linear",
+    "training.steps": STEPS + 4,
+    "cluster.workers": 1,
+    "cluster.peak_tflops": 0.5,
+    "checkpoint.every_steps": 2,
+    "checkpoint.keep": 1,
+    "checkpoint.keep_best": 1,
+    "evaluation.every_steps": 2,
+    "tracking.log_every": 2,
+    "tracking.audit": False,
+}
+"""All at once; seen in what a run leaves that goes on with them."""
+
+FREE = {
+    "stream.lookahead_mb": 300,
+    "training.max_nonfinite_steps": 3,
+    "training.offload_optimizer": True,
+    "training.offload_parameters": False,
+    "training.compile": True,
+    "training.zero3_keep_whole_below": 5,
+    "cluster.device": "auto",
+    "cluster.cpus_per_worker": 2,
+    "cluster.worker_resources": {"trainer": 1.0},
+    "cluster.resize_check_s": 5.0,
+    "cluster.max_failures": 1,
+    "cluster.data_timeout_s": 5.0,
+    "cluster.hang_timeout_s": 5.0,
+    "checkpoint.when_unsaved": "stop",
+    "evaluation.asynchronous": True,
+    "evaluation.patience": 5,
+    "tracking.mode": "disabled",
+    "tracking.project": "other",
+}
+"""Read from the recipe at every start, kept by no state; they change no number of a step."""
+
+OF_SEVERAL_CORPORA = {"corpus.weight"}
+
+
+def fields_of(settings, section=""):
+    for name, field in settings.model_fields.items():
+        types = (field.annotation, *get_args(field.annotation))
+        inner = [t for t in types if isinstance(t, type) and issubclass(t, Settings)]
+        if inner:
+            yield from fields_of(inner[0], f"{section}{name}.")
+        else:
+            yield f"{section}{name}"
+
+
+def changed(tree, changes):
+    """A recipe with some fields changed."""
+    tree = copy.deepcopy(tree)
+    for field, value in changes.items():
+        *sections, name = field.split(".")
+        inner = tree
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
+    return parse_settings(Recipe, tree, source="test")
+
+
+def test_every_field_has_its_rule():
+    rules = [*REFUSED, *IN_ENGINE, *IN_RUN, *FREE, *OF_SEVERAL_CORPORA]
+    assert len(rules) == len(set(rules))
+    assert set(rules) == set(fields_of(Recipe))
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_what_cannot_change_is_refused_by_name(whole, corpus, field):
+    others = {"model.norm_before": {"model.family": "esm1b"}}.get(field, {})
+    recipe = changed(make_recipe(corpus), {**others, field: REFUSED[field]})
+    name = "model.family" if others else field
+    with pytest.raises(CheckpointError, match=rf"was saved with {name}=.*, which a resumed run"):
+        prepare_run(recipe, whole.folder, resume=True)
+
+
+def test_the_weights_of_a_mixture_cannot_change():
+    def plan(*weights):
+        sources = tuple(Source(f"/c/{n}", f"digest{n}", w) for n, w in enumerate(weights))
+        return StreamPlan(sources, changed(NO_CORPUS, {}).stream, ESM_33.name)
+
+    manifest = {"recipe": changed(NO_CORPUS, {}).model_dump(), "fingerprint": {}}
+    saved = SavedCheckpoint(Storage.of("."), "step-00000001", manifest)
+    manifest["fingerprint"] = plan(1.0, 1.0).fingerprint()
+    with pytest.raises(CheckpointError, match=r"corpus_digest: .* the corpus settings"):
+        saved.refuse_other_run(plan(1.0, 2.0).fingerprint(), changed(NO_CORPUS, {}))
+    manifest["fingerprint"] = plan(1.0).fingerprint()
+    saved.refuse_other_run(plan(2.0).fingerprint(), changed(NO_CORPUS, {}))  # all of it is all
+
+
+@pytest.mark.parametrize("field", FREE)
+def test_what_is_read_anew_is_not_refused(whole, corpus, field):
+    recipe = changed(make_recipe(corpus), {field: FREE[field]})
+    prepare_run(recipe, whole.folder, resume=True)
+
+
+def test_a_resumed_run_follows_its_recipe(whole, corpus, tmp_path):
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(whole.folder, folder)
+    shutil.copytree(corpus.path, moved)
+    changes = {field: value for field, value in IN_RUN.items() if field != "corpus.path"}
+    recipe = changed(make_recipe(corpus), {**changes, "corpus": str(moved)})
+    result = run_to_the_end(recipe, folder, resume=True)
+    assert result.step == STEPS + 4
+    assert result.audit is None
+    manifest = json.loads((result.checkpoint / "manifest.json").read_text())
+    assert manifest["workers"] == 1
+    kept = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert manifest["recipe"] == kept
+    assert kept["corpus"] == str(moved)
+    lines = [line for line in metrics(folder) if line["trainer/global_step"] > STEPS]
+    assert [line["trainer/global_step"] for line in lines] == [STEPS + 2, STEPS + 4]
+    for line in lines:
+        step = line["trainer/global_step"]
+        assert line["train/lr"] == learning_rate(recipe.optimizer, step, STEPS + 4)
+        assert "speed/mfu" in line
+    assert {STEPS + 2, STEPS + 4} <= set(evaluations(folder))
+    left = {path.name for path in (folder / "checkpoints").glob("step-*")}
+    assert len(left) <= 2, "of those before, only the best one stays"
+    assert result.checkpoint.name in left
+    assert read_runs(folder / "wandb")[-1][1]["name"] == "renamed"
+
+
+NO_CORPUS = {
+    "name": "tiny",
+    "corpus": "corpora/none",
+    "stream": {"row_tokens": 64, "crop_tokens": 64, "batch_rows": 1},
+    "model": {"layers": 1, "width": 16, "heads": 2},
+    "training": {"steps": 2, "micro_batch_rows": 1},
+    "cluster": {"workers": 1, "device": "cpu"},
+}
+
+
+def save_engine(engine, recipe, folder, workers):
+    """A checkpoint of an engine after one update, as of so many workers."""
+    nothing = empty_micro_batch(ESM_33, engine.device)
+    engine.backward(engine(nothing.packed, nothing.targets_T).sum())
+    engine.step()
+    name = "step-00000001"
+    engine.save_checkpoint(str(folder / name / ZERO), tag=ZERO_TAG, save_latest=False)
+    manifest = {
+        "step": 1,
+        "recipe": recipe.model_dump(),
+        "workers": workers,
+        "wandb_run_id": folder.name,
+        "files": {},
+    }
+    return SavedCheckpoint(Storage.of(folder), name, manifest)
+
+
+@pytest.fixture
+def on_cpu(alone, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+
+
+@pytest.mark.parametrize(
+    ("stage", "workers", "precision"),
+    [
+        *((0, 1, "fp32"), (0, 1, "bf16")),
+        *((1, 1, "bf16"), (2, 1, "fp32"), (2, 2, "fp32")),
+        *((3, 1, "bf16"), (3, 2, "fp32")),
+    ],
+)
+def test_a_resumed_engine_follows_its_recipe(on_cpu, tmp_path, stage, workers, precision):
+    """A checkpoint of two workers takes the way by DeepSpeed's universal format."""
+    kind = {"training.zero_stage": stage, "training.precision": precision}
+    before, after = changed(NO_CORPUS, kind), changed(NO_CORPUS, kind | IN_ENGINE)
+    engine = build_engine(before, 1, "cpu", None)
+    saved = save_engine(engine, before, tmp_path, workers)
+    resumed = build_engine(after, 1, "cpu", saved)
+    load_state(resumed, saved, 1)
+    for group in resumed.optimizer.param_groups:
+        assert tuple(group["betas"]) == (0.8, 0.95)
+        assert (group["eps"], group["weight_decay"]) == (1e-6, 0.1)
+    assert resumed.gradient_clipping() == 0.25
+    assert getattr(resumed.optimizer, "clip_grad", 0.25) == 0.25
+    assert resumed.train_micro_batch_size_per_gpu() == 5
+    assert resumed.module.checkpoint_activations
