@@ -22,15 +22,17 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 
 from commandline import job_parser, refuse_output, run_job
-from raptide.cluster import DATA_CPUS, ray_session
+from raptide.cluster import joins_cluster, ray_session, training_cpus
 from raptide.config import load_settings
 from raptide.errors import ConfigError
 from raptide.training.planning.deepspeed_config import check_deepspeed
 from raptide.training.planning.estimate import describe_run
 from raptide.training.planning.recipe import Recipe
+from raptide.training.planning.room import choose_device, describe_room, look_around
 from raptide.training.result import RESULT, RunResult
 from raptide.training.run_folder import load_resumed, standing_of_run
 from raptide.training.trainer import prepare_run, pretrain
@@ -78,12 +80,17 @@ def main() -> None:
         replace=args.replace,
         begun=standing == "begun",
     )
+    asked = recipe.cluster.max_workers * recipe.cluster.cpus_per_worker
+    session = ray_session(num_cpus=training_cpus(asked), verbose=args.verbose)
     if args.dry_run:
-        check_deepspeed(recipe, "cpu" if recipe.cluster.device == "cpu" else "cuda")
+        with session if joins_cluster() else nullcontext():
+            room = look_around()
         print(f"Run {folder}\n{describe_run(recipe, plan)}")
+        device = choose_device(recipe, room)
+        check_deepspeed(recipe, device)
+        print(describe_room(recipe, device, room))
         return
-    cpus = recipe.cluster.max_workers * recipe.cluster.cpus_per_worker + DATA_CPUS
-    with ray_session(num_cpus=cpus, verbose=args.verbose):
+    with session:
         result = pretrain(recipe, plan, folder, replace=args.replace)
     _print_summary(result)
 

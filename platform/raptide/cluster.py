@@ -21,6 +21,10 @@ from raptide.errors import ConfigError
 DATA_CPUS = 2
 """Logical CPUs that stay free for data tasks beside the training workers."""
 
+CPUS_PER_CORE = 2
+"""CPUs that training workers may take of each core of this machine: enough to try several workers
+on few cores; more would only wait for each other."""
+
 
 @contextmanager
 def ray_session(*, num_cpus: int, verbose: bool = False) -> Iterator[None]:
@@ -100,3 +104,10 @@ def on_this_node() -> NodeAffinitySchedulingStrategy:
 def local_cpus() -> int:
     """Logical CPUs for a job of data tasks alone: one for each real one."""
     return max(2, os.cpu_count() or 2)
+
+
+def training_cpus(asked: int | None) -> int:
+    """Logical CPUs for a training job on this machine: what its workers ask for, as far as there
+    are cores for it, or all there may be; and those of the data tasks."""
+    most = CPUS_PER_CORE * (os.cpu_count() or 1)
+    return (most if asked is None else min(asked, most)) + DATA_CPUS

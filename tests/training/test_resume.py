@@ -92,6 +92,7 @@ FREE = {
     "cluster.hang_timeout_s": 5.0,
     "checkpoint.when_unsaved": "stop",
     "evaluation.asynchronous": True,
+    "evaluation.timeout_s": 60.0,
     "evaluation.patience": 5,
     "tracking.mode": "disabled",
     "tracking.project": "other",
@@ -207,6 +208,7 @@ def save_engine(engine, recipe, folder, workers):
         "recipe": recipe.model_dump(),
         "workers": workers,
         "wandb_run_id": folder.name,
+        "inv_freq": engine.module.inv_freq.tolist(),
         "files": {},
     }
     return SavedCheckpoint(Storage.of(folder), name, manifest)

@@ -31,7 +31,7 @@ def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoi
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Of use to inference on CPUs alone, and half a minute of compiling on every new machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    model = build_model(recipe, fresh=saved is None)
+    model = build_model(recipe, device, saved)
     model.checkpoint_activations = recipe.training.checkpoint_activations
     if recipe.training.compile:
         model.compile_tokenwise()
@@ -50,16 +50,27 @@ def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoi
     return engine
 
 
-def build_model(recipe: Recipe, *, fresh: bool) -> Esm:
-    """The model, with the weights it starts from unless a checkpoint will bring others."""
+def build_model(recipe: Recipe, device: str, saved: SavedCheckpoint | None) -> Esm:
+    """The model, with the weights it starts from unless a checkpoint will bring others.
+
+    Only a start without a checkpoint reads `init_from`, and only rank 0.
+    """
     model = Esm(recipe.model).initialise(recipe.training.seed)
-    if recipe.init_from is None:
-        return model
-    weights = read_weights(find_bundle(Path(recipe.init_from)))
-    if recipe.model.traits.positions == "rotary":
-        model.inv_freq = weights.frequencies()  # no checkpoint holds them
-    if fresh:
-        model.load_state_dict({name: tensor.float() for name, tensor in weights.state.items()})
+    rotary = recipe.model.traits.positions == "rotary"
+    if saved is not None:
+        if rotary:  # DeepSpeed's files do not hold them
+            model.inv_freq = saved.frequencies()
+    elif recipe.init_from is not None:
+        if dist.get_rank() == 0:
+            weights = read_weights(find_bundle(Path(recipe.init_from)))
+            model.load_state_dict({name: each.float() for name, each in weights.state.items()})
+            if rotary:
+                model.inv_freq = weights.frequencies().clone()
+        tensors = [*model.state_dict().values(), *([model.inv_freq] if rotary else [])]
+        for tensor in tensors:
+            there = tensor.to(device)  # NCCL sends only between GPUs
+            dist.broadcast(there, 0)
+            tensor.copy_(there)
     return model
 
 

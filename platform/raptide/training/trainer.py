@@ -14,7 +14,7 @@ import ray.data
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raptide.cluster import DATA_CPUS, joins_cluster, on_this_node
+from raptide.cluster import on_this_node
 from raptide.data.corpus import Corpus
 from raptide.data.streaming.stream import Source, StreamPlan
 from raptide.errors import CheckpointError, ConfigError, CorpusError, plain_errors
@@ -29,6 +29,7 @@ from raptide.training.checkpoints.checkpoint import (
 )
 from raptide.training.planning.recipe import Recipe
 from raptide.training.planning.resuming import with_absolute_paths
+from raptide.training.planning.room import choose_device, look_around, worker_needs
 from raptide.training.result import RESULT, RunResult, is_finished, read_result, write_result
 from raptide.training.run_folder import (
     alone_in,
@@ -37,7 +38,7 @@ from raptide.training.run_folder import (
     keep_recipe,
     refuse_folder,
 )
-from raptide.training.watching.heldout import Ece, heldout_rows, unigram_ece
+from raptide.training.watching.heldout import heldout_rows, unigram_ece
 from raptide.training.watching.picture import draw_run
 from raptide.training.watching.progress import BoardActor, shown
 from raptide.training.worker import Run, train_worker
@@ -107,7 +108,8 @@ def pretrain(recipe: Recipe, plan: StreamPlan, folder: Path, *, replace: bool = 
         replace: delete an earlier run in `folder` once everything else is in order.
 
     Raises:
-        ConfigError: this machine has too few CPUs or GPUs; another process trains the run.
+        ConfigError: the workers have no room on this machine or cluster; another process trains
+            the run.
         StreamStalled: no data came.
         CorpusError: a block could not be read.
     """
@@ -115,7 +117,7 @@ def pretrain(recipe: Recipe, plan: StreamPlan, folder: Path, *, replace: bool = 
         print(f"{folder} is finished; raise training.steps to go on with it.")
         return read_result(folder, recipe)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    device = _choose_device(recipe)
+    device = choose_device(recipe, look_around())
     recipe = with_absolute_paths(recipe)
     if replace or not (folder / RUN_INFO).exists():
         baseline = unigram_ece(plan, heldout_rows(plan, recipe.evaluation))
@@ -154,7 +156,6 @@ def _fit(run: Run) -> None:
     cluster = recipe.cluster
     storage = Storage.of_run(Path(run.folder))
     forget_ray_snapshot(storage)
-    accelerator = {"GPU": 1.0} if device == "cuda" else {}
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"run": run},
@@ -165,11 +166,7 @@ def _fit(run: Run) -> None:
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers if cluster.elastic else cluster.max_workers,
             use_gpu=device == "cuda",
-            resources_per_worker={
-                "CPU": cluster.cpus_per_worker,
-                **accelerator,
-                **cluster.worker_resources,
-            },
+            resources_per_worker=worker_needs(recipe, device),
             elastic_resize_monitor_interval_s=cluster.resize_check_s,
         ),
         run_config=ray.train.RunConfig(
@@ -211,33 +208,6 @@ def _shape(model: ModelSettings) -> dict[str, Any]:
         "norm_before": model.traits.norm_before,
         "max_positions": model.max_positions if learned else None,
     }
-
-
-def _choose_device(recipe: Recipe) -> str:
-    """The device; on this machine's own Ray, once it is sure that workers and data tasks fit.
-
-    A cluster that was joined may still grow, so there Ray waits for what the workers need.
-    """
-    total = ray.cluster_resources()
-    workers, cluster = recipe.cluster.min_workers, recipe.cluster
-    gpus, cpus = total.get("GPU", 0), total.get("CPU", 0)
-    device = cluster.device
-    if device == "auto":
-        device = "cuda" if gpus >= workers else "cpu"
-    if joins_cluster():
-        return device
-    if device == "cuda" and gpus < workers:
-        raise ConfigError(
-            f"cluster.workers is {workers}, one GPU each, but this machine has {gpus:.0f} GPUs; "
-            "lower cluster.workers, or submit the job to a cluster."
-        )
-    needed = workers * cluster.cpus_per_worker + DATA_CPUS
-    if cpus < needed:
-        raise ConfigError(
-            f"{workers} workers and their data tasks need {needed} logical CPUs, but Ray has "
-            f"{cpus:.0f} here; lower cluster.workers or cluster.cpus_per_worker."
-        )
-    return device
 
 
 def code_version() -> str:

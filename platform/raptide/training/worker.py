@@ -307,6 +307,7 @@ class Worker:
         self._hang_watch.progress()
         started = time.perf_counter()
         run, recipe = self._run, self._recipe
+        inv_freq = getattr(self._engine.module, "inv_freq", None)
         manifest = {
             "step": self._step,
             "tokens": self._tokens,
@@ -318,11 +319,11 @@ class Worker:
             "code_version": run.code_version,
             "wandb_run_id": run.run_id,
             "train_loss": loss,
+            "inv_freq": None if inv_freq is None else inv_freq.tolist(),
             **self._evaluations.so_far.to_manifest(),
         }
         state = full_state(self._engine, recipe.training)
-        lineage = {name: value for name, value in manifest.items() if name != "cursor"}
-        inv_freq = getattr(self._engine.module, "inv_freq", None)
+        lineage = {name: manifest[name] for name in manifest if name not in ("cursor", "inv_freq")}
         weights = Weights(recipe.model, state, inv_freq, lineage=lineage)
         self._writer.save(
             self._engine,

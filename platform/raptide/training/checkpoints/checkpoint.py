@@ -1,7 +1,8 @@
 """Checkpoints of a run, in its storage.
 
     step-00000200/
-      manifest.json   step, cursor, fingerprint, recipe, sha256 of every file; written last
+      manifest.json   step, cursor, fingerprint, recipe, rotary frequencies, sha256 of every file;
+                  written last
       zero/state/     DeepSpeed's files, one or more a rank (pickle: only from your own storage)
       model/          the bundle
 
@@ -22,11 +23,13 @@ from typing import Any
 
 import pyarrow.fs
 import ray.train
+import torch
 from pyarrow import ArrowInvalid
 
 from raptide.config import parse_settings
 from raptide.data.streaming.stream import Cursor, describe_difference
 from raptide.errors import BundleError, CheckpointError, ConfigError
+from raptide.model.formats.detect import read_weights
 from raptide.model.formats.strangers import recognise
 from raptide.training.checkpoints.scratch import made_once
 from raptide.training.planning.recipe import Recipe
@@ -141,6 +144,13 @@ class SavedCheckpoint:
                 f"{self.name} belongs to another stream ({difference}); resume with the corpus "
                 "settings it was made with, or start a new run."
             )
+
+    def frequencies(self) -> torch.Tensor:
+        """The model's rotary frequencies, [K / 2] fp32."""
+        kept = self.manifest.get("inv_freq")
+        if kept is not None:
+            return torch.tensor(kept, dtype=torch.float32)
+        return read_weights(self.fetch() / MODEL).frequencies()  # saved by an earlier version
 
     def fetch(self) -> Path:
         """A local folder with the checkpoint's files: its own, or a copy made once per node."""

@@ -46,8 +46,11 @@ def read_zero_weights(checkpoint: Path) -> Weights:
     manifest = verify_folder(checkpoint, only=f"{ZERO}/")
     recipe = parse_settings(Recipe, manifest["recipe"], source=str(checkpoint / MANIFEST))
     state = _merge_shards(checkpoint / ZERO)
-    lineage = {name: value for name, value in manifest.items() if name not in ("cursor", "files")}
-    return Weights(recipe.model, state, lineage=lineage)
+    left_out = ("cursor", "files", "inv_freq")
+    lineage = {name: value for name, value in manifest.items() if name not in left_out}
+    kept = manifest.get("inv_freq")
+    inv_freq = None if kept is None else torch.tensor(kept, dtype=torch.float32)
+    return Weights(recipe.model, state, inv_freq, lineage=lineage)
 
 
 def _merge_shards(folder: Path) -> dict[str, torch.Tensor]:
