@@ -30,7 +30,7 @@ def retried(corpus, tmp_path):
 
 
 def begin(recipe, folder):
-    begin_run(folder, with_absolute_paths(recipe), Ece(20.0, 20.0, 0.1))
+    begin_run(folder, with_absolute_paths(recipe), Ece(20.0, 20.0))
 
 
 def test_one_command_starts_goes_on_and_is_done(retried):

@@ -15,7 +15,13 @@ from small_runs import as_recipe, make_recipe
 from processes import free_port
 from raptide.cluster import DATA_CPUS, training_cpus
 from raptide.errors import ConfigError
-from raptide.training.planning.room import Nodes, Room, choose_device, worker_needs
+from raptide.training.planning.room import (
+    Nodes,
+    Room,
+    choose_device,
+    room_by_config,
+    worker_needs,
+)
 
 HEAD = Nodes(1, {"CPU": 16.0, "GPU": 0.0})
 LARGE = Nodes(16, {"CPU": 96.0, "GPU": 8.0})
@@ -34,7 +40,7 @@ def recipe_for(workers, device="auto", **cluster):
         ((HEAD,), (HEAD, LARGE), 128, "cuda"),
         ((HEAD, LARGE), None, 128, "cuda"),
         ((HEAD,), (HEAD,), 14, "cpu"),
-        ((HEAD,), (HEAD, LARGE), 129, "16 nodes|17 nodes"),
+        ((HEAD,), (HEAD, LARGE), 129, "at most 17 nodes"),
         ((HEAD,), (HEAD,), 15, "room for 14 beside 2 CPUs"),
         ((HEAD,), None, 1, "what it may get is not known here; set cluster.device=cuda"),
         ((HEAD, Nodes(1, LARGE.resources)), None, 9, "set cluster.device=cuda"),
@@ -52,6 +58,14 @@ def test_auto_never_takes_cpus_where_gpus_are_or_may_come(now, most, workers, de
 def test_what_is_not_known_is_waited_for_on_request():
     room = Room("the cluster", (HEAD,), None)
     assert choose_device(recipe_for(500, "cuda"), room) == "cuda"
+
+
+def test_what_a_configuration_leaves_open_is_not_known():
+    """On-premise clusters have nodes whose resources Ray finds out."""
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    assert room_by_config((HEAD,), config).fits_at_most({"CPU": 8.0, "GPU": 1.0}) == 128
+    config["available_node_types"]["gpu"].pop("resources")
+    assert room_by_config((HEAD,), config).most is None
 
 
 def test_workers_fit_as_they_can_be_placed():
@@ -87,7 +101,7 @@ def test_this_machine_has_room_for_two_workers_a_core(corpus, tmp_path):
         cpus = "cluster.cpus_per_worker=" + ("64" if "5000" in size else "1")
         done = dry_run(*options, size, cpus, cwd=tmp_path)
         assert done.returncode == 2
-        assert "but this machine has 1 of" in done.stderr
+        assert "but this machine has 1 node of" in done.stderr
         assert "lower cluster.workers or cluster.cpus_per_worker" in done.stderr
 
 
@@ -152,8 +166,10 @@ def test_a_dry_run_on_our_cluster_finds_the_gpus_that_may_come(corpus, our_clust
     options = ["--config", file, "--output", tmp_path / "run", "--dry-run"]
     done = dry_run(*options, cwd=tmp_path, RAY_ADDRESS=our_cluster)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "the cluster has 1 of 16 CPUs, 0 GPUs" in done.stdout
-    assert "may have at most 17 nodes: 16 of 96 CPUs, 8 GPUs; 1 of 16 CPUs" in done.stdout
+    assert "the cluster has 1 node of 16 CPUs, 0 GPUs" in done.stdout
+    assert (
+        "may have at most 17 nodes: 16 nodes of 96 CPUs, 8 GPUs; 1 node of 16 CPUs" in done.stdout
+    )
     assert "workers on cuda with 8 CPU, 1 GPU each: 0 fit now, 128 at most" in done.stdout
     assert "lacks room for 8 workers, to be waited for" in done.stdout
     done = dry_run(*options, "cluster.workers=129", cwd=tmp_path, RAY_ADDRESS=our_cluster)

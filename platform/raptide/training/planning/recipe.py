@@ -93,7 +93,8 @@ class ClusterSettings(Settings):
     fewest and the most, between which the run follows the size of the cluster."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes GPUs where the cluster has enough of them."""
+    """`auto` takes GPUs where the cluster has enough of them, or may get them, and CPUs where there
+    are none and none may come; a run that cannot tell is refused."""
 
     cpus_per_worker: int = Field(1, ge=1)
 

@@ -35,9 +35,8 @@ class Nodes:
     """Of each of them."""
 
     def __str__(self) -> str:
-        return f"{self.count} of " + ", ".join(
-            f"{self.resources.get(name, 0):.0f} {name}s" for name in SHOWN
-        )
+        each = ", ".join(f"{self.resources.get(name, 0):.0f} {name}s" for name in SHOWN)
+        return f"{self.count} node{'s' * (self.count > 1)} of {each}"
 
 
 @dataclass(frozen=True)
@@ -93,17 +92,21 @@ def look_around() -> Room:
     config = ray.get(ray.remote(autoscaler_config).options(**on_head).remote())
     if config is None:
         return Room("the cluster", now, None)
-    return _room_by_config(now, config)
+    return room_by_config(now, config)
 
 
-def _room_by_config(now: tuple[Nodes, ...], config: dict[str, Any]) -> Room:
+def room_by_config(now: tuple[Nodes, ...], config: dict[str, Any]) -> Room:
+    """The room of a cluster with an autoscaler's configuration, as in cluster.yaml."""
     limit = config["max_workers"]
     most = []
     for name, kind in config["available_node_types"].items():
         head = name == config["head_node_type"]
         count = min(kind.get("max_workers", 0 if head else limit), limit) + head
+        resources = _of_kind(kind.get("resources", {}))
+        if count and not resources:  # Ray finds out once such a node is there
+            return Room("the cluster", now, None)
         if count:
-            most.append(Nodes(count, _of_kind(kind.get("resources", {}))))
+            most.append(Nodes(count, resources))
     return Room("the cluster", now, tuple(most), max_nodes=limit + 1)
 
 
