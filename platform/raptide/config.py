@@ -127,7 +127,9 @@ def _parse_value(text: str, annotation: Any) -> Any:
     if text.strip() in ("", "null", "~"):
         return None
     nested = text.lstrip().startswith(("[", "{")) and _takes(annotation, list, tuple, dict)
-    textual = _takes(annotation, str) or not _takes(annotation, int, float)
+    inner = get_args(annotation) if get_origin(annotation) is tuple else ()
+    numeric = any(_takes(each, int, float) for each in (annotation, *inner))
+    textual = _takes(annotation, str) or not numeric
     if textual and annotation is not None and not nested:
         return text
     try:

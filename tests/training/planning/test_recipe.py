@@ -89,3 +89,9 @@ def test_the_rate_warms_up_and_decays_as_the_inverse_square_root():
     linear = settings.model_copy(update={"decay": "linear"})
     rates = [learning_rate(linear, step, 1000) for step in (50, 100, 500, 900, 1000)]
     assert rates == pytest.approx([5e-4, 1e-3, 5.5e-4, 1e-4, 1e-4])
+
+
+def test_workers_are_a_number_or_two_in_an_override_too():
+    demo = ROOT / "jobs/recipes/demo.yaml"
+    for text, workers in (("3", (3, 3)), ("[1, 4]", (1, 4))):
+        assert load_settings(Recipe, demo, [f"cluster.workers={text}"]).cluster.workers == workers
