@@ -4,6 +4,7 @@ import json
 import pytest
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
+from raptide.config import parse_settings
 from raptide.errors import BundleError, CheckpointError
 from raptide.training.checkpoints.checkpoint import (
     CHECKPOINTS,
@@ -16,8 +17,14 @@ from raptide.training.checkpoints.checkpoint import (
     prune,
 )
 from raptide.training.checkpoints.scratch import scratch_folder
+from raptide.training.planning.recipe import Recipe
 
 FINGERPRINT = {"seed": 1, "batch_rows": 8}
+
+
+def recipe(**training):
+    tree = {"name": "x", "corpus": "x", "training": {"steps": 10, "zero_stage": 2, **training}}
+    return parse_settings(Recipe, tree, source="test")
 
 
 def write_checkpoint(run, step, **changes):
@@ -35,7 +42,7 @@ def write_checkpoint(run, step, **changes):
         "wandb_run_id": "run",
         "cursor": {"epoch": 0, "block": 3, "row": step},
         "fingerprint": FINGERPRINT,
-        "recipe": {"training": {"zero_stage": 2}},
+        "recipe": recipe().model_dump(),
         "files": files,
     } | changes
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -160,8 +167,8 @@ def test_another_format_is_refused_and_kept(run):
 
 def test_another_stream_and_another_stage_are_refused(run):
     saved = newest(run)
-    saved.refuse_other_run(FINGERPRINT, 2)
+    saved.refuse_other_run(FINGERPRINT, recipe(steps=20))
     with pytest.raises(CheckpointError, match=r"another stream \(seed: 1 -> 2\)"):
-        saved.refuse_other_run(FINGERPRINT | {"seed": 2}, 2)
+        saved.refuse_other_run(FINGERPRINT | {"seed": 2}, recipe())
     with pytest.raises(CheckpointError, match=r"resume with training.zero_stage=2"):
-        saved.refuse_other_run(FINGERPRINT, 0)
+        saved.refuse_other_run(FINGERPRINT, recipe(zero_stage=0))
