@@ -1,6 +1,7 @@
 """Room for workers: on this machine, and on a cluster whose nodes are yet to come."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -152,8 +153,7 @@ def our_cluster(tmp_path):
         assert process.poll() is None, log
         assert time.monotonic() < deadline, log
         time.sleep(0.2)
-    address = next(word for word in log.split() if word.startswith("--address="))
-    yield address.removeprefix("--address=").strip("'\"\x1b[m")
+    yield re.search(r"--address='([^']+)'", log)[1]  # Ray colours its output
     process.send_signal(signal.SIGTERM)
     process.wait(30)
 
