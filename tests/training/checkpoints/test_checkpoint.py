@@ -23,7 +23,9 @@ FINGERPRINT = {"seed": 1, "batch_rows": 8}
 
 
 def recipe(**training):
-    tree = {"name": "x", "corpus": "x", "training": {"steps": 10, "zero_stage": 2, **training}}
+    tree = {"name": "x", "corpus": "x", "model": {"preset": "esm2_t6_8M"}}
+    training = {"steps": 10, "zero_stage": 2, "micro_batch_rows": 4} | training
+    tree |= {"training": training, "cluster": {"workers": 2}}
     return parse_settings(Recipe, tree, source="test")
 
 

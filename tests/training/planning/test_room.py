@@ -174,4 +174,4 @@ def test_a_dry_run_on_our_cluster_finds_the_gpus_that_may_come(corpus, our_clust
     assert "lacks room for 8 workers, to be waited for" in done.stdout
     done = dry_run(*options, "cluster.workers=129", cwd=tmp_path, RAY_ADDRESS=our_cluster)
     assert done.returncode == 2
-    assert "cluster.workers is 129 with 8 CPU, 1 GPU each" in done.stderr
+    assert "cluster.workers 129, one GPU each, but the cluster has 1 node of 16" in done.stderr
