@@ -54,6 +54,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     draws.seed_for(item.nodeid)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are no names: gzip's hold the time, and the two processes must call a test the same."""
+    return f"{argname} of {len(val)} bytes" if isinstance(val, bytes) else None
+
+
 PARTS = ["training", "chaos", "jobs", "data", "inference", "model", "client", "tests", "serve"]
 """Parts of the suite, each in one process, the longest first. Serve comes last: it takes cores that
 training needs until its process ends."""

@@ -97,7 +97,7 @@ def test_records_come_back_as_written(tmp_path_factory, records, width):
         (b">a\nACGTACGTNNACGTACGTACGTTTTA\n", ":1: these are nucleotides"),
         (b"@read\nACGT\n+\nIIII\n", ":1: this is FASTQ"),
         (bytes(range(256)), ":1: this is a binary file"),
-        (gzip.compress(PROTEINS.encode() * 5000, mtime=0)[:-40], "cut short|damaged|decompressed"),
+        (gzip.compress(PROTEINS.encode() * 5000)[:-40], "cut short|damaged|decompressed"),
     ],
 )
 def test_what_is_no_protein_fasta_gets_one_sentence_with_file_and_line(write, content, message):
@@ -163,9 +163,9 @@ SKIPPABLE = b"\x5a\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"12345"
 @pytest.mark.parametrize(
     "content",
     [
-        gzip.compress(PROTEINS.encode(), mtime=0) + b"\0" * 700,
+        gzip.compress(PROTEINS.encode()) + b"\0" * 700,
         lzma.compress(PROTEINS.encode()) + b"\0" * 512,
-        gzip.compress(b"", mtime=0) + b"\0\0" + gzip.compress(PROTEINS.encode(), mtime=0),
+        gzip.compress(b"") + b"\0\0" + gzip.compress(PROTEINS.encode()),
         SKIPPABLE + zstd.compress(PROTEINS.encode()) + SKIPPABLE,
         SKIPPABLE + zstd.compress(PROTEINS[:30].encode()) + zstd.compress(PROTEINS[30:].encode()),
     ],
