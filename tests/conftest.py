@@ -21,7 +21,13 @@ from raptide.data.corpus import Corpus
 if TYPE_CHECKING:
     from raptide.training.trainer import RunResult
 
-pytest_plugins = ["budgets", "endpoints", "process_logs", "suite_times"]  # of tests/support
+pytest_plugins = [
+    "budgets",
+    "endpoints",
+    "parts",
+    "process_logs",
+    "suite_times",
+]  # of tests/support
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,26 +63,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     """Bytes are no names: gzip's hold the time, and the two processes must call a test the same."""
     return f"{argname} of {len(val)} bytes" if isinstance(val, bytes) else None
-
-
-PARTS = ["training", "chaos", "jobs", "data", "inference", "model", "client", "tests", "serve"]
-"""Parts of the suite, each in one process, the longest first. Serve comes last: it takes cores that
-training needs until its process ends."""
-
-
-def part_of(item: pytest.Item) -> str:
-    """Tests of a folder share a Ray and its fixtures, so they run in one process, in order."""
-    folders = item.path.relative_to(ROOT / "tests").parts[:-1]
-    if item.path.name == "test_chaos.py":  # it has a cluster of its own
-        return "chaos"
-    return folders[0] if folders else "tests"
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: PARTS.index(part_of(item)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(part_of(item)))
 
 
 @pytest.fixture(scope="session", autouse=True)
