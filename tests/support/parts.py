@@ -1,4 +1,4 @@
-"""Which process of the suite runs which tests: a folder's share a Ray and its fixtures, in order."""
+"""Which process of the suite runs which tests: a folder's share a Ray and fixtures, in order."""
 
 from __future__ import annotations
 
