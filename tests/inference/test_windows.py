@@ -109,6 +109,7 @@ def test_rotary_models_take_longer_sequences_whole_up_to_a_stated_limit(monkeypa
 
 
 @pytest.mark.parametrize("family", ["esm1", "esm1b", "esm2"])
+@pytest.mark.thorough
 def test_30000_residues_neither_crash_nor_exhaust_memory(family):
     """In a process of its own, so that its peak memory is its own."""
     script = f"""

@@ -129,6 +129,7 @@ def test_after_the_demo_nothing_is_left_running(demo):
     assert_nothing_runs(demo[0])
 
 
+@pytest.mark.thorough
 def test_a_second_demo_says_what_it_reuses_and_replaces_and_a_stop_leaves_nothing(demo):
     folder, _ = demo
     command = [sys.executable, str(ROOT / "jobs/run_demo.py")]
@@ -184,6 +185,7 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(demo):
     assert f"{shard.name} is damaged" in damaged.stderr
 
 
+@pytest.mark.thorough
 def test_sigterm_ends_a_job_and_its_ray(demo, tmp_path):
     """Ray installs a handler of its own, which must not win."""
     script = str(ROOT / "jobs/pretrain_model.py")
@@ -336,7 +338,7 @@ def test_records_that_are_no_proteins_are_left_out_of_embeddings(demo, cluster, 
     assert table["length"].to_pylist() == [4, 2, 2]
 
 
-def test_embeddings_of_standard_input_and_of_a_pipe_are_those_of_a_file(tmp_path):
+def test_embeddings_of_standard_input_and_of_a_pipe_are_those_of_a_file(cluster, tmp_path):
     shape = ModelSettings(family="esm1b", layers=1, width=8, heads=2, max_positions=64)
     write_weights(tmp_path / "m", Weights.of(Esm(shape).initialise(1)))
     texts = [
@@ -347,7 +349,8 @@ def test_embeddings_of_standard_input_and_of_a_pipe_are_those_of_a_file(tmp_path
         (tmp_path / f"{name}.fasta").write_text(text)
     os.mkfifo(tmp_path / "pipe")
     embed = ("embed_proteins.py", "--model", "m", "--output")
-    plain = job(*embed, "f.parquet", "--input", "a.fasta", "b.fasta", "c.fasta", cwd=tmp_path)
+    files = ["a.fasta", "b.fasta", "c.fasta"]
+    plain = job_in_process(*embed, "f.parquet", "--input", *files, cwd=tmp_path)
     assert plain.returncode == 0, plain.stderr
     threading.Thread(target=(tmp_path / "pipe").write_text, args=[texts[2]]).start()
     with (tmp_path / "b.fasta").open("rb") as file:

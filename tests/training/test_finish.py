@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import yaml
 from conftest import ROOT
 from offline_wandb import read_runs
@@ -15,6 +16,7 @@ from small_runs import as_recipe, evaluations, losses, make_recipe, run_to_the_e
 FIRST, LAST = "step-00000002", "step-00000004"
 
 
+@pytest.mark.thorough
 def test_a_run_killed_in_its_last_evaluation_is_finished_by_a_resume(corpus, tmp_path, capsys):
     """With a checkpoint whose evaluation beside the training has not ended, and never will."""
     tree = make_recipe(corpus, steps=4)

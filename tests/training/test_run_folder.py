@@ -33,6 +33,7 @@ def begin(recipe, folder):
     begin_run(folder, with_absolute_paths(recipe), Ece(20.0, 20.0))
 
 
+@pytest.mark.thorough
 def test_one_command_starts_goes_on_and_is_done(retried):
     recipe, folder, command = retried
     begin(recipe, folder)  # and ended there, in the middle of its first checkpoint

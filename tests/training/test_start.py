@@ -56,6 +56,7 @@ def test_training_starts_from_no_model_without_a_language_model_head(corpus, tmp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_a_run_outlives_the_weights_it_started_from(corpus, tmp_path, monkeypatch):
     """Named by a relative path, gone after the first checkpoint; resumed from another folder."""
     shape = {"family": "esm2", "layers": 1, "width": 16, "heads": 2}
@@ -71,7 +72,8 @@ def test_a_run_outlives_the_weights_it_started_from(corpus, tmp_path, monkeypatc
     assert_same_weights(begun.bundle, start)
     shutil.rmtree(tmp_path / "start")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    recipe = load_settings(Recipe, load_resumed(tmp_path / "run"), ["training.steps=3"])
+    changes = ["training.steps=3", "cluster.workers=1"]
+    recipe = load_settings(Recipe, load_resumed(tmp_path / "run"), changes)
     resumed = run_to_the_end(recipe, tmp_path / "run", resume=True)
     assert resumed.step == 3
     assert_same_weights(resumed.bundle, start)

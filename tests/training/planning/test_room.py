@@ -158,6 +158,7 @@ def our_cluster(tmp_path):
     process.wait(30)
 
 
+@pytest.mark.thorough
 def test_a_dry_run_on_our_cluster_finds_the_gpus_that_may_come(corpus, our_cluster, tmp_path):
     recipe = make_recipe(corpus)
     recipe["cluster"] = {"workers": [8, 128], "cpus_per_worker": 8}
