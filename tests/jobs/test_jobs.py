@@ -222,7 +222,7 @@ def test_a_protein_too_long_for_the_model_is_named(cluster, tmp_path):
     assert pq.read_table(tmp_path / "e.parquet")["length"].to_pylist() == [4, 31]
 
 
-def test_build_and_embed_a_users_own_file(demo, tmp_path, proteome):
+def test_build_and_embed_a_users_own_file(demo, cluster, tmp_path, proteome):
     bundle = demo[0] / "bundle"
     source = tmp_path / "mine.fasta"
     with proteome.open() as file:
@@ -247,7 +247,7 @@ def test_build_and_embed_a_users_own_file(demo, tmp_path, proteome):
     assert f"{shard.name} is damaged: expected sha256" in done.stderr
 
     output = tmp_path / "embeddings.parquet"
-    done = job(
+    done = job_in_process(
         *("embed_proteins.py", "--model", bundle, "--input", source, "--output", output),
         cwd=tmp_path,
     )

@@ -103,7 +103,10 @@ def test_what_the_endpoint_refuses_is_the_engines_error(remote, url):
         other.embed(["MK"])
 
 
-@pytest.mark.parametrize("victim", ["ProxyActor", "ServeReplica:raptide:Gateway"])
+@pytest.mark.parametrize(
+    "victim",
+    [pytest.param("ProxyActor", marks=pytest.mark.thorough), "ServeReplica:raptide:Gateway"],
+)
 def test_a_killed_process_is_not_seen(url, engine, victim):
     """Requests run from several threads while the process they all go through is killed."""
     sequences = [each[:200] for each in SEQUENCES]
