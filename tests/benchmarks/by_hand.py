@@ -145,6 +145,11 @@ def need_room(gigabytes: float, folder: Path | None = None, option: str = "TMPDI
         )
 
 
+def print_report(report: dict[str, Any]) -> None:
+    """Of a script whose figures need no table."""
+    print(json.dumps(report, indent=1))
+
+
 class Report(dict[str, Any]):
     """What a script has found, in JSON's terms; shown and written however the block ends.
 

@@ -15,13 +15,11 @@ Needs the extra `demo`, whose proteins it trains on: pip install -c constraints.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import checkout  # noqa: F401
-from by_hand import Report, need_packages, need_room, parse, run_script, script_parser
+from by_hand import Report, need_packages, need_room, parse, print_report, run_script, script_parser
 
 PACKAGES = ("raptide", "ray", "torch", "deepspeed")
 QUICK = {"events": 3, "steps": 140}
@@ -44,10 +42,6 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as scratch, moving_cluster(2) as cluster:
             wreak_havoc(cluster, Path(scratch), args, report)
     return 0 if report["audit_equal"] and report["loss_max_abs_diff"] < 1e-4 else 1
-
-
-def print_report(report: dict[str, Any]) -> None:
-    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -17,13 +17,11 @@ for itself, as the requests inside a dying proxy do fail.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import checkout  # noqa: F401
-from by_hand import Report, need_room, parse, run_script, script_parser
+from by_hand import Report, need_room, parse, print_report, run_script, script_parser
 
 PACKAGES = ("raptide", "ray", "torch", "httpx")
 QUICK = {"kills": 2, "seconds": 5.0}
@@ -44,10 +42,6 @@ def main() -> None:
         from breakages import break_it
 
         break_it(Path(temporary), args, report)
-
-
-def print_report(report: dict[str, Any]) -> None:
-    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

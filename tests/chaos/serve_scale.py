@@ -10,13 +10,11 @@ weighs: their weights are mapped from one file, so a second replica adds little 
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import checkout  # noqa: F401
-from by_hand import Report, need_room, parse, run_script, script_parser
+from by_hand import Report, need_room, parse, print_report, run_script, script_parser
 
 PACKAGES = ("raptide", "ray", "torch", "httpx")
 QUICK = {"seconds": 10.0}
@@ -35,10 +33,6 @@ def main() -> None:
         from growing import scale
 
         scale(Path(folder), args, report)
-
-
-def print_report(report: dict[str, Any]) -> None:
-    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
