@@ -93,3 +93,20 @@ def test_errors_have_a_status_and_one_sentence(call, method, request_, more, cod
     assert caught.value.code().name == code
     assert message in caught.value.details()
     assert "Traceback" not in caught.value.details()
+
+
+def test_a_model_without_a_language_model_head_says_so(proxy, keyed):
+    metadata = [("application", "keyed"), ("authorization", f"Bearer {keyed.keys['lab']}")]
+    with grpc.insecure_channel(proxy.grpc) as channel:
+        stub = RaptideStub(channel)
+        request = pb.EmbedRequest(sequences=SEQUENCES, model="tuned")
+        assert len(arrays(stub.Embed(request, metadata=metadata, timeout=60))) == len(SEQUENCES)
+        for method, request in (
+            ("Logits", pb.SequencesRequest(sequences=SEQUENCES, model="tuned")),
+            ("Scan", pb.ScanRequest(sequence="MKTA", model="tuned")),
+            ("Score", pb.ScoreRequest(sequences=SEQUENCES, model="tuned")),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                list(getattr(stub, method)(request, metadata=metadata, timeout=60))
+            assert caught.value.code().name == "INVALID_ARGUMENT"
+            assert "no language-model head" in caught.value.details()
