@@ -199,7 +199,6 @@ class TokenBatcher:
                 self._running_tokens = sum(item.tokens for item in batch)
             if batch:
                 self._answer(batch)
-            self._running_tokens = 0
 
     def _answer(self, batch: list[Waiting]) -> None:
         started = time.monotonic()
@@ -209,7 +208,7 @@ class TokenBatcher:
         except Exception as error:
             outcome = error
         seconds = time.monotonic() - started
-        tokens = sum(item.tokens for item in batch)
+        tokens, self._running_tokens = self._running_tokens, 0  # before anyone has an answer
         self.computed_tokens += tokens
         speed = tokens / max(seconds, 1e-6)
         self._tokens_per_s += (speed - self._tokens_per_s) * (0.1 if self._tokens_per_s else 1.0)
