@@ -79,6 +79,11 @@ def open_plain(path: str | Path, error: type[InputError] = InputError) -> io.Buf
         error: what is raised, also while reading, where the file is damaged.
     """
     raw = io.FileIO(0, closefd=False) if str(path) == STANDARD_INPUT else io.FileIO(path)
+    return decompress(raw, str(path), error)
+
+
+def decompress(raw: Any, path: str, error: type[InputError] = InputError) -> io.BufferedReader:
+    """The same for an open file; `path` is what messages call it."""
     # Of a pipe, a first read may bring less than a format is told by.
     file: io.BufferedReader = io.BufferedReader(raw if raw.seekable() else cast(Any, _Pipe(raw)))
     kind = _format_of(file)
@@ -90,7 +95,12 @@ def open_plain(path: str | Path, error: type[InputError] = InputError) -> io.Buf
 
 def is_compressed(path: str | Path) -> bool:
     with Path(path).open("rb") as file:
-        return _format_of(file) is not None
+        return is_compressed_file(file)
+
+
+def is_compressed_file(file: io.BufferedReader) -> bool:
+    """The same for an open file at its start, where it stays."""
+    return _format_of(file) is not None
 
 
 def _format_of(file: io.BufferedReader) -> _Format | None:

@@ -160,11 +160,19 @@ class Corpus:
         Raises:
             CorpusError: the shard is missing or damaged.
         """
-        file = self.path / block["shard"]
         columns = ["cluster", "cluster_size", "first_member", "members"]
+        return ClusterRows.from_table(self.read_columns(block, columns))
+
+    def read_columns(self, block: dict[str, Any], columns: list[str]) -> pa.Table:
+        """Some columns of one block's cluster rows.
+
+        Raises:
+            CorpusError: the shard is missing or damaged.
+        """
+        file = self.path / block["shard"]
         try:
             with pq.ParquetFile(file, page_checksum_verification=True) as shard:
-                return ClusterRows.from_table(shard.read_row_group(block["row_group"], columns))
+                return shard.read_row_group(block["row_group"], columns)
         except FileNotFoundError:
             raise _missing(file) from None
         except (OSError, pa.ArrowInvalid, IndexError) as error:

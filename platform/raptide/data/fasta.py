@@ -48,10 +48,10 @@ BATCH_LETTERS = 16 << 20
 """Letters after which a batch ends early, so that giant records do not gather in one."""
 
 
-FLAWS = ("", "stop_codon", "bad_letters", "nucleotides")
+FLAWS = ("", "stop_codon", "bad_letters", "nucleotides", "empty")
 """What may be wrong with a record that is to be dropped, by number."""
 
-SOUND, STOP_CODON, BAD_LETTERS, NUCLEOTIDE = range(len(FLAWS))
+SOUND, STOP_CODON, BAD_LETTERS, NUCLEOTIDE, EMPTY = range(len(FLAWS))
 
 
 class ReadingRules(Settings):
@@ -68,6 +68,10 @@ class ReadingRules(Settings):
     """Records of DNA or RNA: those whose header says `mol:na` and those of which nearly all letters
     are A, C, G, T, U or N (where `mol:protein` does not say otherwise). `refuse` judges letters by
     the file's first records together; `keep` takes every record for a protein."""
+
+    bare: Literal["refuse", "drop"] = "refuse"
+    """Records without a name or without residues. `drop` drops those without residues, and takes
+    those without a name by the name ""."""
 
 
 class FastaBatch(NamedTuple):
@@ -110,7 +114,7 @@ def read_fasta(
     """
     part = file if isinstance(file, FastaPart | FastaStream) else open_fasta(file)
     first = 0
-    for records in _batches(parse(part), batch_records):
+    for records in _batches(parse(part, empty=rules.bare == "drop"), batch_records):
         batch = _encode(part, first, records, rules)
         if rules.nucleotides != "keep":
             batch = _judge_nucleotides(part, batch, rules.nucleotides)
@@ -148,13 +152,13 @@ def _encode(
     names, descriptions = [], []
     for index, record in enumerate(records, first):
         name, description = split_header(record.header)
-        if not name:
+        if not name and rules.bare == "refuse":
             line = line_of_record(part, index)
             raise FastaError(f"{part.path}:{line}: a record needs a name; write one after the >.")
         names.append(name)
         descriptions.append(description)
     residues, lengths = translate_batch([record.letters for record in records])
-    if not lengths.all():
+    if rules.bare == "refuse" and not lengths.all():
         index = int(lengths.argmin())
         refuse_empty_record(part, first + index, names[index])
     if lengths.max() > LONGEST:
@@ -168,7 +172,7 @@ def _encode(
         descriptions,
         residues,
         lengths,
-        np.zeros(len(names), np.int8),
+        np.where(lengths == 0, EMPTY, SOUND).astype(np.int8),
         np.array([record.latin1 for record in records]),
         np.arange(first, first + len(names)),
     )
@@ -249,7 +253,9 @@ def _judge_nucleotides(
     if rule == "refuse" and not sure.any() and not first:
         return batch
     letters = IS_NUCLEOTIDE[np.frombuffer(batch.residues, np.uint8)]
-    counts = np.add.reduceat(letters, np.cumsum(batch.lengths) - batch.lengths, dtype=np.int64)
+    sums = np.concatenate([[0], np.cumsum(letters, dtype=np.int64)])
+    ends = np.cumsum(batch.lengths)
+    counts = sums[ends] - sums[ends - batch.lengths]
     if rule == "drop":
         alike = (counts > NUCLEOTIDE_SHARE * batch.lengths) & (batch.lengths >= NUCLEOTIDE_LETTERS)
         batch.flaws[(sure | (open_ & alike)) & (batch.flaws == SOUND)] = NUCLEOTIDE

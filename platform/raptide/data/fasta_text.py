@@ -46,21 +46,26 @@ class FastaPart(NamedTuple):
 
 
 class FastaStream:
-    """A FASTA file that can be read only once: standard input (`-`), a pipe or a device.
+    """A FASTA file that is read once: standard input (`-`), a pipe, a device, or an open file.
 
     It remembers the lines of the records given out last, since an error cannot read it again.
+
+    Args:
+        file: read instead of opening `source`; where it begins, a record does.
+        line: of that record.
     """
 
     start, end = 0, None
 
-    def __init__(self, source: str | Path) -> None:
+    def __init__(self, source: str | Path, file: BinaryIO | None = None, *, line: int = 1) -> None:
         self.source = str(source)
         self.path = "standard input" if self.source == STANDARD_INPUT else self.source
         """What messages call it."""
+        self.file = file
         self._first = 0
         """The record that the first of the lines belongs to."""
         self._lines = np.zeros(0, np.int64)
-        self._next_line = 1
+        self._next_line = line
 
     def remember(self, piece: bytes) -> None:
         """Take note of the lines of a piece's records."""
@@ -106,15 +111,19 @@ def open_fasta(path: str | Path) -> FastaPart | FastaStream:
     return FastaStream(path) if is_stream(path) else FastaPart(str(path))
 
 
-def parse(part: FastaPart | FastaStream) -> Iterator[Record]:
-    """Each record, without any check of the letters."""
+def parse(part: FastaPart | FastaStream, *, empty: bool = False) -> Iterator[Record]:
+    """Each record, without any check of the letters.
+
+    Args:
+        empty: give out a last record without letters, rather than refuse the file.
+    """
     if isinstance(part, FastaPart):
         refuse_missing(part.path)
     seen = 0
-    for piece in _pieces(part) if part.end is None else _pieces_of_range(part):
+    for piece in pieces(part) if part.end is None else _pieces_of_range(part):
         if isinstance(part, FastaStream):
             part.remember(piece)
-        _refuse_carriage_return(part, piece, seen)
+        refuse_carriage_return(part, piece, seen)
         text, latin1 = _decode(piece)
         first = seen
         try:
@@ -123,7 +132,12 @@ def parse(part: FastaPart | FastaStream) -> Iterator[Record]:
                 seen += 1
         except needletail.NeedletailError as error:
             if "end of input" in str(error):
-                refuse_empty_record(part, seen, split_header(text[text.rfind(">") + 1 :])[0])
+                header = text[text.rfind("\n>") + 2 :].rstrip("\r\n")
+                if empty:
+                    yield Record(header, "", seen - first in latin1)
+                    seen += 1
+                    continue
+                refuse_empty_record(part, seen, split_header(header)[0])
             reason = str(error).split(" (line")[0].rstrip(".")
             raise FastaError(
                 f"{part.path}:{line_of_record(part, seen)}: this record cannot be read ({reason}); "
@@ -153,7 +167,7 @@ def refuse_missing(path: str | Path, *, what: str = "FASTA file") -> None:
     raise FastaError(f"A {what} is needed, but {path} is {problem}; name an existing file.")
 
 
-def _pieces(part: FastaPart | FastaStream) -> Iterator[bytes]:
+def pieces(part: FastaPart | FastaStream) -> Iterator[bytes]:
     """Whole records of a file, about PIECE_BYTES at a time."""
     waiting: list[bytes] = []
     with _open(part) as file:
@@ -177,6 +191,8 @@ def _pieces(part: FastaPart | FastaStream) -> Iterator[bytes]:
 
 
 def _open(part: FastaPart | FastaStream) -> BinaryIO:
+    if isinstance(part, FastaStream) and part.file is not None:
+        return part.file
     try:
         return open_plain(part.source, FastaError)
     except OSError as error:
@@ -214,7 +230,7 @@ INNER_CARRIAGE_RETURN = re.compile(rb"^>[^\n]*?\r(?!\r*(?:\n|\Z))", re.MULTILINE
 HEADER = re.compile(rb"^>[^\n]*", re.MULTILINE)
 
 
-def _refuse_carriage_return(part: FastaPart | FastaStream, piece: bytes, seen: int) -> None:
+def refuse_carriage_return(part: FastaPart | FastaStream, piece: bytes, seen: int) -> None:
     """A CR within a header means lines that end with CR alone: letters would pass for a header."""
     if b"\r" in piece and (found := INNER_CARRIAGE_RETURN.search(piece)):
         index = seen + sum(1 for _ in HEADER.finditer(piece, 0, found.start()))

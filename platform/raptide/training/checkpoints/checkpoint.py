@@ -24,11 +24,11 @@ from typing import Any
 import pyarrow.fs
 import ray.train
 import torch
-from pyarrow import ArrowInvalid
 
+import raptide.storage
 from raptide.config import parse_settings
 from raptide.data.streaming.stream import Cursor, describe_difference
-from raptide.errors import BundleError, CheckpointError, ConfigError
+from raptide.errors import BundleError, CheckpointError
 from raptide.model.formats.detect import read_weights
 from raptide.model.formats.strangers import recognise
 from raptide.training.checkpoints.scratch import made_once
@@ -53,33 +53,8 @@ TRANSFERS = 8
 CHUNK = 1 << 22
 
 
-@dataclass(frozen=True)
-class Storage:
-    """Where a run's checkpoints lie; any pyarrow file system."""
-
-    filesystem: Any
-    path: str
-
-    @classmethod
-    def of(cls, folder: str | Path) -> Storage:
-        """The storage in a folder on this machine's file systems."""
-        return cls(pyarrow.fs.LocalFileSystem(), str(Path(folder).resolve()))
-
-    @classmethod
-    def at(cls, uri: str) -> Storage:
-        """The storage at a URI.
-
-        Raises:
-            ConfigError: pyarrow knows no such file system.
-        """
-        try:
-            return cls(*pyarrow.fs.FileSystem.from_uri(uri))
-        except (ArrowInvalid, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(
-                f"checkpoint.storage cannot be {uri!r} ({reason}); give a URI such as "
-                "s3://bucket/runs or file:///shared/runs."
-            ) from None
+class Storage(raptide.storage.Storage):
+    """Where a run's checkpoints lie."""
 
     @classmethod
     def of_run(cls, folder: Path) -> Storage:
@@ -93,10 +68,6 @@ class Storage:
         """The storage of the Ray Train run that this worker belongs to."""
         context = ray.train.get_context().get_storage()
         return cls(context.storage_filesystem, context.experiment_fs_path)
-
-    @property
-    def is_local(self) -> bool:
-        return isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
 
 
 def checkpoint_name(step: int) -> str:

@@ -1,0 +1,25 @@
+"""Whole proteomes through engines to files: killed at any time, nothing lost, nothing twice.
+
+    work = EmbedWork.of("runs/demo", pooling="mean")
+    run_bulk(work, find_sources(["*.fasta"]), OutputFolder.at("embeddings"), BulkSettings())
+
+Sources are cut into *units*, named by what they hold. Ray Data streams units to workers; a worker
+has its engine in a process that may die, and writes one part a unit, whole or not at all. So what
+is done is what lies there, and a job that is given again does the rest.
+"""
+
+from raptide.bulk.folder import OutputFolder
+from raptide.bulk.job import BulkSettings, Outcome, run_bulk
+from raptide.bulk.sources.find import find_sources
+from raptide.bulk.work import EmbedWork, ScanWork, ScoreWork
+
+__all__ = [
+    "BulkSettings",
+    "EmbedWork",
+    "Outcome",
+    "OutputFolder",
+    "ScanWork",
+    "ScoreWork",
+    "find_sources",
+    "run_bulk",
+]

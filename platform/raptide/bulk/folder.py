@@ -1,0 +1,234 @@
+"""What a job writes.
+
+embeddings/
+  manifest.json      what was computed on what, and in the end how much; guards the folder
+  parts/*.parquet    one a unit, in the order of the input; one data set to any tool
+  rejects.parquet    the records that nothing was computed of, and why; there at the end
+  rejects/           the same unit by unit, while the job goes on
+  deaths/            notes on records that killed their process, while the job goes on
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raptide.bulk.sources.pipe import INPUTS
+from raptide.errors import ConfigError
+from raptide.storage import PARTIAL, Storage, storage_of
+
+FORMAT_VERSION = 1
+MANIFEST, PARTS, REJECTS, DEATHS, LOCK = "manifest.json", "parts", "rejects", "deaths", ".lock"
+REJECTS_FILE = "rejects.parquet"
+H5_FILE, CSV_FILE, TABLES = "embeddings.h5", "scores.csv", "tables"
+MADE = (H5_FILE, CSV_FILE, TABLES)
+"""What may be made of the parts."""
+
+REJECT_ROW = pa.schema(
+    [
+        ("id", pa.large_string()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("reason", pa.string()),
+        ("length", pa.int64()),
+    ]
+)
+
+HEARTBEAT_S = 10.0
+STALE_S = 60.0
+"""Where a file system has no locks, a job says every HEARTBEAT_S that it lives, and counts as dead
+after STALE_S."""
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """One job's output. Safe to pickle."""
+
+    storage: Storage
+
+    @classmethod
+    def at(cls, path: str | Path) -> OutputFolder:
+        """The folder at a path or a URI.
+
+        Raises:
+            ConfigError: pyarrow knows no such file system.
+        """
+        return cls(storage_of(path, "--output"))
+
+    @property
+    def name(self) -> str:
+        return self.storage.path
+
+    def path(self, name: str) -> str:
+        """Of a file in it, as people write it."""
+        return self.storage.full(name)
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What the folder's job is, or None where there is none yet."""
+        if not self.storage.holds(MANIFEST):
+            return None
+        try:
+            return json.loads(self.storage.read(MANIFEST))
+        except ValueError:
+            raise ConfigError(
+                f"{self.storage.full(MANIFEST)} cannot be read; start over with --replace, or "
+                "choose another --output."
+            ) from None
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        text = json.dumps(manifest, indent=1) + "\n"
+        self.storage.write(MANIFEST, lambda file: file.write(text.encode()))
+
+    def refuse_strangers(self, fingerprint: dict[str, Any]) -> None:
+        """A folder holds one job's output, or nothing.
+
+        Args:
+            fingerprint: of the job, or the fields of it that are known already.
+
+        Raises:
+            ConfigError: it holds something else; the message names the field that differs.
+        """
+        manifest = self.manifest()
+        if manifest is None:
+            if set(self.storage.names("")) - {LOCK} or self.storage.names(PARTS):
+                raise ConfigError(
+                    f"{self.name} holds files that no job of this kind wrote; choose another "
+                    "--output."
+                )
+            return
+        there = manifest["fingerprint"]
+        for field, value in fingerprint.items():
+            if there.get(field) != value:
+                raise ConfigError(
+                    f"{self.name} holds the output of another job ({field}: "
+                    f"{_shown(there.get(field))} there, {_shown(value)} here); start over with "
+                    "--replace, or choose another --output."
+                )
+
+    def clear(self) -> None:
+        """Delete what a job wrote here, and nothing else; the manifest last."""
+        for name in (PARTS, REJECTS, DEATHS, PARTIAL, INPUTS, *MADE, REJECTS_FILE, MANIFEST):
+            self.storage.delete(name)
+
+    def tidy(self) -> None:
+        """Take away what a killed job was writing."""
+        for name in (PARTIAL, INPUTS):
+            self.storage.delete(name)
+
+    def parts(self) -> list[str]:
+        """Units that are done."""
+        return [name.removesuffix(".parquet") for name in self.storage.names(PARTS)]
+
+    def has_part(self, unit: str) -> bool:
+        return self.storage.holds(f"{PARTS}/{unit}.parquet")
+
+    def open_part(self, unit: str) -> pq.ParquetFile:
+        path = self.storage.full(f"{PARTS}/{unit}.parquet")
+        return pq.ParquetFile(self.storage.filesystem.open_input_file(path))
+
+    def write_part(self, unit: str, table: pa.Table) -> None:
+        self._write_table(f"{PARTS}/{unit}.parquet", table)
+
+    def write_rejects(self, unit: str, table: pa.Table) -> None:
+        self._write_table(f"{REJECTS}/{unit}.parquet", table)
+
+    def _write_table(self, name: str, table: pa.Table) -> None:
+        # Numbers of models do not compress; names and digests hardly count beside them.
+        self.storage.write(name, lambda file: pq.write_table(table, file, compression="lz4"))
+
+    def gather_rejects(self) -> int:
+        """All rejects in one file, in the order of the input; how many there are."""
+        units = self.storage.names(REJECTS)
+        if self.storage.holds(REJECTS_FILE) and not units:
+            return self._table(REJECTS_FILE).metadata.num_rows
+        count = 0
+
+        def write(file: Any) -> None:
+            nonlocal count
+            count = 0
+            with pq.ParquetWriter(file, REJECT_ROW, compression="zstd") as writer:
+                for name in units:
+                    table = self._table(f"{REJECTS}/{name}").read()
+                    writer.write_table(table)
+                    count += table.num_rows
+
+        self.storage.write(REJECTS_FILE, write)
+        self.storage.delete(REJECTS)
+        return count
+
+    def _table(self, name: str) -> pq.ParquetFile:
+        return pq.ParquetFile(self.storage.filesystem.open_input_file(self.storage.full(name)))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the block, no other job writes here; a dead one's claim is gone.
+
+        Raises:
+            ConfigError: another one does.
+        """
+        with self._locked() if self.storage.is_local else self._leased():
+            yield
+
+    def _refuse(self, holder: str) -> ConfigError:
+        return ConfigError(
+            f"Another job{holder} writes to {self.name}; wait for its end, stop it, or choose "
+            "another --output."
+        )
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.storage.filesystem.create_dir(self.name, recursive=True)
+        with open(self.storage.full(LOCK), "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise self._refuse("") from None
+            except OSError:  # this file system has no locks
+                pass
+            yield
+
+    @contextmanager
+    def _leased(self) -> Iterator[None]:
+        me = f"{socket.gethostname()}, process {os.getpid()}, {uuid.uuid4().hex[:8]}"
+        holder = json.loads(self.storage.read(LOCK)) if self.storage.holds(LOCK) else None
+        if holder and time.time() - holder["alive"] < STALE_S:
+            raise self._refuse(f" ({holder['who']})")
+        ended = threading.Event()
+
+        def say() -> None:
+            text = json.dumps({"who": me, "alive": time.time()}).encode()
+            self.storage.write(LOCK, lambda file: file.write(text))
+
+        def beat() -> None:
+            while not ended.wait(HEARTBEAT_S):
+                say()
+
+        say()
+        if json.loads(self.storage.read(LOCK))["who"] != me:
+            raise self._refuse("")
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            self.storage.delete(LOCK)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

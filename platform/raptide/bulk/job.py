@@ -1,0 +1,304 @@
+"""A job from end to end: survey the sources, compute the units that are missing, finish."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from raptide.bulk.folder import FORMAT_VERSION, OutputFolder
+from raptide.bulk.process import Limits
+from raptide.bulk.sources.pipe import Pipe
+from raptide.bulk.units import Source, Survey, Unit
+from raptide.bulk.work import Precision, Work
+from raptide.bulk.worker import DONE, Done, UnitWorker, read_units
+from raptide.config import Settings
+from raptide.errors import ConfigError, plain_errors
+
+LEAST_MEMORY = 1 << 30
+"""Bytes that an engine may take in any case; else its share of what Ray counts as a node's."""
+
+ENGINES_PER_READER = 8
+
+FOOTERS_AT_ONCE = 16
+
+
+class BulkSettings(Settings):
+    """How a job runs; nothing of this changes a number."""
+
+    workers: int | None = None
+    """Engines; by default one for each GPU of the cluster, or for each share of `threads` CPUs."""
+
+    threads: int = 1
+    """Of one engine on CPUs."""
+
+    timeout_s: float = 3600.0
+    """Seconds that some 65,000 tokens, or one longer record, may take at most."""
+
+    memory_gb: float | None = None
+    """Of one engine's process; by default its share of the node."""
+
+    replace: bool = False
+    """Whether another job's output gives way."""
+
+
+@dataclass
+class Outcome:
+    """What a job has done, and what there is now."""
+
+    rows: int = 0
+    rejects: int = 0
+    residues: int = 0
+    """Of all rows, also of parts that were there before."""
+    parts: int = 0
+    computed_residues: int = 0
+    """By this call."""
+    computed_records: int = 0
+    startup_s: float = 0.0
+    """Until the first engine was ready: survey, workers, models."""
+    seconds: float = 0.0
+    """From then to the end."""
+    workers: int = 0
+    on_gpus: bool = False
+
+
+Watch = Callable[[int, int, float], None]
+"""Called with residues done, residues in all, and residues/s, over and over."""
+
+
+def run_bulk(
+    work: Work,
+    sources: Sequence[Source],
+    output: OutputFolder,
+    settings: BulkSettings = BulkSettings(),  # noqa: B008 (frozen)
+    watch: Watch = lambda done, total, rate: None,
+) -> Outcome:
+    """Compute what is missing of a job's output. Needs a running Ray.
+
+    Raises:
+        ConfigError: the folder holds another job's output, or another job writes to it.
+        InputError: a source is damaged, or `work` refuses a record.
+    """
+    began = time.monotonic()
+    with output.alone(), plain_errors():
+        if settings.replace:
+            output.clear()
+        output.refuse_strangers(fingerprint(work))
+        output.tidy()
+        sources = copy_pipes(sources, output)
+        surveys = survey_sources(sources, work)
+        whole = fingerprint(work) | {"inputs": [survey.digest for survey in surveys]}
+        output.refuse_strangers(whole)
+        manifest = _begin(output, whole, sources, surveys)
+        outcome = _compute(work, sources, surveys, output, settings, watch, began)
+        _finish(output, manifest, surveys, outcome)
+    return outcome
+
+
+def copy_pipes(sources: Sequence[Source], output: OutputFolder) -> list[Source]:
+    """What can be read only once, as files."""
+    return [
+        source.copied(output.storage, index) if isinstance(source, Pipe) else source
+        for index, source in enumerate(sources)
+    ]
+
+
+def fingerprint(work: Work) -> dict[str, Any]:
+    """What must be the same for parts to belong together, but for the inputs."""
+    return {"format_version": FORMAT_VERSION, **work.fingerprint()}
+
+
+def survey_sources(sources: Sequence[Source], work: Work) -> list[Survey]:
+    """What each source holds, several at once.
+
+    Raises:
+        InputError: one is damaged.
+    """
+
+    def survey(index: int) -> Survey:
+        return sources[index].survey(index, work)
+
+    task = ray.remote(num_cpus=1, max_retries=3)(survey)
+    return ray.get([task.remote(index) for index in range(len(sources))])
+
+
+def _begin(
+    output: OutputFolder, whole: dict[str, Any], sources: Sequence[Source], surveys: list[Survey]
+) -> dict[str, Any]:
+    inputs = [
+        {"name": source.name, "sha256": survey.digest, "records": survey.records}
+        for source, survey in zip(sources, surveys, strict=True)
+    ]
+    manifest = {"finished": False, "fingerprint": whole, "inputs": inputs}
+    there = output.manifest()
+    if there is None or there.get("finished") is not True:
+        output.write_manifest(manifest)
+    return manifest
+
+
+def _compute(
+    work: Work,
+    sources: Sequence[Source],
+    surveys: list[Survey],
+    output: OutputFolder,
+    settings: BulkSettings,
+    watch: Watch,
+    began: float,
+) -> Outcome:
+    total = sum(survey.residues for survey in surveys)
+    there = set(output.parts())
+    stretches = list(_missing(sources, surveys, there))
+    left = sum(unit.residues for stretch in stretches for unit in stretch)
+    outcome = Outcome(startup_s=time.monotonic() - began)
+    progress = total - left
+    watch(progress, total, 0.0)
+    started = None
+    for done in _run(work, sources, stretches, output, settings, outcome):
+        now = time.monotonic()
+        if started is None:
+            started = now - done.seconds + done.opening_s
+            outcome.startup_s = started - began
+        progress += done.residues
+        outcome.computed_residues += done.computed
+        outcome.computed_records += done.rows
+        outcome.seconds = now - started
+        watch(progress, total, outcome.computed_residues / max(outcome.seconds, 1e-9))
+    return outcome
+
+
+def _missing(
+    sources: Sequence[Source], surveys: list[Survey], there: set[str]
+) -> Iterator[list[Unit]]:
+    """Units that have no part yet, in stretches that one task reads."""
+    for source, survey in zip(sources, surveys, strict=True):
+        left = [unit for unit in survey.units if unit.name not in there]
+        if left:
+            yield from source.stretches(left)
+
+
+def _run(
+    work: Work,
+    sources: Sequence[Source],
+    stretches: list[list[Unit]],
+    output: OutputFolder,
+    settings: BulkSettings,
+    outcome: Outcome,
+) -> Iterator[Done]:
+    """Have Ray Data do it; what is said of each unit, as it is done."""
+    if not stretches:
+        return
+    places = plan_workers(settings)
+    workers = min(places.workers, sum(map(len, stretches)))
+    outcome.workers, outcome.on_gpus = workers, places.gpus > 0
+    limits = Limits(settings.threads, places.memory_bytes, settings.timeout_s)
+
+    # A generator: only out of those does Ray Data let our own errors through.
+    def read(batch: dict[str, Any]) -> Iterator[pa.Table]:
+        for units in batch["units"]:
+            yield from read_units(sources, [Unit(*each) for each in json.loads(units)])
+
+    rows = [{"units": json.dumps(stretch)} for stretch in stretches]
+    readers = ray.data.TaskPoolStrategy(size=1 + workers // ENGINES_PER_READER)
+    dataset = (
+        ray.data.from_items(rows, override_num_blocks=len(rows))
+        .map_batches(read, batch_size=1, num_cpus=0, compute=readers)
+        .map_batches(
+            UnitWorker,
+            fn_constructor_args=(work, output, limits),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_gpus=places.gpus,
+            num_cpus=places.cpus,
+        )
+    )
+    context = dataset.context
+    context.target_max_block_size = 1  # a block a unit: none waits for others to fill it
+    context.execution_options.preserve_order = False
+    context.execution_no_progress_timeout_s = -1  # a unit may take as long as it takes
+    context.enable_progress_bars = False
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield from (Done(*json.loads(each)) for each in table[DONE].to_pylist())
+
+
+def choose_precision(asked: Literal["auto", "fp32", "bf16"]) -> Precision:
+    """What engines compute in: as asked, or what is faster where they will run."""
+    if asked != "auto":
+        return asked
+
+    def faster() -> Precision:
+        import torch
+
+        from raptide.model.device import multiplies_bf16_faster
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return "bf16" if multiplies_bf16_faster(device) else "fp32"
+
+    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    return ray.get(ray.remote(num_cpus=1 - gpus, num_gpus=gpus)(faster).remote())
+
+
+@dataclass(frozen=True)
+class Places:
+    """What engines there is room for."""
+
+    workers: int
+    cpus: float
+    gpus: float
+    """That one engine takes."""
+    memory_bytes: int
+    """That one engine may take."""
+
+
+def plan_workers(settings: BulkSettings) -> Places:
+    """One engine for each GPU, or for each share of a node's CPUs.
+
+    Raises:
+        ConfigError: more engines are asked for than there is room for.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = 1.0 if sum(node.get("GPU", 0) for node in nodes) else 0.0
+    unit, need = ("GPU", 1.0) if gpus else ("CPU", float(settings.threads))
+    room = [int(node.get(unit, 0) // need) for node in nodes]
+    asked = settings.workers
+    if asked is not None and not 1 <= asked <= max(sum(room), 1):
+        raise ConfigError(
+            f"--workers {asked} was given, but there is room for 1 to {max(sum(room), 1)} engines "
+            f"of {need:g} {unit}s each; give another number."
+        )
+    workers = asked or max(sum(room), 1)
+    memory = settings.memory_gb and int(settings.memory_gb * 1e9)
+    shares = [
+        node["memory"] / min(places, workers)
+        for node, places in zip(nodes, room, strict=True)
+        if places and "memory" in node
+    ]
+    share = int(min(shares, default=LEAST_MEMORY))
+    return Places(workers, 0.0 if gpus else need, gpus, memory or max(share, LEAST_MEMORY))
+
+
+def _finish(
+    output: OutputFolder, manifest: dict[str, Any], surveys: list[Survey], outcome: Outcome
+) -> None:
+    """Look at every part once more, gather the rejects, and say so in the manifest."""
+    units = [unit.name for survey in surveys for unit in survey.units]
+
+    def rows(unit: str) -> int:
+        with output.open_part(unit) as part:
+            return part.metadata.num_rows
+
+    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+        outcome.rows = sum(pool.map(rows, units))
+    outcome.parts = len(units)
+    outcome.rejects = output.gather_rejects()
+    outcome.residues = sum(survey.residues for survey in surveys)
+    counts = {"rows": outcome.rows, "rejects": outcome.rejects, "parts": outcome.parts}
+    output.write_manifest(manifest | {"finished": True, "counts": counts})
+    output.tidy()

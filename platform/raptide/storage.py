@@ -1,0 +1,178 @@
+"""Where files lie: a folder of this machine, or below any URI that pyarrow opens.
+
+A file is written whole or not at all: it gets its name when its last byte is there. What a file
+system does not do at first is tried again, unless it says that it never will.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import pyarrow.fs
+from pyarrow import ArrowInvalid
+from pyarrow.fs import FileSelector, FileType
+
+from raptide.errors import ConfigError, RaptideError
+
+PARTIAL = "partial"
+"""Folder for what is being written, beside what is whole."""
+
+TRIES = 5
+FIRST_PAUSE_S = 0.2
+
+FINAL = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+}
+"""Errors that no second try mends."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A folder in any pyarrow file system."""
+
+    filesystem: Any
+    path: str
+
+    @classmethod
+    def of(cls, folder: str | Path) -> Self:
+        """The storage in a folder on this machine's file systems."""
+        return cls(pyarrow.fs.LocalFileSystem(), str(Path(folder).resolve()))
+
+    @classmethod
+    def at(cls, uri: str, what: str = "checkpoint.storage") -> Self:
+        """The storage at a URI.
+
+        Args:
+            what: the setting that names it, for the error.
+
+        Raises:
+            ConfigError: pyarrow knows no such file system.
+        """
+        try:
+            return cls(*pyarrow.fs.FileSystem.from_uri(uri))
+        except (ArrowInvalid, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"{what} cannot be {uri!r} ({reason}); give a URI such as "
+                "s3://bucket/runs or file:///shared/runs."
+            ) from None
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
+
+    def full(self, name: str) -> str:
+        return f"{self.path}/{name}" if name else self.path
+
+    def holds(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return patiently(lambda: self.filesystem.get_file_info(self.full(name))).is_file
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files in a folder, sorted; none where there is no such folder."""
+        selector = FileSelector(self.full(folder), allow_not_found=True)
+        infos = patiently(lambda: self.filesystem.get_file_info(selector))
+        return sorted(info.base_name for info in infos if info.is_file)
+
+    def read(self, name: str) -> bytes:
+        def read() -> bytes:
+            with self.filesystem.open_input_stream(self.full(name)) as file:
+                return file.read()
+
+        return patiently(read)
+
+    def write(self, name: str, write: Callable[[Any], None]) -> None:
+        """Make a file, whole: `write` is given a file object, more than once if need be.
+
+        Raises:
+            RaptideError: the file system refuses for good, or again and again.
+        """
+        partial = self.full(f"{PARTIAL}/{name.replace('/', '-')}.{uuid.uuid4().hex[:8]}")
+        target = self.full(name)
+
+        def attempt() -> None:
+            try:
+                for each in {os.path.dirname(partial), os.path.dirname(target)}:
+                    self.filesystem.create_dir(each, recursive=True)
+                with self.filesystem.open_output_stream(partial) as file:
+                    write(file)
+                if self.is_local:
+                    _flush(partial)
+                self.filesystem.move(partial, target)
+            except BaseException:
+                self._forget(partial)
+                raise
+
+        try:
+            patiently(attempt)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())[:200]
+            raise RaptideError(
+                f"{target} cannot be written ({reason}); make room or mend the file system, and "
+                "start the job again: it goes on where it was."
+            ) from None
+
+    def delete(self, name: str) -> None:
+        """Delete a file, or a folder with all that is in it, if it is there."""
+        path = self.full(name)
+
+        def delete() -> None:
+            kind = self.filesystem.get_file_info(path).type
+            if kind == FileType.Directory:
+                self.filesystem.delete_dir(path)
+            elif kind == FileType.File:
+                self.filesystem.delete_file(path)
+
+        patiently(delete)
+
+    def _forget(self, path: str) -> None:
+        try:
+            if self.filesystem.get_file_info(path).is_file:
+                self.filesystem.delete_file(path)
+        except OSError:
+            pass
+
+
+def is_uri(path: str | Path) -> bool:
+    return re.match(r"[a-z][a-z0-9+.-]*://", str(path), re.IGNORECASE) is not None
+
+
+def storage_of(path: str | Path, what: str) -> Storage:
+    """The storage at a path or a URI."""
+    return Storage.at(str(path), what) if is_uri(path) else Storage.of(path)
+
+
+def patiently(action: Callable[[], T]) -> T:
+    """What `action` returns; where the file system stumbles, it is tried again."""
+    for pause in _pauses():
+        try:
+            return action()
+        except OSError as error:
+            if error.errno in FINAL:
+                raise
+            time.sleep(pause)
+    return action()
+
+
+def _pauses() -> Iterator[float]:
+    return (FIRST_PAUSE_S * 2**number for number in range(TRIES - 1))
+
+
+def _flush(path: str) -> None:
+    """What has a name after a power cut has its bytes too."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
