@@ -17,6 +17,7 @@ BENCHMARKS = sorted((ROOT / "tests/benchmarks").glob("bench_*.py"))
 CHAOS = [
     ROOT / f"tests/chaos/{name}.py"
     for name in (
+        "bulk_chaos",
         "pretrain_chaos",
         "serve_chaos",
         "serve_day",

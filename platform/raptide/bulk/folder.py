@@ -33,6 +33,8 @@ from raptide.storage import PARTIAL, Storage, storage_of
 FORMAT_VERSION = 1
 MANIFEST, PARTS, REJECTS, DEATHS, LOCK = "manifest.json", "parts", "rejects", "deaths", ".lock"
 REJECTS_FILE = "rejects.parquet"
+STAMP = b"raptide"
+"""Of what a part's metadata says: the digest of its job's fingerprint."""
 H5_FILE, CSV_FILE, TABLES = "embeddings.h5", "scores.csv", "tables"
 MADE = (H5_FILE, CSV_FILE, TABLES)
 """What may be made of the parts."""
@@ -139,8 +141,17 @@ class OutputFolder:
         path = self.storage.full(f"{PARTS}/{unit}.parquet")
         return pq.ParquetFile(self.storage.filesystem.open_input_file(path))
 
-    def write_part(self, unit: str, table: pa.Table) -> None:
-        self._write_table(f"{PARTS}/{unit}.parquet", table)
+    def write_part(self, unit: str, table: pa.Table, stamp: str) -> None:
+        """Write a unit's part.
+
+        Args:
+            stamp: of the job; a worker of a killed one may still be at work when another begins.
+        """
+        marked = table.replace_schema_metadata({STAMP: stamp})
+        self._write_table(f"{PARTS}/{unit}.parquet", marked)
+
+    def delete_part(self, unit: str) -> None:
+        self.storage.delete(f"{PARTS}/{unit}.parquet")
 
     def write_rejects(self, unit: str, table: pa.Table) -> None:
         self._write_table(f"{REJECTS}/{unit}.parquet", table)

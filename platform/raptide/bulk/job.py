@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +14,14 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from raptide.bulk.folder import FORMAT_VERSION, OutputFolder
+from raptide.bulk.folder import FORMAT_VERSION, STAMP, OutputFolder
 from raptide.bulk.process import Limits
 from raptide.bulk.sources.pipe import Pipe
 from raptide.bulk.units import Source, Survey, Unit
 from raptide.bulk.work import Precision, Work
 from raptide.bulk.worker import DONE, Done, UnitWorker, read_units
 from raptide.config import Settings
-from raptide.errors import ConfigError, plain_errors
+from raptide.errors import ConfigError, RaptideError, plain_errors
 
 LEAST_MEMORY = 1 << 30
 """Bytes that an engine may take in any case; else its share of what Ray counts as a node's."""
@@ -97,8 +98,10 @@ def run_bulk(
         whole = fingerprint(work) | {"inputs": [survey.digest for survey in surveys]}
         output.refuse_strangers(whole)
         manifest = _begin(output, whole, sources, surveys)
-        outcome = _compute(work, sources, surveys, output, settings, watch, began)
-        _finish(output, manifest, surveys, outcome)
+        stamp = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+        run = _Run(work, sources, output, stamp, settings)
+        outcome = _compute(run, surveys, watch, began)
+        _finish(run, manifest, surveys, outcome)
     return outcome
 
 
@@ -143,24 +146,27 @@ def _begin(
     return manifest
 
 
-def _compute(
-    work: Work,
-    sources: Sequence[Source],
-    surveys: list[Survey],
-    output: OutputFolder,
-    settings: BulkSettings,
-    watch: Watch,
-    began: float,
-) -> Outcome:
+@dataclass(frozen=True)
+class _Run:
+    """What all steps of a job need."""
+
+    work: Work
+    sources: Sequence[Source]
+    output: OutputFolder
+    stamp: str
+    settings: BulkSettings
+
+
+def _compute(run: _Run, surveys: list[Survey], watch: Watch, began: float) -> Outcome:
     total = sum(survey.residues for survey in surveys)
-    there = set(output.parts())
-    stretches = list(_missing(sources, surveys, there))
+    there = set(run.output.parts())
+    stretches = list(_missing(run.sources, surveys, there))
     left = sum(unit.residues for stretch in stretches for unit in stretch)
     outcome = Outcome(startup_s=time.monotonic() - began)
     progress = total - left
     watch(progress, total, 0.0)
     started = None
-    for done in _run(work, sources, stretches, output, settings, outcome):
+    for done in _stream(run, stretches, outcome):
         now = time.monotonic()
         if started is None:
             started = now - done.seconds + done.opening_s
@@ -183,17 +189,11 @@ def _missing(
             yield from source.stretches(left)
 
 
-def _run(
-    work: Work,
-    sources: Sequence[Source],
-    stretches: list[list[Unit]],
-    output: OutputFolder,
-    settings: BulkSettings,
-    outcome: Outcome,
-) -> Iterator[Done]:
+def _stream(run: _Run, stretches: list[list[Unit]], outcome: Outcome) -> Iterator[Done]:
     """Have Ray Data do it; what is said of each unit, as it is done."""
     if not stretches:
         return
+    sources, settings = run.sources, run.settings
     places = plan_workers(settings)
     workers = min(places.workers, sum(map(len, stretches)))
     outcome.workers, outcome.on_gpus = workers, places.gpus > 0
@@ -211,7 +211,7 @@ def _run(
         .map_batches(read, batch_size=1, num_cpus=0, compute=readers)
         .map_batches(
             UnitWorker,
-            fn_constructor_args=(work, output, limits),
+            fn_constructor_args=(run.work, run.output, run.stamp, limits),
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=workers),
@@ -284,15 +284,20 @@ def plan_workers(settings: BulkSettings) -> Places:
     return Places(workers, 0.0 if gpus else need, gpus, memory or max(share, LEAST_MEMORY))
 
 
-def _finish(
-    output: OutputFolder, manifest: dict[str, Any], surveys: list[Survey], outcome: Outcome
-) -> None:
+def _finish(run: _Run, manifest: dict[str, Any], surveys: list[Survey], outcome: Outcome) -> None:
     """Look at every part once more, gather the rejects, and say so in the manifest."""
+    output = run.output
     units = [unit.name for survey in surveys for unit in survey.units]
 
     def rows(unit: str) -> int:
         with output.open_part(unit) as part:
-            return part.metadata.num_rows
+            if part.schema_arrow.metadata.get(STAMP) == run.stamp.encode():
+                return part.metadata.num_rows
+        output.delete_part(unit)
+        raise RaptideError(
+            f"A worker of an earlier job still wrote to {output.name}; give the job again, it "
+            "replaces what that one left."
+        )
 
     with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
         outcome.rows = sum(pool.map(rows, units))

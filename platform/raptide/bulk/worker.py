@@ -53,8 +53,8 @@ def read_units(sources: Sequence[Source], stretch: Sequence[Unit]) -> Iterator[p
 class UnitWorker:
     """One engine's place in the cluster."""
 
-    def __init__(self, work: Work, output: OutputFolder, limits: Limits) -> None:
-        self._work, self._output = work, output
+    def __init__(self, work: Work, output: OutputFolder, stamp: str, limits: Limits) -> None:
+        self._work, self._output, self._stamp = work, output, stamp
         self._engine = EngineProcess(work, limits)
 
     # A generator: only out of those does Ray Data let our own errors through.
@@ -81,7 +81,7 @@ class UnitWorker:
         if rejected:  # before the part: with it the unit is done
             self._output.write_rejects(unit.name, _rejects(file, records, reasons, rejected))
         found = [value for value in values if not isinstance(value, Rejected)]
-        self._output.write_part(unit.name, self._part(records, kept, found))
+        self._output.write_part(unit.name, self._part(records, kept, found), self._stamp)
         notes.forget()
         return Done(
             unit.name,
