@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from raptide.bulk.units import Source
 from raptide.bulk.work import Model, Precision, Work
 from raptide.cluster import ray_session
 from raptide.data.fasta import ReadingRules
+from raptide.data.fasta_text import is_stream
 from raptide.errors import ConfigError
-from raptide.storage import is_uri
 from raptide.training.checkpoints.checkpoint import find_bundle
 
 READER_CPUS = 1
@@ -80,6 +81,14 @@ def add_protein_options(parser: argparse.ArgumentParser) -> None:
 
 
 def protein_sources(args: argparse.Namespace) -> list[Source]:
+    """What `--input` stands for.
+
+    Raises:
+        ConfigError: something is not there, or a pipe is named twice.
+    """
+    for given, times in Counter(args.input).items():
+        if times > 1 and is_stream(given):
+            raise ConfigError(f"--input names {given} {times} times, but it can be read only once.")
     rules = ReadingRules(
         **LENIENT.model_dump()
         | {
@@ -172,8 +181,8 @@ def run_bulk_job(
     """
     settings = read_settings(args, max(model.threads for model in models))
     output = OutputFolder.at(args.output)
-    if not is_uri(args.output):
-        refuse_output(Path(args.output), "--output")
+    if output.storage.is_local:
+        refuse_output(Path(output.name), "--output")
     known = fingerprint(make_work("fp32"))
     if args.precision == "auto":
         del known["precision"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +37,7 @@ def log_output(output: OutputFolder, outcome: Outcome, models: list[Model]) -> N
         else:  # not exercised without a network
             run.use_artifact(artifact)
     facts = {"counts": manifest["counts"], "inputs": manifest["inputs"][:100]}
-    name = Path(output.name).name
+    name = re.sub(r"[^\w.-]", "-", Path(output.name).name, flags=re.ASCII)
     data = wandb.Artifact(f"{manifest['fingerprint']['work']}-{name}", "dataset", metadata=facts)
     data.add_reference(_uri(output), checksum=False)
     run.log_artifact(data)

@@ -232,7 +232,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         "Try next:\n"
         f"  .venv/bin/serve run serve.app:build model={RUN}     # then http://127.0.0.1:8000/docs\n"
         f"  .venv/bin/python jobs/embed_proteins.py --model {RUN} --input my.fasta "
-        "--output embeddings.parquet"
+        "--output embeddings"
     )
     if any((RUN / "wandb").glob("offline-run-*")):
         print(f"  .venv/bin/wandb sync {RUN}/wandb/offline-run-*       # the run in W&B")

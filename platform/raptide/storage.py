@@ -77,20 +77,40 @@ class Storage:
 
     def holds(self, name: str) -> bool:
         """Whether there is such a file."""
-        return patiently(lambda: self.filesystem.get_file_info(self.full(name))).is_file
+        return self._ask(name, lambda path: self.filesystem.get_file_info(path).is_file)
 
-    def names(self, folder: str) -> list[str]:
-        """Names of the files in a folder, sorted; none where there is no such folder."""
-        selector = FileSelector(self.full(folder), allow_not_found=True)
-        infos = patiently(lambda: self.filesystem.get_file_info(selector))
-        return sorted(info.base_name for info in infos if info.is_file)
+    def is_there(self) -> bool:
+        """Whether there is such a folder, or a file instead."""
+        kind = self._ask("", lambda path: self.filesystem.get_file_info(path).type)
+        return kind != FileType.NotFound
+
+    def make(self) -> None:
+        """Make the folder, and those above it."""
+        self._ask("", lambda path: self.filesystem.create_dir(path, recursive=True))
+
+    def names(self, folder: str, *, folders: bool = False) -> list[str]:
+        """Names of the files in a folder, sorted; none where there is no such folder.
+
+        Args:
+            folders: name the folders in it, too.
+        """
+
+        def names(path: str) -> list[str]:
+            infos = self.filesystem.get_file_info(FileSelector(path, allow_not_found=True))
+            return sorted(info.base_name for info in infos if folders or info.is_file)
+
+        return self._ask(folder, names)
 
     def read(self, name: str) -> bytes:
-        def read() -> bytes:
-            with self.filesystem.open_input_stream(self.full(name)) as file:
+        def read(path: str) -> bytes:
+            with self.filesystem.open_input_stream(path) as file:
                 return file.read()
 
-        return patiently(read)
+        return self._ask(name, read)
+
+    def open(self, name: str) -> Any:
+        """A file, to be read from any place."""
+        return self._ask(name, lambda path: self.filesystem.open_input_file(path))
 
     def write(self, name: str, write: Callable[[Any], None]) -> None:
         """Make a file, whole: `write` is given a file object, more than once if need be.
@@ -117,24 +137,37 @@ class Storage:
         try:
             patiently(attempt)
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())[:200]
             raise RaptideError(
-                f"{target} cannot be written ({reason}); make room or mend the file system, and "
-                "start the job again: it goes on where it was."
+                f"{target} cannot be written ({reason_of(error)}); make room or mend the file "
+                "system, and start the job again: it goes on where it was."
             ) from None
 
     def delete(self, name: str) -> None:
         """Delete a file, or a folder with all that is in it, if it is there."""
-        path = self.full(name)
 
-        def delete() -> None:
+        def delete(path: str) -> None:
             kind = self.filesystem.get_file_info(path).type
             if kind == FileType.Directory:
                 self.filesystem.delete_dir(path)
             elif kind == FileType.File:
                 self.filesystem.delete_file(path)
 
-        patiently(delete)
+        self._ask(name, delete)
+
+    def _ask(self, name: str, action: Callable[[str], T]) -> T:
+        """What an action with a file or folder returns.
+
+        Raises:
+            RaptideError: the file system refuses for good, or again and again.
+        """
+        path = self.full(name)
+        try:
+            return patiently(lambda: action(path))
+        except OSError as error:
+            raise RaptideError(
+                f"{path} cannot be reached ({reason_of(error)}); mend the file system or the "
+                "permissions, and start the job again: it goes on where it was."
+            ) from None
 
     def _forget(self, path: str) -> None:
         try:
@@ -163,6 +196,30 @@ def patiently(action: Callable[[], T]) -> T:
                 raise
             time.sleep(pause)
     return action()
+
+
+def read_surely(name: str, action: Callable[[], T]) -> T:
+    """What an action that reads an input returns, patiently.
+
+    Raises:
+        RaptideError: it cannot be read.
+    """
+    try:
+        return patiently(action)
+    except OSError as error:
+        raise unreadable(name, error) from None
+
+
+def unreadable(name: str, error: OSError) -> RaptideError:
+    return RaptideError(
+        f"{name} cannot be read ({reason_of(error)}); mend the file system or the permissions, and "
+        "start the job again: it goes on where it was."
+    )
+
+
+def reason_of(error: OSError) -> str:
+    """In a few words."""
+    return os.strerror(error.errno) if error.errno else " ".join(str(error).split())[:200]
 
 
 def _pauses() -> Iterator[float]:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raptide.bulk.sources.pipe import INPUTS
-from raptide.errors import ConfigError
+from raptide.errors import ConfigError, RaptideError
 from raptide.storage import PARTIAL, Storage, storage_of
 
 FORMAT_VERSION = 1
@@ -49,10 +50,15 @@ REJECT_ROW = pa.schema(
     ]
 )
 
+PART = re.compile(r"\d+-[0-9a-f]{16}-\d{12}\.parquet")
+BEGUN = re.compile(r"(?:manifest\.json|\.lock)\.[0-9a-f]{8}")
+"""What a job that was killed at its very beginning leaves in PARTIAL."""
+
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
+SETTLE_S = 1.0
 """Where a file system has no locks, a job says every HEARTBEAT_S that it lives, and counts as dead
-after STALE_S."""
+after STALE_S. Of several that begin at once, the one whose word stands after SETTLE_S goes on."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +85,32 @@ class OutputFolder:
         return self.storage.full(name)
 
     def manifest(self) -> dict[str, Any] | None:
-        """What the folder's job is, or None where there is none yet."""
+        """What the folder's job is, or None where there is none yet.
+
+        Raises:
+            ConfigError: the folder is of something else.
+        """
         if not self.storage.holds(MANIFEST):
+            if self._holds_other_things():
+                raise self._not_ours()
             return None
         try:
-            return json.loads(self.storage.read(MANIFEST))
+            manifest = json.loads(self.storage.read(MANIFEST))
         except ValueError:
-            raise ConfigError(
-                f"{self.storage.full(MANIFEST)} cannot be read; start over with --replace, or "
-                "choose another --output."
-            ) from None
+            raise self._not_ours() from None
+        if not isinstance(manifest, dict) or "fingerprint" not in manifest:
+            raise self._not_ours()
+        return manifest
+
+    def _holds_other_things(self) -> bool:
+        names = set(self.storage.names("", folders=True)) - {LOCK, PARTIAL}
+        partial = self.storage.names(PARTIAL, folders=True)
+        return bool(names) or not all(map(BEGUN.fullmatch, partial))
+
+    def _not_ours(self) -> ConfigError:
+        return ConfigError(
+            f"{self.name} holds files that no job of this kind wrote; choose another --output."
+        )
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         text = json.dumps(manifest, indent=1) + "\n"
@@ -105,23 +127,40 @@ class OutputFolder:
         """
         manifest = self.manifest()
         if manifest is None:
-            if set(self.storage.names("")) - {LOCK} or self.storage.names(PARTS):
-                raise ConfigError(
-                    f"{self.name} holds files that no job of this kind wrote; choose another "
-                    "--output."
-                )
             return
         there = manifest["fingerprint"]
+        unknown = {"inputs"} - there.keys()  # the job ended before it had read them
         for field, value in fingerprint.items():
-            if there.get(field) != value:
+            if field not in unknown and there.get(field) != value:
                 raise ConfigError(
                     f"{self.name} holds the output of another job ({field}: "
                     f"{_shown(there.get(field))} there, {_shown(value)} here); start over with "
                     "--replace, or choose another --output."
                 )
 
+    def refuse_other_parts(self, units: set[str]) -> None:
+        """Raises ConfigError where the parts are not all of these units: readers take all."""
+        for name in self.storage.names(PARTS, folders=True):
+            if name.removesuffix(".parquet") not in units:
+                raise ConfigError(
+                    f"{self.path(PARTS)} holds {name[:80]!r}, which is no part of this job; take "
+                    "it away, or choose another --output."
+                )
+
     def clear(self) -> None:
-        """Delete what a job wrote here, and nothing else; the manifest last."""
+        """Delete what a job wrote here, and nothing else; the manifest last.
+
+        Raises:
+            ConfigError: no job wrote here, or not alone.
+        """
+        if self.manifest() is None:
+            return
+        for name in self.storage.names(PARTS, folders=True):
+            if not PART.fullmatch(name):
+                raise ConfigError(
+                    f"{self.path(PARTS)} holds {name[:80]!r}, which no job wrote, so nothing is "
+                    "deleted; take it away, or choose another --output."
+                )
         for name in (PARTS, REJECTS, DEATHS, PARTIAL, INPUTS, *MADE, REJECTS_FILE, MANIFEST):
             self.storage.delete(name)
 
@@ -129,6 +168,13 @@ class OutputFolder:
         """Take away what a killed job was writing."""
         for name in (PARTIAL, INPUTS):
             self.storage.delete(name)
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Say that all is there; what was needed until then goes only afterwards."""
+        self.write_manifest(manifest | {"finished": True})
+        for name in (REJECTS, DEATHS):
+            self.storage.delete(name)
+        self.tidy()
 
     def parts(self) -> list[str]:
         """Units that are done."""
@@ -138,8 +184,7 @@ class OutputFolder:
         return self.storage.holds(f"{PARTS}/{unit}.parquet")
 
     def open_part(self, unit: str) -> pq.ParquetFile:
-        path = self.storage.full(f"{PARTS}/{unit}.parquet")
-        return pq.ParquetFile(self.storage.filesystem.open_input_file(path))
+        return pq.ParquetFile(self.storage.open(f"{PARTS}/{unit}.parquet"))
 
     def write_part(self, unit: str, table: pa.Table, stamp: str) -> None:
         """Write a unit's part.
@@ -162,9 +207,9 @@ class OutputFolder:
 
     def gather_rejects(self) -> int:
         """All rejects in one file, in the order of the input; how many there are."""
-        units = self.storage.names(REJECTS)
-        if self.storage.holds(REJECTS_FILE) and not units:
+        if (self.manifest() or {}).get("finished") and self.storage.holds(REJECTS_FILE):
             return self._table(REJECTS_FILE).metadata.num_rows
+        units = self.storage.names(REJECTS)
         count = 0
 
         def write(file: Any) -> None:
@@ -177,21 +222,31 @@ class OutputFolder:
                     count += table.num_rows
 
         self.storage.write(REJECTS_FILE, write)
-        self.storage.delete(REJECTS)
         return count
 
     def _table(self, name: str) -> pq.ParquetFile:
-        return pq.ParquetFile(self.storage.filesystem.open_input_file(self.storage.full(name)))
+        return pq.ParquetFile(self.storage.open(name))
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Within the block, no other job writes here; a dead one's claim is gone.
 
+        A folder that was not there before and holds nothing afterwards is gone, too.
+
         Raises:
             ConfigError: another one does.
         """
+        new = not self.storage.is_there()
         with self._locked() if self.storage.is_local else self._leased():
-            yield
+            try:
+                yield
+            finally:
+                self._leave(new)
+
+    def _leave(self, new: bool) -> None:
+        if not set(self.storage.names("", folders=True)) - {LOCK, PARTIAL}:
+            for name in (LOCK, PARTIAL, *[""] * new):
+                self.storage.delete(name)
 
     def _refuse(self, holder: str) -> ConfigError:
         return ConfigError(
@@ -201,22 +256,27 @@ class OutputFolder:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        self.storage.filesystem.create_dir(self.name, recursive=True)
-        with open(self.storage.full(LOCK), "w") as file:
+        self.storage.make()
+        path = self.storage.full(LOCK)
+        with open(path, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise self._refuse("") from None
             except OSError:  # this file system has no locks
                 pass
+            if not os.path.exists(path) or not os.path.samestat(
+                os.stat(path), os.fstat(file.fileno())
+            ):
+                raise self._refuse("")  # it has just ended, and taken the file away
             yield
 
     @contextmanager
     def _leased(self) -> Iterator[None]:
         me = f"{socket.gethostname()}, process {os.getpid()}, {uuid.uuid4().hex[:8]}"
-        holder = json.loads(self.storage.read(LOCK)) if self.storage.holds(LOCK) else None
-        if holder and time.time() - holder["alive"] < STALE_S:
-            raise self._refuse(f" ({holder['who']})")
+        holder, alive = self._lease()
+        if time.time() - alive < STALE_S:
+            raise self._refuse(f" ({holder})")
         ended = threading.Event()
 
         def say() -> None:
@@ -225,11 +285,14 @@ class OutputFolder:
 
         def beat() -> None:
             while not ended.wait(HEARTBEAT_S):
-                say()
+                with suppress(RaptideError):  # the next one may get through
+                    say()
 
         say()
-        if json.loads(self.storage.read(LOCK))["who"] != me:
-            raise self._refuse("")
+        time.sleep(SETTLE_S)
+        holder, _ = self._lease()
+        if holder != me:
+            raise self._refuse(f" ({holder})")
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         try:
@@ -238,6 +301,13 @@ class OutputFolder:
             ended.set()
             thread.join()
             self.storage.delete(LOCK)
+
+    def _lease(self) -> tuple[str, float]:
+        """Who holds the folder, and when that was said last, Unix time; ("", 0) for nobody."""
+        if not self.storage.holds(LOCK):
+            return "", 0.0
+        lease = json.loads(self.storage.read(LOCK))
+        return lease["who"], lease["alive"]
 
 
 def _shown(value: Any) -> str:

@@ -21,7 +21,8 @@ from raptide.bulk.units import Source, Survey, Unit
 from raptide.bulk.work import Precision, Work
 from raptide.bulk.worker import DONE, Done, UnitWorker, read_units
 from raptide.config import Settings
-from raptide.errors import ConfigError, RaptideError, plain_errors
+from raptide.errors import ConfigError, InputError, RaptideError, plain_errors
+from raptide.storage import read_surely
 
 LEAST_MEMORY = 1 << 30
 """Bytes that an engine may take in any case; else its share of what Ray counts as a node's."""
@@ -88,20 +89,42 @@ def run_bulk(
         InputError: a source is damaged, or `work` refuses a record.
     """
     began = time.monotonic()
-    with output.alone(), plain_errors():
+    with output.alone():
         if settings.replace:
             output.clear()
         output.refuse_strangers(fingerprint(work))
-        output.tidy()
-        sources = copy_pipes(sources, output)
-        surveys = survey_sources(sources, work)
-        whole = fingerprint(work) | {"inputs": [survey.digest for survey in surveys]}
-        output.refuse_strangers(whole)
-        manifest = _begin(output, whole, sources, surveys)
-        stamp = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-        run = _Run(work, sources, output, stamp, settings)
-        outcome = _compute(run, surveys, watch, began)
-        _finish(run, manifest, surveys, outcome)
+        is_new = output.manifest() is None
+        if is_new:  # from here on the folder is this job's
+            output.write_manifest({"finished": False, "fingerprint": fingerprint(work)})
+        try:
+            with plain_errors():
+                return _run_here(work, sources, output, settings, watch, began)
+        except InputError:
+            if is_new and not output.parts():
+                output.clear()
+            raise
+
+
+def _run_here(
+    work: Work,
+    sources: Sequence[Source],
+    output: OutputFolder,
+    settings: BulkSettings,
+    watch: Watch,
+    began: float,
+) -> Outcome:
+    """The same in a folder that is this job's."""
+    output.tidy()
+    sources = copy_pipes(sources, output)
+    surveys = survey_sources(sources, work)
+    whole = fingerprint(work) | {"inputs": [survey.digest for survey in surveys]}
+    output.refuse_strangers(whole)
+    output.refuse_other_parts({unit.name for survey in surveys for unit in survey.units})
+    manifest = _begin(output, whole, sources, surveys)
+    stamp = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    run = _Run(work, sources, output, stamp, settings)
+    outcome = _compute(run, surveys, watch, began)
+    _finish(run, manifest, surveys, outcome)
     return outcome
 
 
@@ -126,7 +149,7 @@ def survey_sources(sources: Sequence[Source], work: Work) -> list[Survey]:
     """
 
     def survey(index: int) -> Survey:
-        return sources[index].survey(index, work)
+        return read_surely(sources[index].name, lambda: sources[index].survey(index, work))
 
     task = ray.remote(num_cpus=1, max_retries=3)(survey)
     return ray.get([task.remote(index) for index in range(len(sources))])
@@ -305,5 +328,4 @@ def _finish(run: _Run, manifest: dict[str, Any], surveys: list[Survey], outcome:
     outcome.rejects = output.gather_rejects()
     outcome.residues = sum(survey.residues for survey in surveys)
     counts = {"rows": outcome.rows, "rejects": outcome.rejects, "parts": outcome.parts}
-    output.write_manifest(manifest | {"finished": True, "counts": counts})
-    output.tidy()
+    output.finish(manifest | {"counts": counts})

@@ -67,7 +67,7 @@ class EngineProcess:
                 if kind == child.DONE:
                     return found
                 if kind == child.FAILED:
-                    raise Death(f"failed: {said}")
+                    raise self._kill(f"failed: {said}")  # its device may be of no use any more
                 for place, value in zip(said[0], said[1], strict=True):
                     found[place] = value
         except (EOFError, ConnectionError, BrokenPipeError):

@@ -54,7 +54,8 @@ class Notes:
 
     def reason(self, first: int, last: int) -> str:
         """Of the last death of a range."""
-        return [note.reason for note in self._notes if note[:2] == (first, last)][-1]
+        reasons = [note.reason for note in self._notes if note[:2] == (first, last)]
+        return next(filter(None, reversed(reasons)))
 
     def searches(self) -> int:
         return sum(note.reason == "" for note in self._notes)
@@ -68,6 +69,7 @@ class Notes:
     def forget(self) -> None:
         if self._notes:
             self._storage.delete(self._folder)
+            self._notes = []
 
 
 def compute_surely(
@@ -83,7 +85,7 @@ def compute_surely(
     different = list(dict.fromkeys(items))
     values: dict[str, Any] = {}
     while True:
-        deadly = notes.deadly()
+        deadly = notes.deadly() if notes.searches() else {}  # else the canary has not been asked
         kept = [item for index, item in enumerate(different) if index not in deadly]
         whole = (0, len(different))
         if notes.deaths(*whole) < DEADLY * (notes.searches() + 1):
@@ -94,9 +96,11 @@ def compute_surely(
                 notes.add(*whole, str(death))
                 continue
         if notes.searches() == SEARCHES:
+            reason = notes.reason(*whole)
+            notes.forget()  # with more memory or time, the search begins anew
             raise RaptideError(
-                f"The engine dies of {len(kept)} records together ({notes.reason(*whole)}), "
-                "though of none alone; give it more memory (--memory-gb) or time (--timeout-s)."
+                f"The engine dies of {len(kept)} records together ({reason}), though of none "
+                "alone; give it more memory (--memory-gb) or time (--timeout-s)."
             )
         _search(different, *whole, compute, notes, canary)
         notes.add(*whole, "")
@@ -115,6 +119,7 @@ def _search(
         try:
             compute([canary])
         except Death as death:
+            notes.forget()
             raise RaptideError(
                 f"The engine dies of a plain protein too ({death}), so no record is to blame; give "
                 "it more memory (--memory-gb) or time (--timeout-s), or look at its messages with "

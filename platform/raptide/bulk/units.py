@@ -47,7 +47,7 @@ class Unit(NamedTuple):
     @property
     def name(self) -> str:
         """Names of parts, when sorted, have the order of the input."""
-        return f"{self.source:05d}-{self.digest[:16]}-{self.first:012d}"
+        return f"{self.source:07d}-{self.digest[:16]}-{self.first:012d}"
 
 
 class Records(NamedTuple):

@@ -16,7 +16,7 @@ from raptide.bulk.process import EngineProcess, Limits
 from raptide.bulk.search import Notes, compute_surely
 from raptide.bulk.units import Records, Source, Unit
 from raptide.bulk.work import Rejected, Work
-from raptide.storage import TRIES
+from raptide.storage import TRIES, unreadable
 
 READ, DONE = "unit", "done"
 
@@ -44,9 +44,9 @@ def read_units(sources: Sequence[Source], stretch: Sequence[Unit]) -> Iterator[p
             for records in source.read(list(left)):
                 yield _pack(left.pop(0), source.name, records)
             return
-        except OSError:
+        except OSError as error:
             if last:
-                raise
+                raise unreadable(source.name, error) from None
             time.sleep(1.0)
 
 

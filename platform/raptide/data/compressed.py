@@ -154,13 +154,11 @@ class _Frames(io.RawIOBase):
         while True:
             if self._frame is None and not self._begin_frame():
                 return 0
+            taken = self._take()  # what the file system says of it is no damage
             try:
-                data = self._frame.decompress(self._take(), max_length=wanted)
+                data = self._frame.decompress(taken, max_length=wanted)
             except DECODER_ERRORS as reason:
-                raise self._error(
-                    f"the file cannot be decompressed as {self._kind.name} ({reason}, near byte "
-                    f"{self._read_bytes:,}); fetch or copy it again."
-                ) from None
+                raise self._damaged(reason) from None
             if self._frame.eof:
                 self._left = self._frame.unused_data
                 self._frame = None
@@ -174,8 +172,14 @@ class _Frames(io.RawIOBase):
             return b""
         data, self._left = self._left or self._more(), b""
         if not data:
-            raise EOFError("it ends in the middle")
+            raise self._damaged("it ends in the middle")
         return data
+
+    def _damaged(self, reason: object) -> InputError:
+        return self._error(
+            f"the file cannot be decompressed as {self._kind.name} ({reason}, near byte "
+            f"{self._read_bytes:,}); fetch or copy it again."
+        )
 
     def _begin_frame(self) -> bool:
         """Whether another frame follows."""

@@ -124,7 +124,8 @@ def parse(part: FastaPart | FastaStream, *, empty: bool = False) -> Iterator[Rec
         if isinstance(part, FastaStream):
             part.remember(piece)
         refuse_carriage_return(part, piece, seen)
-        text, latin1 = _decode(piece)
+        # needletail takes a last header of one byte, a bare >, for an empty file.
+        text, latin1 = _decode(piece if piece.endswith(b"\n") else piece + b"\n")
         first = seen
         try:
             for record in needletail.parse_fastx_string(text):

@@ -54,11 +54,14 @@ class CorpusSplit:
 
     def read(self, units: Sequence[Unit]) -> Iterator[Records]:
         corpus = Corpus.open(self.path)
-        blocks = iter(corpus.blocks(self.split)[units[0].start :])
+        blocks: Iterator[dict[str, Any]] = iter([])
         ids: list[str] = []
         sequences: list[str] = []
-        first = units[0].stop
+        first = 0
         for unit in units:
+            if unit.stop >= first + len(ids):  # what lies between is not asked for
+                blocks = iter(corpus.blocks(self.split)[unit.start :])
+                ids, sequences, first = [], [], unit.stop
             while first + len(ids) < unit.first + unit.records:
                 table = self._table(corpus, next(blocks), ["ids", "members", "lengths"])
                 lengths = self._pick(table, "lengths").to_numpy()

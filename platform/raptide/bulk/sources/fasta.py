@@ -74,7 +74,7 @@ class FastaFile:
         plain = self._open()
         place = 0
         for unit in units:
-            place = _skip(plain, place, unit.start)
+            place = self._skip(plain, place, unit.start)
             window = cast(BinaryIO, _Window(plain, unit.stop - unit.start))
             yield self._records(FastaStream(self.name, window, line=unit.line))
             place = unit.stop
@@ -88,6 +88,17 @@ class FastaFile:
             found.lines.extend(stream.line_of(place) for place in batch.places.tolist())
             found.flaws.extend(REASONS.get(flaw, "") for flaw in batch.flaws.tolist())
         return found
+
+    def _skip(self, file: io.BufferedReader, place: int, target: int) -> int:
+        """Move on to a byte: at once, or through what is decompressed on the way."""
+        if file.seekable():
+            return file.seek(target)
+        while place < target:
+            passed = len(file.read(min(READ_BYTES, target - place)))
+            if not passed:
+                raise FastaError(f"{self.name} has become shorter during the job; start it again.")
+            place += passed
+        return place
 
     def _raw(self) -> Any:
         return patiently(lambda: self.storage.filesystem.open_input_file(self.path))
@@ -169,15 +180,6 @@ class _Marks:
             Unit(source, digest, first, stop - first, end - begin, start, byte, line)
             for (first, start, begin, line), (stop, byte, end, _) in pairwise([*self._begun, last])
         ]
-
-
-def _skip(file: io.BufferedReader, place: int, target: int) -> int:
-    """Move on to a byte: at once, or through what is decompressed on the way."""
-    if file.seekable():
-        return file.seek(target)
-    while place < target:
-        place += len(file.read(min(READ_BYTES, target - place)))
-    return place
 
 
 class _Window:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pyarrow.fs import FileSelector
+from pyarrow.fs import FileInfo, FileSelector, FileType
 
 from raptide.bulk.sources.corpus import CorpusSplit, Members
 from raptide.bulk.sources.fasta import FastaFile
@@ -19,7 +19,7 @@ from raptide.data.corpus import BLOCK_TABLE, MANIFEST, Split
 from raptide.data.fasta import ReadingRules
 from raptide.data.fasta_text import is_stream
 from raptide.errors import ConfigError
-from raptide.storage import Storage, is_uri, patiently, storage_of
+from raptide.storage import Storage, is_uri, patiently, read_surely, storage_of
 
 KNOWN = re.compile(
     r"\.(?:fasta|fas|fa|faa|fsa|pep|parquet)(?:\.(?:gz|bgz|bz2|xz|zst))?$", re.IGNORECASE
@@ -80,18 +80,19 @@ def find_files(given: str) -> Iterator[tuple[Storage, str]]:
     if not is_uri(given) and not os.path.exists(given):
         paths = sorted(glob.glob(given, recursive=True)) if re.search(r"[*?\[]", given) else []
         if not paths:
-            raise ConfigError(f"--input {given} is not there; name existing files or folders.")
+            raise _missing(given)
         for path in paths:
             yield from find_files(path)
         return
     storage = storage_of(given, "--input")
-    info = patiently(lambda: storage.filesystem.get_file_info(storage.path))
+    info = read_surely(given, lambda: storage.filesystem.get_file_info(storage.path))
     if info.is_file:
         yield Storage(storage.filesystem, os.path.dirname(storage.path)), info.base_name
         return
-    selector = FileSelector(storage.path, allow_not_found=True, recursive=True)
-    infos = patiently(lambda: storage.filesystem.get_file_info(selector))
-    files = sorted(each.path for each in infos if each.is_file and KNOWN.search(each.base_name))
+    if info.type == FileType.NotFound:
+        yield from _match(given, storage)
+        return
+    files = _proteins(_below(given, storage))
     if not files:
         raise ConfigError(
             f"--input {given} holds no files that are named like FASTA or Parquet (.fasta, .fa, "
@@ -101,11 +102,52 @@ def find_files(given: str) -> Iterator[tuple[Storage, str]]:
         yield storage, os.path.relpath(file, storage.path)
 
 
+def _match(given: str, storage: Storage) -> Iterator[tuple[Storage, str]]:
+    """The files that a glob behind a URI stands for; here `?` begins the options instead."""
+    folder, pattern = storage.path, ""
+    while "*" in folder:
+        folder, _, last = folder.rpartition("/")
+        pattern = f"{last}/{pattern}" if pattern else last
+    base = Storage(storage.filesystem, folder)
+    levels = [re.escape(level).replace(r"\*", "[^/]*") for level in pattern.split("/")]
+    wanted = re.compile("/".join(levels).replace("[^/]*[^/]*/", "(?:.*/)?"))
+    found = (
+        [os.path.relpath(each.path, folder) for each in _below(given, base) if each.is_file]
+        if pattern
+        else []
+    )
+    files = sorted(file for file in found if wanted.fullmatch(file))
+    if not files:
+        raise _missing(given)
+    for file in files:
+        yield base, file
+
+
+def _below(given: str, storage: Storage) -> list[FileInfo]:
+    selector = FileSelector(storage.path, allow_not_found=True, recursive=True)
+    return read_surely(given, lambda: storage.filesystem.get_file_info(selector))
+
+
+def _proteins(infos: list[FileInfo]) -> list[str]:
+    """Paths of the files that are taken out of a folder; none of corpora and of jobs' output."""
+    inside = tuple(f"{os.path.dirname(i.path)}/" for i in infos if i.base_name == MANIFEST)
+    known = (i.path for i in infos if i.is_file and KNOWN.search(i.base_name))
+    return sorted(path for path in known if not path.startswith(inside))
+
+
+def _missing(given: str) -> ConfigError:
+    return ConfigError(f"--input {given} is not there; name existing files or folders.")
+
+
 def _open(storage: Storage, file: str, rules: ReadingRules) -> Source:
     path = storage.full(file)
-    try:
+
+    def is_parquet() -> bool:
         with storage.filesystem.open_input_file(path) as opened:
-            is_table = opened.read(len(PARQUET)) == PARQUET
+            return opened.read(len(PARQUET)) == PARQUET
+
+    try:
+        is_table = patiently(is_parquet)
     except OSError as error:
         raise ConfigError(
             f"--input {path} cannot be read ({error.strerror or error}); change its permissions, "

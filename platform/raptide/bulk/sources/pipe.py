@@ -10,7 +10,8 @@ from raptide.bulk.sources.fasta import FastaFile
 from raptide.bulk.units import Records, Sizes, Survey, Unit
 from raptide.data.compressed import READ_BYTES, STANDARD_INPUT
 from raptide.data.fasta import ReadingRules
-from raptide.storage import Storage
+from raptide.errors import RaptideError
+from raptide.storage import Storage, reason_of
 
 INPUTS = "inputs"
 """Folder of the copies, while a job goes on. The same bytes given again are the same units."""
@@ -30,11 +31,17 @@ class Pipe:
     def copied(self, storage: Storage, index: int) -> FastaFile:
         """Copy it to a job's output folder."""
         file = f"{INPUTS}/{index:05d}"
-        storage.filesystem.create_dir(storage.full(INPUTS), recursive=True)
         raw = io.FileIO(0, closefd=False) if self.given == STANDARD_INPUT else io.FileIO(self.given)
-        with raw, storage.filesystem.open_output_stream(storage.full(file)) as copy:
-            while chunk := raw.read(READ_BYTES):
-                copy.write(chunk)
+        try:
+            storage.filesystem.create_dir(storage.full(INPUTS), recursive=True)
+            with raw, storage.filesystem.open_output_stream(storage.full(file)) as copy:
+                while chunk := raw.read(READ_BYTES):
+                    copy.write(chunk)
+        except OSError as error:
+            raise RaptideError(
+                f"{self.name} cannot be copied to {storage.full(file)} ({reason_of(error)}); make "
+                "room, or write it to a file first."
+            ) from None
         return FastaFile(storage, file, self.rules, self.name)
 
     def survey(self, index: int, sizes: Sizes) -> Survey:
