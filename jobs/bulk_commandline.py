@@ -13,7 +13,8 @@ from typing import Any
 from bulk_tracking import log_output
 from commandline import refuse_output
 from raptide.bulk import BulkSettings, OutputFolder, run_bulk
-from raptide.bulk.job import choose_precision, fingerprint
+from raptide.bulk.job import fingerprint
+from raptide.bulk.places import choose_precision
 from raptide.bulk.report import describe, progress_bar
 from raptide.bulk.sources.find import LENIENT, find_sources
 from raptide.bulk.units import Source
@@ -77,6 +78,15 @@ def add_protein_options(parser: argparse.ArgumentParser) -> None:
         choices=("representatives", "all"),
         default="representatives",
         help="of a corpus folder: one protein a cluster, or every member",
+    )
+
+
+def add_dedup_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dedup",
+        action="store_true",
+        help="find equal sequences in a first pass over all inputs, and compute them once; without "
+        "it they are where they stand close to each other",
     )
 
 
@@ -161,6 +171,7 @@ def read_settings(args: argparse.Namespace, threads: int) -> BulkSettings:
         threads=args.threads or threads,
         timeout_s=args.timeout_s,
         memory_gb=args.memory_gb,
+        dedup=getattr(args, "dedup", False),
         replace=args.replace,
     )
 
@@ -183,7 +194,7 @@ def run_bulk_job(
     output = OutputFolder.at(args.output)
     if output.storage.is_local:
         refuse_output(Path(output.name), "--output")
-    known = fingerprint(make_work("fp32"))
+    known = fingerprint(make_work("fp32"), settings)
     if args.precision == "auto":
         del known["precision"]
     if not args.replace:

@@ -19,6 +19,7 @@ import argparse
 
 from bulk_commandline import (
     add_bulk_options,
+    add_dedup_option,
     add_model_options,
     add_protein_options,
     find_model,
@@ -36,6 +37,7 @@ def main() -> None:
     parser = job_parser(__doc__)
     add_model_options(parser)
     add_protein_options(parser)
+    add_dedup_option(parser)
     parser.add_argument("--pooling", choices=("mean", "bos", "residue"), default="mean")
     parser.add_argument(
         "--layers",

@@ -23,6 +23,7 @@ from typing import Any
 
 from bulk_commandline import (
     add_bulk_options,
+    add_dedup_option,
     add_model_options,
     add_protein_options,
     find_model,
@@ -43,6 +44,7 @@ def main() -> None:
     parser = job_parser(__doc__)
     add_model_options(parser)
     add_protein_options(parser)
+    add_dedup_option(parser)
     parser.add_argument("--scan", action="store_true", help="every substitution of each protein")
     parser.add_argument(
         "--method",

@@ -5,6 +5,7 @@ embeddings/
   parts/*.parquet    one a unit, in the order of the input; one data set to any tool
   rejects.parquet    the records that nothing was computed of, and why; there at the end
   rejects/           the same unit by unit, while the job goes on
+  dedup/             equal sequences and who computes them, while the job goes on
   deaths/            notes on records that killed their process, while the job goes on
 """
 
@@ -32,13 +33,15 @@ from raptide.errors import ConfigError, RaptideError
 from raptide.storage import PARTIAL, Storage, storage_of
 
 FORMAT_VERSION = 1
-MANIFEST, PARTS, REJECTS, DEATHS, LOCK = "manifest.json", "parts", "rejects", "deaths", ".lock"
+MANIFEST, LOCK = "manifest.json", ".lock"
+PARTS, REJECTS, DEATHS, DEDUP = "parts", "rejects", "deaths", "dedup"
 REJECTS_FILE = "rejects.parquet"
-STAMP = b"raptide"
-"""Of what a part's metadata says: the digest of its job's fingerprint."""
 H5_FILE, CSV_FILE, TABLES = "embeddings.h5", "scores.csv", "tables"
 MADE = (H5_FILE, CSV_FILE, TABLES)
 """What may be made of the parts."""
+
+STAMP = b"raptide"
+"""Of what a part's metadata says: the digest of its job's fingerprint."""
 
 REJECT_ROW = pa.schema(
     [
@@ -161,7 +164,7 @@ class OutputFolder:
                     f"{self.path(PARTS)} holds {name[:80]!r}, which no job wrote, so nothing is "
                     "deleted; take it away, or choose another --output."
                 )
-        for name in (PARTS, REJECTS, DEATHS, PARTIAL, INPUTS, *MADE, REJECTS_FILE, MANIFEST):
+        for name in (PARTS, REJECTS, DEATHS, DEDUP, PARTIAL, INPUTS, *MADE, REJECTS_FILE, MANIFEST):
             self.storage.delete(name)
 
     def tidy(self) -> None:
@@ -172,13 +175,17 @@ class OutputFolder:
     def finish(self, manifest: dict[str, Any]) -> None:
         """Say that all is there; what was needed until then goes only afterwards."""
         self.write_manifest(manifest | {"finished": True})
-        for name in (REJECTS, DEATHS):
+        for name in (REJECTS, DEATHS, DEDUP):
             self.storage.delete(name)
         self.tidy()
 
     def parts(self) -> list[str]:
         """Units that are done."""
-        return [name.removesuffix(".parquet") for name in self.storage.names(PARTS)]
+        return self.units_in(PARTS)
+
+    def units_in(self, folder: str) -> list[str]:
+        """Units that have a file in a folder."""
+        return [name.removesuffix(".parquet") for name in self.storage.names(folder)]
 
     def has_part(self, unit: str) -> bool:
         return self.storage.holds(f"{PARTS}/{unit}.parquet")
@@ -197,6 +204,11 @@ class OutputFolder:
 
     def delete_part(self, unit: str) -> None:
         self.storage.delete(f"{PARTS}/{unit}.parquet")
+
+    def rejects(self, unit: str) -> pa.Table:
+        """A unit's rejects so far."""
+        name = f"{REJECTS}/{unit}.parquet"
+        return self._table(name).read() if self.storage.holds(name) else REJECT_ROW.empty_table()
 
     def write_rejects(self, unit: str, table: pa.Table) -> None:
         self._write_table(f"{REJECTS}/{unit}.parquet", table)

@@ -8,47 +8,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
 
+from raptide.bulk.dedup import OPEN, Copies, fill_in, find_copies
 from raptide.bulk.folder import FORMAT_VERSION, STAMP, OutputFolder
+from raptide.bulk.places import BulkSettings, plan_workers
 from raptide.bulk.process import Limits
 from raptide.bulk.sources.pipe import Pipe
 from raptide.bulk.units import Source, Survey, Unit
-from raptide.bulk.work import Precision, Work
+from raptide.bulk.work import Work
 from raptide.bulk.worker import DONE, Done, UnitWorker, read_units
-from raptide.config import Settings
-from raptide.errors import ConfigError, InputError, RaptideError, plain_errors
+from raptide.errors import InputError, RaptideError, plain_errors
 from raptide.storage import read_surely
-
-LEAST_MEMORY = 1 << 30
-"""Bytes that an engine may take in any case; else its share of what Ray counts as a node's."""
 
 ENGINES_PER_READER = 8
 
 FOOTERS_AT_ONCE = 16
-
-
-class BulkSettings(Settings):
-    """How a job runs; nothing of this changes a number."""
-
-    workers: int | None = None
-    """Engines; by default one for each GPU of the cluster, or for each share of `threads` CPUs."""
-
-    threads: int = 1
-    """Of one engine on CPUs."""
-
-    timeout_s: float = 3600.0
-    """Seconds that some 65,000 tokens, or one longer record, may take at most."""
-
-    memory_gb: float | None = None
-    """Of one engine's process; by default its share of the node."""
-
-    replace: bool = False
-    """Whether another job's output gives way."""
 
 
 @dataclass
@@ -92,10 +71,10 @@ def run_bulk(
     with output.alone():
         if settings.replace:
             output.clear()
-        output.refuse_strangers(fingerprint(work))
+        output.refuse_strangers(fingerprint(work, settings))
         is_new = output.manifest() is None
         if is_new:  # from here on the folder is this job's
-            output.write_manifest({"finished": False, "fingerprint": fingerprint(work)})
+            output.write_manifest({"finished": False, "fingerprint": fingerprint(work, settings)})
         try:
             with plain_errors():
                 return _run_here(work, sources, output, settings, watch, began)
@@ -117,14 +96,20 @@ def _run_here(
     output.tidy()
     sources = copy_pipes(sources, output)
     surveys = survey_sources(sources, work)
-    whole = fingerprint(work) | {"inputs": [survey.digest for survey in surveys]}
+    whole = fingerprint(work, settings) | {"inputs": [survey.digest for survey in surveys]}
     output.refuse_strangers(whole)
     output.refuse_other_parts({unit.name for survey in surveys for unit in survey.units})
     manifest = _begin(output, whole, sources, surveys)
     stamp = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-    run = _Run(work, sources, output, stamp, settings)
+    units = [unit for survey in surveys for unit in survey.units]
+    copies = find_copies(output, sources, units) if settings.dedup else None
+    run = _Run(work, sources, output, stamp, settings, copies)
     outcome = _compute(run, surveys, watch, began)
+    if copies is not None:
+        fill_in(copies, stamp)
     _finish(run, manifest, surveys, outcome)
+    if outcome.computed_records:
+        outcome.seconds = time.monotonic() - began - outcome.startup_s
     return outcome
 
 
@@ -136,9 +121,14 @@ def copy_pipes(sources: Sequence[Source], output: OutputFolder) -> list[Source]:
     ]
 
 
-def fingerprint(work: Work) -> dict[str, Any]:
+def fingerprint(work: Work, settings: BulkSettings) -> dict[str, Any]:
     """What must be the same for parts to belong together, but for the inputs."""
-    return {"format_version": FORMAT_VERSION, **work.fingerprint()}
+    return {
+        "format_version": FORMAT_VERSION,
+        **work.fingerprint(),
+        "threads": settings.threads,
+        "dedup": settings.dedup,
+    }
 
 
 def survey_sources(sources: Sequence[Source], work: Work) -> list[Survey]:
@@ -178,11 +168,12 @@ class _Run:
     output: OutputFolder
     stamp: str
     settings: BulkSettings
+    copies: Copies | None
 
 
 def _compute(run: _Run, surveys: list[Survey], watch: Watch, began: float) -> Outcome:
     total = sum(survey.residues for survey in surveys)
-    there = set(run.output.parts())
+    there = {*run.output.parts(), *run.output.units_in(OPEN)}
     stretches = list(_missing(run.sources, surveys, there))
     left = sum(unit.residues for stretch in stretches for unit in stretch)
     outcome = Outcome(startup_s=time.monotonic() - began)
@@ -234,7 +225,7 @@ def _stream(run: _Run, stretches: list[list[Unit]], outcome: Outcome) -> Iterato
         .map_batches(read, batch_size=1, num_cpus=0, compute=readers)
         .map_batches(
             UnitWorker,
-            fn_constructor_args=(run.work, run.output, run.stamp, limits),
+            fn_constructor_args=(run.work, run.output, run.stamp, limits, run.copies),
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=workers),
@@ -249,62 +240,6 @@ def _stream(run: _Run, stretches: list[list[Unit]], outcome: Outcome) -> Iterato
     context.enable_progress_bars = False
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield from (Done(*json.loads(each)) for each in table[DONE].to_pylist())
-
-
-def choose_precision(asked: Literal["auto", "fp32", "bf16"]) -> Precision:
-    """What engines compute in: as asked, or what is faster where they will run."""
-    if asked != "auto":
-        return asked
-
-    def faster() -> Precision:
-        import torch
-
-        from raptide.model.device import multiplies_bf16_faster
-
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return "bf16" if multiplies_bf16_faster(device) else "fp32"
-
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-    return ray.get(ray.remote(num_cpus=1 - gpus, num_gpus=gpus)(faster).remote())
-
-
-@dataclass(frozen=True)
-class Places:
-    """What engines there is room for."""
-
-    workers: int
-    cpus: float
-    gpus: float
-    """That one engine takes."""
-    memory_bytes: int
-    """That one engine may take."""
-
-
-def plan_workers(settings: BulkSettings) -> Places:
-    """One engine for each GPU, or for each share of a node's CPUs.
-
-    Raises:
-        ConfigError: more engines are asked for than there is room for.
-    """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = 1.0 if sum(node.get("GPU", 0) for node in nodes) else 0.0
-    unit, need = ("GPU", 1.0) if gpus else ("CPU", float(settings.threads))
-    room = [int(node.get(unit, 0) // need) for node in nodes]
-    asked = settings.workers
-    if asked is not None and not 1 <= asked <= max(sum(room), 1):
-        raise ConfigError(
-            f"--workers {asked} was given, but there is room for 1 to {max(sum(room), 1)} engines "
-            f"of {need:g} {unit}s each; give another number."
-        )
-    workers = asked or max(sum(room), 1)
-    memory = settings.memory_gb and int(settings.memory_gb * 1e9)
-    shares = [
-        node["memory"] / min(places, workers)
-        for node, places in zip(nodes, room, strict=True)
-        if places and "memory" in node
-    ]
-    share = int(min(shares, default=LEAST_MEMORY))
-    return Places(workers, 0.0 if gpus else need, gpus, memory or max(share, LEAST_MEMORY))
 
 
 def _finish(run: _Run, manifest: dict[str, Any], surveys: list[Survey], outcome: Outcome) -> None:

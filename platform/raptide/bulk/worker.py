@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import time
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from raptide.bulk.dedup import Copies, digest_of, open_part, short, write_open
 from raptide.bulk.folder import REJECT_ROW, OutputFolder
 from raptide.bulk.process import EngineProcess, Limits
 from raptide.bulk.search import Notes, compute_surely
@@ -53,8 +53,10 @@ def read_units(sources: Sequence[Source], stretch: Sequence[Unit]) -> Iterator[p
 class UnitWorker:
     """One engine's place in the cluster."""
 
-    def __init__(self, work: Work, output: OutputFolder, stamp: str, limits: Limits) -> None:
-        self._work, self._output, self._stamp = work, output, stamp
+    def __init__(
+        self, work: Work, output: OutputFolder, stamp: str, limits: Limits, copies: Copies | None
+    ) -> None:
+        self._work, self._output, self._stamp, self._copies = work, output, stamp, copies
         self._engine = EngineProcess(work, limits)
 
     # A generator: only out of those does Ray Data let our own errors through.
@@ -70,6 +72,8 @@ class UnitWorker:
             return Done(unit.name, unit.residues, 0, 0, 0, 0.0, 0.0)
         reasons = self._judge(records)
         sound = [index for index, reason in enumerate(reasons) if not reason]
+        copies = self._copied(unit, records, sound)
+        sound = [index for index in sound if index not in copies]
         items = [records.items[index] for index in sound]
         notes = Notes(self._output.storage, unit.name)
         values = compute_surely(items, self._engine.compute, notes, self._work.canary)
@@ -81,7 +85,11 @@ class UnitWorker:
         if rejected:  # before the part: with it the unit is done
             self._output.write_rejects(unit.name, _rejects(file, records, reasons, rejected))
         found = [value for value in values if not isinstance(value, Rejected)]
-        self._output.write_part(unit.name, self._part(records, kept, found), self._stamp)
+        part = self._part(records, kept, found)
+        if copies:
+            write_open(self._output, unit.name, open_part(part, file, records, kept, copies))
+        else:
+            self._output.write_part(unit.name, part, self._stamp)
         notes.forget()
         return Done(
             unit.name,
@@ -98,6 +106,14 @@ class UnitWorker:
         flaws = zip(records.ids, records.items, records.lengths, records.flaws, strict=True)
         return [flaw or self._work.flaw(name, item, size) for name, item, size, flaw in flaws]
 
+    def _copied(self, unit: Unit, records: Records, sound: list[int]) -> dict[int, str]:
+        """Records that an earlier unit computes, with the digests of their sequences."""
+        if self._copies is None:
+            return {}
+        elsewhere = self._copies.of(unit.name)
+        digests = {index: digest_of(records.items[index]) for index in sound}
+        return {i: digest for i, digest in digests.items() if short(digest) in elsewhere}
+
     def _part(self, records: Records, kept: list[int], values: list[Any]) -> pa.Table:
         """The rows of a part, in the order of the input."""
         items = [records.items[index] for index in kept]
@@ -107,7 +123,7 @@ class UnitWorker:
             for name, column in columns.items():
                 table = table.append_column(name, column)
             return table
-        digests = [hashlib.sha256(item.encode()).hexdigest() for item in items]
+        digests = [digest_of(item) for item in items]
         return pa.table(
             {
                 "id": pa.array([records.ids[index] for index in kept], pa.large_string()),
