@@ -99,14 +99,17 @@ class UnitWorker:
         return [flaw or self._work.flaw(name, item, size) for name, item, size, flaw in flaws]
 
     def _part(self, records: Records, kept: list[int], values: list[Any]) -> pa.Table:
-        """The rows of a part, in the order of the input."""
-        items = [records.items[index] for index in kept]
-        columns = self._work.columns(items, values)
+        """The rows of a part, in the order of the input; a table keeps those without values."""
         if records.kept is not None:
-            table = records.kept.take(pa.array(kept, pa.int64()))
+            found = dict(zip(kept, values, strict=True))
+            places = range(len(records.items))
+            columns = self._work.columns(records.items, [found.get(index) for index in places])
+            table = records.kept
             for name, column in columns.items():
                 table = table.append_column(name, column)
             return table
+        items = [records.items[index] for index in kept]
+        columns = self._work.columns(items, values)
         digests = [hashlib.sha256(item.encode()).hexdigest() for item in items]
         return pa.table(
             {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pyarrow.fs import FileSelector
@@ -13,7 +13,8 @@ from pyarrow.fs import FileSelector
 from raptide.bulk.sources.corpus import CorpusSplit, Members
 from raptide.bulk.sources.fasta import FastaFile
 from raptide.bulk.sources.pipe import Pipe
-from raptide.bulk.sources.tables import ParquetFile
+from raptide.bulk.sources.tables import ParquetFile, is_parquet
+from raptide.bulk.sources.variants import Proteins, VariantTable, open_table
 from raptide.bulk.units import Source
 from raptide.data.corpus import BLOCK_TABLE, MANIFEST, Split
 from raptide.data.fasta import ReadingRules
@@ -26,7 +27,10 @@ KNOWN = re.compile(
 )
 """Names of the files that are taken out of a folder."""
 
-PARQUET = b"PAR1"
+KINDS = "FASTA or Parquet (.fasta, .fa, .faa, .parquet, ...)"
+
+KNOWN_TABLES = re.compile(r"\.(?:csv|tsv|parquet)(?:\.(?:gz|bgz|bz2|xz|zst))?$", re.IGNORECASE)
+TABLE_KINDS = "tables (.csv, .tsv, .csv.gz, .parquet, ...)"
 
 LENIENT = ReadingRules(stop_codons="drop", bad_letters="drop", nucleotides="drop", bare="drop")
 """No record stops a job."""
@@ -63,6 +67,51 @@ def find_sources(
     return found
 
 
+def find_tables(
+    inputs: Iterable[str | Path],
+    columns: Sequence[str],
+    offset: int = 0,
+    proteins: Iterable[str | Path] | None = None,
+) -> list[VariantTable]:
+    """The tables of variants that some paths, folders, globs and URIs stand for, in order.
+
+    Args:
+        columns: names that will be added.
+        offset: number of the position before a protein's first.
+        proteins: FASTA files, or tables, of the proteins that the column `id` names.
+
+    Raises:
+        ConfigError: one is not there, or is no such table, or two have one name.
+    """
+    lookup = Proteins(tuple(find_sources(proteins))) if proteins else None
+    found: dict[str, VariantTable] = {}
+    for each in map(str, inputs):
+        if is_stream(each):
+            raise ConfigError(
+                f"--input {each} can be read only once, but a scored table has the name of its "
+                "input; write it to a file first."
+            )
+        for storage, file in find_files(each, KNOWN_TABLES, TABLE_KINDS):
+            table = open_table(storage, file, offset, lookup)
+            _refuse_columns(table, columns)
+            if table.file in found:
+                raise ConfigError(
+                    f"--input names {found[table.file].name} and {table.name}, but scored tables "
+                    "have the names of their inputs; rename one, or give the folder of both."
+                )
+            found[table.file] = table
+    return list(found.values())
+
+
+def _refuse_columns(table: VariantTable, more: Sequence[str]) -> None:
+    """Raises ConfigError where a column's name would stand there twice."""
+    names = [*table.columns, *more]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        why = "which is to be added" if twice in more else "twice"
+        raise ConfigError(f"{table.name} has a column {twice!r}, {why}; rename or delete it.")
+
+
 def refuse_other_folders(folder: Path) -> None:
     if not (folder / BLOCK_TABLE).is_file():
         raise ConfigError(
@@ -71,8 +120,14 @@ def refuse_other_folders(folder: Path) -> None:
         )
 
 
-def find_files(given: str) -> Iterator[tuple[Storage, str]]:
+def find_files(
+    given: str, known: re.Pattern[str] = KNOWN, kinds: str = KINDS
+) -> Iterator[tuple[Storage, str]]:
     """The files that one path, folder, glob or URI stands for.
+
+    Args:
+        known: names that are taken out of a folder.
+        kinds: the same in words, for the error.
 
     Raises:
         ConfigError: there are none.
@@ -82,7 +137,7 @@ def find_files(given: str) -> Iterator[tuple[Storage, str]]:
         if not paths:
             raise ConfigError(f"--input {given} is not there; name existing files or folders.")
         for path in paths:
-            yield from find_files(path)
+            yield from find_files(path, known, kinds)
         return
     storage = storage_of(given, "--input")
     info = patiently(lambda: storage.filesystem.get_file_info(storage.path))
@@ -91,24 +146,16 @@ def find_files(given: str) -> Iterator[tuple[Storage, str]]:
         return
     selector = FileSelector(storage.path, allow_not_found=True, recursive=True)
     infos = patiently(lambda: storage.filesystem.get_file_info(selector))
-    files = sorted(each.path for each in infos if each.is_file and KNOWN.search(each.base_name))
+    files = sorted(each.path for each in infos if each.is_file and known.search(each.base_name))
     if not files:
         raise ConfigError(
-            f"--input {given} holds no files that are named like FASTA or Parquet (.fasta, .fa, "
-            ".faa, .parquet, ...); name the files themselves."
+            f"--input {given} holds no files that are named like {kinds}; name the files "
+            "themselves."
         )
     for file in files:
         yield storage, os.path.relpath(file, storage.path)
 
 
 def _open(storage: Storage, file: str, rules: ReadingRules) -> Source:
-    path = storage.full(file)
-    try:
-        with storage.filesystem.open_input_file(path) as opened:
-            is_table = opened.read(len(PARQUET)) == PARQUET
-    except OSError as error:
-        raise ConfigError(
-            f"--input {path} cannot be read ({error.strerror or error}); change its permissions, "
-            "or leave it out."
-        ) from None
+    is_table = is_parquet(storage, file)
     return ParquetFile(storage, file) if is_table else FastaFile(storage, file, rules)
