@@ -12,9 +12,10 @@ from pyarrow.fs import FileSelector
 
 from raptide.bulk.sources.corpus import CorpusSplit, Members
 from raptide.bulk.sources.fasta import FastaFile
+from raptide.bulk.sources.mutants import Proteins
 from raptide.bulk.sources.pipe import Pipe
 from raptide.bulk.sources.tables import ParquetFile, is_parquet
-from raptide.bulk.sources.variants import Proteins, VariantTable, open_table
+from raptide.bulk.sources.variants import VariantTable, open_table
 from raptide.bulk.units import Source
 from raptide.data.corpus import BLOCK_TABLE, MANIFEST, Split
 from raptide.data.fasta import ReadingRules
@@ -83,14 +84,15 @@ def find_tables(
     Raises:
         ConfigError: one is not there, or is no such table, or two have one name.
     """
-    lookup = Proteins(tuple(find_sources(proteins))) if proteins else None
+    given, named = list(map(str, inputs)), list(map(str, proteins or ()))
+    for each in filter(is_stream, given + named):
+        raise ConfigError(
+            f"{each} can be read only once, but tables of variants and their proteins are read "
+            "again when a job goes on; write it to a file first."
+        )
+    lookup = Proteins(tuple(find_sources(named))) if named else None
     found: dict[str, VariantTable] = {}
-    for each in map(str, inputs):
-        if is_stream(each):
-            raise ConfigError(
-                f"--input {each} can be read only once, but a scored table has the name of its "
-                "input; write it to a file first."
-            )
+    for each in given:
         for storage, file in find_files(each, KNOWN_TABLES, TABLE_KINDS):
             table = open_table(storage, file, offset, lookup)
             _refuse_columns(table, columns)
