@@ -29,14 +29,23 @@ READER_CPUS = 1
 
 
 def add_model_options(parser: argparse.ArgumentParser, **more: Any) -> None:
-    parser.add_argument(
-        "--model", type=Path, required=True, help="model folder, .pt, checkpoint or run", **more
-    )
+    options = {"help": "model folder, .pt, checkpoint or run", **more}
+    parser.add_argument("--model", type=Path, required=True, **options)
     parser.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="auto",
         help="of the computation; auto takes bf16 where it is faster (default: %(default)s)",
+    )
+
+
+def add_long_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--long",
+        choices=("reject", "window", "error"),
+        default="reject",
+        help="proteins that the model does not take whole: rejected, computed in overlapping "
+        "windows of 1,022 residues, or the end of the job (default: %(default)s)",
     )
 
 
@@ -50,13 +59,7 @@ def add_protein_options(parser: argparse.ArgumentParser) -> None:
         help="FASTA (plain or compressed) or Parquet files with id and sequence, folders, globs, "
         "URIs, - for standard input, or one corpus folder",
     )
-    parser.add_argument(
-        "--long",
-        choices=("reject", "window", "error"),
-        default="reject",
-        help="proteins that the model does not take whole: rejected, computed in overlapping "
-        "windows of 1,022 residues, or the end of the job (default: %(default)s)",
-    )
+    add_long_option(parser)
     group = parser.add_argument_group("what is read")
     group.add_argument(
         "--stop-codons",
@@ -182,6 +185,7 @@ def run_bulk_job(
     sources: Sequence[Source],
     models: list[Model],
     finish: Callable[[OutputFolder], None] = lambda output: None,
+    things: str = "proteins",
 ) -> None:
     """Run a job, say how it went, and end with 3 where records were rejected.
 
@@ -189,6 +193,7 @@ def run_bulk_job(
         make_work: the work, given the precision it is computed in.
         models: whose sizes tell an engine's share of CPUs.
         finish: makes other files of the parts.
+        things: what a record is.
     """
     settings = read_settings(args, max(model.threads for model in models))
     output = OutputFolder.at(args.output)
@@ -205,7 +210,7 @@ def run_bulk_job(
         with progress_bar() as watch:
             outcome = run_bulk(work, sources, output, settings, watch)
         finish(output)
-    print(describe(outcome, output, args.price_per_hour))
+    print(describe(outcome, output, args.price_per_hour, things))
     if args.track:
         log_output(output, outcome, models)
     if outcome.rejects and not args.allow_rejects:

@@ -10,7 +10,8 @@ is done is what lies there, and a job that is given again does the rest.
 
 from raptide.bulk.folder import OutputFolder
 from raptide.bulk.job import BulkSettings, Outcome, run_bulk
-from raptide.bulk.sources.find import find_sources
+from raptide.bulk.sources.find import find_sources, find_tables
+from raptide.bulk.variants import VariantWork
 from raptide.bulk.work import EmbedWork, ScanWork, ScoreWork
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "OutputFolder",
     "ScanWork",
     "ScoreWork",
+    "VariantWork",
     "find_sources",
+    "find_tables",
     "run_bulk",
 ]

@@ -40,8 +40,10 @@ def progress_bar() -> Iterator[Watch]:
             bar.close()
 
 
-def describe(outcome: Outcome, output: OutputFolder, price_per_hour: float | None) -> str:
-    """The end of a job, in a few lines."""
+def describe(
+    outcome: Outcome, output: OutputFolder, price_per_hour: float | None, things: str = "proteins"
+) -> str:
+    """The end of a job, in a few lines; `things` is what its records are."""
     lines = [
         f"{outcome.rows:,} rows of {outcome.residues:,} residues in {outcome.parts:,} parts",
         f"  {output.path(PARTS)}",
@@ -59,13 +61,13 @@ def describe(outcome: Outcome, output: OutputFolder, price_per_hour: float | Non
     engines = f"{outcome.workers} {device} engine{'s' if outcome.workers > 1 else ''}"
     lines.append(
         f"{outcome.computed_residues / seconds:,.0f} residues/s and "
-        f"{outcome.computed_records / seconds:,.1f} proteins/s on {engines}, "
+        f"{outcome.computed_records / seconds:,.1f} {things}/s on {engines}, "
         f"{seconds:,.1f} s after {outcome.startup_s:,.1f} s of start-up"
     )
     if price_per_hour is not None:
         hours = MILLION * seconds / outcome.computed_records / HOUR_S
         lines.append(
-            f"A million such proteins: {hours:,.2f} hours, {hours * price_per_hour:,.2f} at "
+            f"A million such {things}: {hours:,.2f} hours, {hours * price_per_hour:,.2f} at "
             f"{price_per_hour:g} an hour"
         )
     return "\n".join(lines)

@@ -67,7 +67,7 @@ class Records(NamedTuple):
     """Why nothing can be computed of a record, or "", [n]."""
 
     kept: pa.Table | None = None
-    """Columns that pass through, n rows."""
+    """Columns that pass through, n rows, also those that nothing is computed of."""
 
 
 class Sizes(Protocol):
@@ -128,15 +128,18 @@ class Cutter:
         self._held = np.zeros(4, np.int64)
         """Tokens, records, bytes out and bytes in of the unit that is open."""
 
-    def ends(self, residues: np.ndarray, input_bytes: np.ndarray) -> list[int]:
+    def ends(
+        self, residues: np.ndarray, input_bytes: np.ndarray, tokens: np.ndarray | None = None
+    ) -> list[int]:
         """Indices of this piece's records at which a new unit begins.
 
         Args:
             residues: of each record of the piece, [n] int64.
             input_bytes: that it takes in its source, [n] int64.
+            tokens: that it costs, [n] int64, where more than its residues tells.
         """
         columns = (
-            self._sizes.tokens(residues),
+            self._sizes.tokens(residues) if tokens is None else tokens,
             np.ones(len(residues), np.int64),
             self._sizes.output_bytes(residues),
             input_bytes,

@@ -108,6 +108,22 @@ class Model:
             )
 
 
+def judge_length(name: str, length: int, most: int, long: Long) -> str:
+    """Why nothing is computed of a record with so many residues, or "".
+
+    Raises:
+        SequenceError: it is too long, and that is to end the job.
+    """
+    if length <= most or long == "window":
+        return ""
+    if long == "error":
+        raise SequenceError(
+            f"Record {name[:80]!r} has {length:,} residues, but this model takes at most "
+            f"{most:,}; ask for overlapping windows with --long window, or give --long reject."
+        )
+    return f"too long: {length:,} residues, and {most:,} are taken whole"
+
+
 @dataclass(frozen=True)
 class _ModelWork:
     """What embeddings and scores have in common."""
@@ -119,15 +135,7 @@ class _ModelWork:
     canary = CANARY
 
     def flaw(self, name: str, item: str, length: int) -> str:
-        most = self.model.max_residues
-        if length <= most or self.long == "window":
-            return ""
-        if self.long == "error":
-            raise SequenceError(
-                f"Record {name[:80]!r} has {length:,} residues, but this model takes at most "
-                f"{most:,}; ask for overlapping windows with --long window, or give --long reject."
-            )
-        return f"too long: {length:,} residues, and {most:,} are taken whole"
+        return judge_length(name, length, self.model.max_residues, self.long)
 
     def _fingerprint(self, **more: Any) -> dict[str, Any]:
         common = {"model": self.model.digest, "precision": self.precision, "long": self.long}

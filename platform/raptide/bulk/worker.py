@@ -115,14 +115,17 @@ class UnitWorker:
         return {i: digest for i, digest in digests.items() if short(digest) in elsewhere}
 
     def _part(self, records: Records, kept: list[int], values: list[Any]) -> pa.Table:
-        """The rows of a part, in the order of the input."""
-        items = [records.items[index] for index in kept]
-        columns = self._work.columns(items, values)
+        """The rows of a part, in the order of the input; a table keeps those without values."""
         if records.kept is not None:
-            table = records.kept.take(pa.array(kept, pa.int64()))
+            found = dict(zip(kept, values, strict=True))
+            places = range(len(records.items))
+            columns = self._work.columns(records.items, [found.get(index) for index in places])
+            table = records.kept
             for name, column in columns.items():
                 table = table.append_column(name, column)
             return table
+        items = [records.items[index] for index in kept]
+        columns = self._work.columns(items, values)
         digests = [digest_of(item) for item in items]
         return pa.table(
             {

@@ -103,6 +103,12 @@ def is_compressed_file(file: io.BufferedReader) -> bool:
     return _format_of(file) is not None
 
 
+def compression_of(file: io.BufferedReader) -> str:
+    """Of an open file at its start, where it stays: gzip, bzip2, xz, zstd, or "" if it is plain."""
+    kind = _format_of(file)
+    return kind.name if kind else ""
+
+
 def _format_of(file: io.BufferedReader) -> _Format | None:
     start = file.peek(LONGEST_MAGIC)[:LONGEST_MAGIC]
     return next((each for each in FORMATS if each.magic.match(start)), None)

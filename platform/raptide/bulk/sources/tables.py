@@ -20,6 +20,8 @@ from raptide.storage import Storage, patiently
 BATCH_ROWS = 4096
 CHUNK = 1 << 22
 
+PARQUET = b"PAR1"
+
 
 @dataclass(frozen=True)
 class ParquetFile:
@@ -56,6 +58,27 @@ class ParquetFile:
 
     def _open(self) -> pq.ParquetFile:
         return open_parquet(self.storage, self.name, ("id", "sequence"))
+
+
+def is_parquet(storage: Storage, file: str) -> bool:
+    """Told by its first bytes.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    path = storage.full(file)
+
+    def look() -> bool:
+        with storage.filesystem.open_input_file(path) as opened:
+            return opened.read(len(PARQUET)) == PARQUET
+
+    try:
+        return patiently(look)
+    except OSError as error:
+        raise ConfigError(
+            f"--input {path} cannot be read ({error.strerror or error}); change its permissions, "
+            "or leave it out."
+        ) from None
 
 
 def open_parquet(storage: Storage, path: str, needed: Sequence[str]) -> pq.ParquetFile:
