@@ -11,6 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# Before torch is imported: its threads, of two processes on all cores, wait without turning.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
 import draws
 import pytest
 
@@ -39,6 +42,9 @@ os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
 # Nodes are preempted in tests/chaos alone.
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+
+# Nobody reads what these find twice a second: new logs, and what every process of Ray's takes.
+os.environ |= {"LOG_NAME_UPDATE_INTERVAL_S": "600", "REPORTER_UPDATE_INTERVAL_MS": "60000"}
 
 # A token of the session's own, so that tests write nothing into the user's home.
 _token = Path(tempfile.mkdtemp(prefix="raptide-test-")) / "token"
@@ -96,15 +102,13 @@ def corpus(cluster: None, proteome: Path, tmp_path_factory: pytest.TempPathFacto
     return build_corpus([proteome], output, BuildSettings(block_residues=32_768))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A process group of one, for what workers do together."""
-    import torch.distributed as dist
+    from lone_worker import group_of_one
 
-    file = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with group_of_one(tmp_path_factory.mktemp("group")):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -113,4 +117,4 @@ def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> RunResult
     from small_runs import as_recipe, make_recipe, run_to_the_end
 
     folder = tmp_path_factory.mktemp("whole") / "run"
-    return run_to_the_end(as_recipe(make_recipe(corpus)), folder)
+    return run_to_the_end(as_recipe(make_recipe(corpus, tracked=True)), folder)

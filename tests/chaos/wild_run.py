@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from by_hand import Report
+from lone_worker import group_of_one, run_here
 from moving_cluster import TRAINER, MovingCluster
 
 from raptide import RaptideError
@@ -37,9 +38,9 @@ def wreak_havoc(
     cluster: MovingCluster, scratch: Path, args: argparse.Namespace, report: Report
 ) -> None:
     corpus = proteome_corpus(scratch / "corpus")
-    with report.part("quiet run"):
+    with report.part("quiet run"), group_of_one(scratch):
         lonely = chaos_recipe(corpus, args.steps, args.zero_stage, (1, 1))
-        quiet = run_recipe(lonely, scratch / "quiet")
+        quiet = run_here(lonely, scratch / "quiet")
     recipe = chaos_recipe(corpus, args.steps, args.zero_stage, (1, MOST_NODES))
     began = time.monotonic()
     with report.part("wild run"):
@@ -105,7 +106,7 @@ def chaos_recipe(
         },
         "checkpoint": {"every_steps": 5, "keep": 3},
         "evaluation": {"every_steps": 40, "blocks": 1},
-        "tracking": {"log_every": 1, "audit": True},
+        "tracking": {"log_every": 1, "audit": True, "mode": "disabled"},
     }
     return parse_settings(Recipe, tree, source="chaos")
 

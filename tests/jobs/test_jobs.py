@@ -104,7 +104,8 @@ def demo(tmp_path_factory):
     """A short demo: fewer and smaller steps, nothing else changed."""
     folder = tmp_path_factory.mktemp("demo")
     short = ["training.steps=60", "stream.batch_rows=4", "model.layers=2"]
-    done = job("run_demo.py", *short, "optimizer.warmup_steps=20", cwd=folder)
+    short += ["optimizer.warmup_steps=20", "evaluation.every_steps=60"]
+    done = job("run_demo.py", *short, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     shutil.copytree(next(folder.glob("runs/demo/checkpoints/*60/model")), folder / "bundle")
     return folder, done.stdout
@@ -150,7 +151,7 @@ def test_a_second_demo_says_what_it_reuses_and_replaces_and_a_stop_leaves_nothin
 
 def test_a_typing_error_costs_no_earlier_corpus_or_run(demo):
     folder, _ = demo
-    done = job("run_demo.py", "--input", "typo.fasta", cwd=folder)
+    done = job_in_process("run_demo.py", "--input", "typo.fasta", cwd=folder)
     assert done.returncode == 2
     assert "typo.fasta is not there" in done.stderr
     assert Corpus.open(folder / "corpora/demo").manifest["counts"]["train"]["clusters"] == 1876
@@ -228,7 +229,8 @@ def test_build_and_embed_a_users_own_file(demo, cluster, tmp_path, proteome):
     with proteome.open() as file:
         source.write_text("".join(line for _, line in zip(range(2000), file, strict=False)))
     source.write_text(source.read_text().rsplit(">", 1)[0])
-    done = job("build_corpus.py", "--input", source, "--output", "corpora/mine", cwd=tmp_path)
+    arguments = ["--input", source, "--output", "corpora/mine"]
+    done = job_in_process("build_corpus.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     corpus = Corpus.open(tmp_path / "corpora/mine")
     corpus.verify()
@@ -356,12 +358,13 @@ def test_embeddings_of_standard_input_and_of_a_pipe_are_those_of_a_file(cluster,
     with (tmp_path / "b.fasta").open("rb") as file:
         zipped = subprocess.Popen(["gzip", "-c"], stdin=file, stdout=subprocess.PIPE)
     arguments = ("s.parquet", "--input", "a.fasta", "-", "pipe")
-    streamed = job(*embed, *arguments, cwd=tmp_path, stdin=zipped.stdout)
+    streamed = job_in_process(*embed, *arguments, cwd=tmp_path, stdin=zipped.stdout)
     assert streamed.returncode == 0, streamed.stderr
     assert pq.read_table(tmp_path / "s.parquet").equals(pq.read_table(tmp_path / "f.parquet"))
 
     bad = subprocess.Popen(["printf", r">a\nMKLV\n>b\nMK1\n"], stdout=subprocess.PIPE)
-    refused = job(*embed, "r.parquet", "--input", "-", cwd=tmp_path, stdin=bad.stdout)
+    arguments = ("r.parquet", "--input", "-")
+    refused = job_in_process(*embed, *arguments, cwd=tmp_path, stdin=bad.stdout)
     assert refused.returncode == 2
     assert "error: standard input:3: record 'b': Residues are the letters" in refused.stderr
     assert not list(tmp_path.glob("r.parquet*"))

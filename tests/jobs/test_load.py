@@ -2,15 +2,12 @@
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 import threading
 
 import numpy as np
 import pytest
 from aiohttp import web
-from conftest import ROOT
+from in_process import job_in_process
 
 from raptide.alphabet import encode_residues
 from raptide.data.building.synthetic import random_proteins
@@ -140,10 +137,7 @@ def test_proteins_are_random_with_natural_lengths_or_those_of_a_file(proteome):
 
 
 def run_job(*arguments, cwd, **env):
-    command = [sys.executable, str(ROOT / "jobs/load_test.py"), *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, check=False, env=os.environ | env
-    )
+    return job_in_process("load_test.py", *arguments, cwd=cwd, env=env)
 
 
 def test_the_job_prints_a_table_writes_figures_and_draws(endpoint, proteome, tmp_path):

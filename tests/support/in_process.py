@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import runpy
 import subprocess
 import sys
@@ -10,12 +11,32 @@ from unittest import mock
 from conftest import ROOT
 
 
-def job_in_process(name, *arguments, cwd):
+def job_in_process(name, *arguments, cwd, stdin=None, env=None):
     """What `subprocess.run` of `python jobs/NAME ARGUMENTS` would return.
 
     A job that needs Ray gets the session's; its test asks for the fixture `cluster`.
+
+    Args:
+        stdin: a file to read standard input from.
+        env: joins the environment.
     """
-    return script_in_process(ROOT / "jobs" / name, *arguments, cwd=cwd)
+    with standard_input(stdin), mock.patch.dict(os.environ, env or {}):
+        return script_in_process(ROOT / "jobs" / name, *arguments, cwd=cwd)
+
+
+@contextlib.contextmanager
+def standard_input(file):
+    """Within the block, descriptor 0 reads from a file, if there is one."""
+    if file is None:
+        yield
+        return
+    before = os.dup(0)
+    os.dup2(file.fileno(), 0)
+    try:
+        yield
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
 
 
 def script_in_process(path, *arguments, cwd):

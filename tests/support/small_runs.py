@@ -10,7 +10,11 @@ STEPS = 24
 EVERY = 6
 
 
-def make_recipe(corpus, **training):
+def make_recipe(corpus, *, tracked=False, **training):
+    """
+    Args:
+        tracked: keep the run in W&B too, which takes its worker seconds to start.
+    """
     tree = {
         "name": "test",
         "corpus": str(corpus.path),
@@ -27,7 +31,7 @@ def make_recipe(corpus, **training):
         "cluster": {"workers": 2, "device": "cpu"},
         "checkpoint": {"every_steps": EVERY, "keep": 10},
         "evaluation": {"every_steps": EVERY, "blocks": 1},
-        "tracking": {"log_every": 1, "audit": True},
+        "tracking": {"log_every": 1, "audit": True, "mode": "auto" if tracked else "disabled"},
     }
     return tree
 

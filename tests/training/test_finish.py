@@ -19,7 +19,7 @@ FIRST, LAST = "step-00000002", "step-00000004"
 @pytest.mark.thorough
 def test_a_run_killed_in_its_last_evaluation_is_finished_by_a_resume(corpus, tmp_path, capsys):
     """With a checkpoint whose evaluation beside the training has not ended, and never will."""
-    tree = make_recipe(corpus, steps=4)
+    tree = make_recipe(corpus, tracked=True, steps=4)
     tree["cluster"]["workers"] = 1
     tree["checkpoint"] |= {"every_steps": 2, "keep": 1}
     tree["evaluation"] |= {"every_steps": 2, "asynchronous": True}

@@ -7,8 +7,9 @@ from typing import get_args
 
 import pytest
 import yaml
+from lone_worker import run_here
 from offline_wandb import read_runs
-from small_runs import STEPS, evaluations, make_recipe, metrics, run_to_the_end
+from small_runs import STEPS, evaluations, make_recipe, metrics
 
 from raptide.alphabet import ESM_33
 from raptide.config import Settings, parse_settings
@@ -159,13 +160,13 @@ def test_what_is_read_anew_is_not_refused(whole, corpus, field):
     prepare_run(recipe, whole.folder, resume=True)
 
 
-def test_a_resumed_run_follows_its_recipe(whole, corpus, tmp_path):
+def test_a_resumed_run_follows_its_recipe(whole, alone, corpus, tmp_path):
     folder, moved = tmp_path / "run", tmp_path / "moved"
     shutil.copytree(whole.folder, folder)
     shutil.copytree(corpus.path, moved)
     changes = {field: value for field, value in IN_RUN.items() if field != "corpus.path"}
-    recipe = changed(make_recipe(corpus), {**changes, "corpus": str(moved)})
-    result = run_to_the_end(recipe, folder, resume=True)
+    recipe = changed(make_recipe(corpus, tracked=True), {**changes, "corpus": str(moved)})
+    result = run_here(recipe, folder, resume=True)
     assert result.step == STEPS + 4
     assert result.audit is None
     manifest = json.loads((result.checkpoint / "manifest.json").read_text())

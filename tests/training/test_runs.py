@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lone_worker import run_here
 from offline_wandb import read_runs
 from small_runs import (
     EVERY,
@@ -177,7 +178,7 @@ def logged(run: Path) -> set[tuple[int, int]]:
 
 def test_killed_and_hanging_workers_change_nothing(whole, corpus, tmp_path):
     results = []
-    recipe = as_recipe(make_recipe(corpus), hang_timeout_s=40)
+    recipe = as_recipe(make_recipe(corpus, tracked=True), hang_timeout_s=40)
     thread = threading.Thread(
         target=lambda: results.append(run_to_the_end(recipe, tmp_path / "run"))
     )
@@ -248,12 +249,12 @@ def test_a_run_starts_from_weights_and_ends_when_it_improves_no_more(whole, corp
     assert size == pytest.approx(estimate, rel=0.1)
 
 
-def test_a_run_whose_loss_is_no_number_stops_and_says_so(corpus, tmp_path):
+def test_a_run_whose_loss_is_no_number_stops_and_says_so(alone, corpus, tmp_path):
     tree = make_recipe(corpus, max_nonfinite_steps=3)
     tree["optimizer"] = {"lr": 1e30, "warmup_steps": 1}
     tree["checkpoint"]["every_steps"] = 2
     with pytest.raises(TrainingDiverged, match="NaN or infinite in 3 steps in a row, up to step 4"):
-        run_to_the_end(as_recipe(tree, workers=1), tmp_path / "run")
+        run_here(as_recipe(tree, workers=1), tmp_path / "run")
     assert not list((tmp_path / "run/checkpoints").glob("step-*"))
     lines = list(map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()))
     assert [line["train/nonfinite_targets"] > 0 for line in lines] == [False, True, True]
@@ -291,7 +292,7 @@ def assert_shards_hold_the_bundle(checkpoint):
     ],
 )
 def test_every_zero_stage_trains_saves_and_resumes_at_any_size(
-    whole, corpus, tmp_path, stage, precision, before, after, saved_at, tolerance
+    whole, alone, corpus, tmp_path, stage, precision, before, after, saved_at, tolerance
 ):
     """Up to a checkpoint at one size, on at another; the curve is that of ZeRO-2 throughout."""
     # At this width stage 3 would keep every parameter whole, and nothing would be gathered.
@@ -302,9 +303,10 @@ def test_every_zero_stage_trains_saves_and_resumes_at_any_size(
         "offload_optimizer": stage == 1,
     }
     tree = make_recipe(corpus, steps=saved_at, zero_stage=stage, precision=precision, **options)
-    run_to_the_end(as_recipe(tree, workers=before), tmp_path / "run")
+    run = {1: run_here, 2: run_to_the_end}
+    run[before](as_recipe(tree, workers=before), tmp_path / "run")
     tree["training"]["steps"] = saved_at + 4
-    resumed = run_to_the_end(as_recipe(tree, workers=after), tmp_path / "run", resume=True)
+    resumed = run[after](as_recipe(tree, workers=after), tmp_path / "run", resume=True)
     assert resumed.step == saved_at + 4
     curve = losses(whole.folder)
     for step, loss in losses(tmp_path / "run").items():

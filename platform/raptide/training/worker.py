@@ -350,12 +350,14 @@ class Worker:
 
     def _choose_checkpoint(self) -> SavedCheckpoint | None:
         """The newest checkpoint that counts, as rank 0 sees it."""
-        saved = None
-        if self._rank == 0:
-            saved = newest_checkpoint(Storage.of_ray_train(), skipped=self._warn)
-        saved = broadcast_from_rank_zero(saved)
-        if saved is not None:
-            saved.refuse_other_run(self._run.plan.fingerprint(), self._recipe)
+        storage = Storage.of_ray_train()
+        newest = newest_checkpoint(storage, skipped=self._warn) if self._rank == 0 else None
+        # Plain values: for a type of ours, Ray's process in between would import all of PyTorch.
+        found = broadcast_from_rank_zero(newest and (newest.name, newest.manifest))
+        if found is None:
+            return None
+        saved = SavedCheckpoint(storage, *found)
+        saved.refuse_other_run(self._run.plan.fingerprint(), self._recipe)
         return saved
 
     def _start_stream(self, cursor: Cursor) -> BatchReader:

@@ -7,6 +7,7 @@ import subprocess
 
 import pyarrow.fs
 import pytest
+from lone_worker import run_here
 from moto.server import ThreadedMotoServer
 from small_runs import (
     EVERY,
@@ -123,12 +124,14 @@ def small_disk(folder, megabytes):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk_stops_the_run_or_not_and_the_last_good_checkpoint_stays(corpus, tmp_path):
+def test_a_full_disk_stops_the_run_or_not_and_the_last_good_checkpoint_stays(
+    alone, corpus, tmp_path
+):
     tree = make_recipe(corpus, steps=2 * EVERY)
     with small_disk(tmp_path / "disk", 3) as disk:  # one checkpoint has two megabytes
         tree["checkpoint"]["storage"] = disk.as_uri()
         with pytest.raises(CheckpointError, match="ended without its last checkpoint"):
-            run_to_the_end(as_recipe(tree, workers=1), tmp_path / "goes-on")
+            run_here(as_recipe(tree, workers=1), tmp_path / "goes-on")
         assert max(losses(tmp_path / "goes-on")) == 2 * EVERY
         saved = newest_checkpoint(Storage.of_run(tmp_path / "goes-on"))
         assert saved.step == EVERY
@@ -136,5 +139,5 @@ def test_a_full_disk_stops_the_run_or_not_and_the_last_good_checkpoint_stays(cor
         saved.storage.filesystem.delete_dir(saved.storage.path)
         tree["checkpoint"]["when_unsaved"] = "stop"
         with pytest.raises(CheckpointUnsaved, match=r"step-00000012 could not be saved .*No space"):
-            run_to_the_end(as_recipe(tree, workers=1), tmp_path / "stops")
+            run_here(as_recipe(tree, workers=1), tmp_path / "stops")
         assert newest_checkpoint(Storage.of_run(tmp_path / "stops")).step == EVERY
