@@ -43,8 +43,13 @@ os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 # Nodes are preempted in tests/chaos alone.
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
 
-# Nobody reads what these find twice a second: new logs, and what every process of Ray's takes.
-os.environ |= {"LOG_NAME_UPDATE_INTERVAL_S": "600", "REPORTER_UPDATE_INTERVAL_MS": "60000"}
+# Nobody reads what two of Ray's processes look for all the time: new log files, ten times a second,
+# and what each process takes.
+os.environ |= {
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "LOG_NAME_UPDATE_INTERVAL_S": "3600",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+}
 
 # A token of the session's own, so that tests write nothing into the user's home.
 _token = Path(tempfile.mkdtemp(prefix="raptide-test-")) / "token"

@@ -104,7 +104,7 @@ def demo(tmp_path_factory):
     """A short demo: fewer and smaller steps, nothing else changed."""
     folder = tmp_path_factory.mktemp("demo")
     short = ["training.steps=60", "stream.batch_rows=4", "model.layers=2"]
-    short += ["optimizer.warmup_steps=20", "evaluation.every_steps=60"]
+    short += ["model.width=64", "optimizer.warmup_steps=20", "evaluation.every_steps=60"]
     done = job("run_demo.py", *short, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     shutil.copytree(next(folder.glob("runs/demo/checkpoints/*60/model")), folder / "bundle")

@@ -6,6 +6,7 @@ import shutil
 from typing import get_args
 
 import pytest
+import wandb
 import yaml
 from lone_worker import run_here
 from offline_wandb import read_runs
@@ -167,6 +168,7 @@ def test_a_resumed_run_follows_its_recipe(whole, alone, corpus, tmp_path):
     changes = {field: value for field, value in IN_RUN.items() if field != "corpus.path"}
     recipe = changed(make_recipe(corpus, tracked=True), {**changes, "corpus": str(moved)})
     result = run_here(recipe, folder, resume=True)
+    wandb.teardown()  # its service runs beside this process
     assert result.step == STEPS + 4
     assert result.audit is None
     manifest = json.loads((result.checkpoint / "manifest.json").read_text())
