@@ -51,6 +51,9 @@ os.environ |= {
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
 }
 
+# Ray's processes for tasks stay for the next test, instead of ending after a second without work.
+os.environ |= {"RAY_idle_worker_killing_time_threshold_ms": "30000"}
+
 # A token of the session's own, so that tests write nothing into the user's home.
 _token = Path(tempfile.mkdtemp(prefix="raptide-test-")) / "token"
 _token.write_text(secrets.token_hex(32))
