@@ -40,6 +40,7 @@ def raptide(model: str, fasta: str, output: str, engines: int) -> None:
     import psutil
 
     from raptide.bulk import BulkSettings, EmbedWork, OutputFolder, find_sources, run_bulk
+    from raptide.bulk.places import choose_precision
     from raptide.bulk.work import Model
     from raptide.cluster import ray_session
 
@@ -51,7 +52,7 @@ def raptide(model: str, fasta: str, output: str, engines: int) -> None:
 
     with ray_session(num_cpus=cores + 1):
         outcome = run_bulk(
-            EmbedWork(found, "fp32", "window"),
+            EmbedWork(found, choose_precision("auto"), "window"),
             find_sources([fasta]),
             OutputFolder.at(output),
             BulkSettings(workers=engines, threads=found.threads),
@@ -69,7 +70,7 @@ def engine(model: str, fasta: str, share: str, engines: int) -> None:
     number, of = map(int, share.split("/"))
     torch.set_num_threads(max(1, engines // of))
     sequences = [letters for _, letters in read(fasta)][number::of]
-    loaded = Engine.load(model, device="cpu", dtype="fp32")
+    loaded = Engine.load(model, device="cpu")
     loaded.embed(sequences[:2], long="window")
     say(ready=True)
     for _ in sys.stdin:

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-LEAST_TOKENS = 1 << 15
+LEAST_TOKENS = 1 << 13
 MOST_TOKENS = 1 << 24
 GROWTH = 64
 """A unit computes a 64th of the tokens before it in its source, within these bounds: small inputs
