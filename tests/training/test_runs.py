@@ -303,7 +303,8 @@ def test_every_zero_stage_trains_saves_and_resumes_at_any_size(
         "offload_optimizer": stage == 1,
     }
     tree = make_recipe(corpus, steps=saved_at, zero_stage=stage, precision=precision, **options)
-    run = {1: run_here, 2: run_to_the_end}
+    # What compiles stays in a process of its own: Dynamo's warnings would be errors here.
+    run = {1: run_to_the_end if options["compile"] else run_here, 2: run_to_the_end}
     run[before](as_recipe(tree, workers=before), tmp_path / "run")
     tree["training"]["steps"] = saved_at + 4
     resumed = run[after](as_recipe(tree, workers=after), tmp_path / "run", resume=True)
