@@ -54,7 +54,12 @@ class UnitWorker:
     """One engine's place in the cluster."""
 
     def __init__(
-        self, work: Work, output: OutputFolder, stamp: str, limits: Limits, copies: Copies | None
+        self,
+        work: Work,
+        output: OutputFolder,
+        stamp: str,
+        limits: Limits,
+        copies: Copies | None = None,
     ) -> None:
         self._work, self._output, self._stamp, self._copies = work, output, stamp, copies
         self._engine = EngineProcess(work, limits)

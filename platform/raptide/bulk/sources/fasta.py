@@ -73,7 +73,7 @@ class FastaFile:
         plain = self._open()
         place = 0
         for unit in units:
-            place = skip_to(plain, place, unit.start, self.name)
+            place = skip_to(plain, place, unit.start, self.name, FastaError)
             window = cast(BinaryIO, _Window(plain, unit.stop - unit.start))
             yield self._records(FastaStream(self.name, window, line=unit.line))
             place = unit.stop

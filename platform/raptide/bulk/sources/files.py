@@ -92,18 +92,20 @@ class Marks:
         ]
 
 
-def skip_to(file: io.BufferedReader, place: int, target: int, called: str) -> int:
+def skip_to(
+    file: io.BufferedReader, place: int, target: int, called: str, error: type[InputError]
+) -> int:
     """Move on to a byte: at once, or through what is decompressed on the way.
 
     Raises:
-        InputError: the file called so ends before it.
+        InputError: of type `error`, where the file called so ends before it.
     """
     if file.seekable():
         return file.seek(target)
     while place < target:
         passed = len(file.read(min(READ_BYTES, target - place)))
         if not passed:
-            raise InputError(f"{called} has become shorter during the job; start it again.")
+            raise error(f"{called} has become shorter during the job; start it again.")
         place += passed
     return place
 

@@ -138,7 +138,7 @@ class CsvTable(VariantTable):
         with open_plainly(self.storage, self.file, self.name, InputError) as file:
             place = 0
             for unit in units:
-                place = skip_to(file, place, unit.start, self.name)
+                place = skip_to(file, place, unit.start, self.name, ConfigError)
                 found = read_rows(file, self.name, self.header, unit.line)
                 rows = [row for _, row in zip(range(unit.records), found, strict=False)]
                 place += sum(row.skipped + len(row.text) + len(row.end) for row in rows)
