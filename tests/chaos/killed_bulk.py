@@ -134,11 +134,9 @@ def below() -> list[tuple[psutil.Process, str]]:
 
 def kill(kind: str, run: subprocess.Popen[bytes], cluster: Cluster, nodes: list[Any]) -> bool:
     """Whether it could be done."""
-    if kind == "driver":
-        run.kill()
-        return True
-    if kind == "ctrl-c":
-        run.send_signal(signal.SIGINT)
+    if kind in ("driver", "ctrl-c"):
+        run.send_signal(signal.SIGKILL if kind == "driver" else signal.SIGINT)
+        run.wait(LONGEST_S)
         return True
     if kind == "node":
         cluster.remove_node(nodes.pop(0), allow_graceful=False)
