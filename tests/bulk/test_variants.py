@@ -117,7 +117,7 @@ def score(folder):
     return job_in_process(
         *("score_variants.py", "--model", "a/m", "--model", "b/m", "--method", *METHODS),
         *("--offset", OFFSET, "--long", "window", "--precision", "fp32"),
-        *("--input", "in/", "--fasta", "p.fasta", "--output", "out"),
+        *("--input", "in/", "--fasta", "p.fasta", "--output", "out", "--workers", 1),
         cwd=folder,
     )
 
@@ -158,7 +158,7 @@ def split_scores(given, scored, delimiter):
 def test_tables_come_back_with_every_byte_and_the_engines_scores(scored):
     done = score(scored)
     assert done.returncode == 3, done.stderr
-    assert "8 records rejected" in done.stdout
+    assert "7 records rejected" in done.stdout
     assert "variants/s" in done.stdout
     tables = scored / "out/tables"
     files = sorted(str(p.relative_to(tables)) for p in tables.rglob("*.*"))
@@ -194,19 +194,15 @@ def test_tables_come_back_with_every_byte_and_the_engines_scores(scored):
 
     rejects = pq.read_table(scored / "out/rejects.parquet").to_pylist()
     found = [(os.path.basename(r["file"]), r["line"], r["reason"].split(":")[0]) for r in rejects]
-    assert (
-        found
-        == [
-            ("named.tsv.gz", 3, "unknown id"),
-            ("named.tsv.gz", 4, "unknown id"),
-            ("ours.parquet", 3, "misfit"),
-            ("weird.csv", 8, "misfit"),
-            ("weird.csv", 9, "bad letters"),
-            ("weird.csv", 10, "empty"),
-            ("weird.csv", 11, "misshapen"),
-        ]
-        or found == []
-    )
+    assert found == [
+        ("named.tsv.gz", 3, "unknown id"),
+        ("named.tsv.gz", 4, "unknown id"),
+        ("ours.parquet", 3, "misfit"),
+        ("weird.csv", 7, "misfit"),
+        ("weird.csv", 8, "bad letters"),
+        ("weird.csv", 9, "empty"),
+        ("weird.csv", 10, "misshapen"),
+    ]
 
 
 def test_a_job_given_again_makes_what_is_missing_and_else_nothing(scored):
@@ -217,7 +213,7 @@ def test_a_job_given_again_makes_what_is_missing_and_else_nothing(scored):
 
     whole = state()
     parts = sorted((out / "parts").iterdir())
-    parts[0].unlink()
+    parts[0].unlink()  # one without rejects
     (out / "tables/weird.csv").unlink()
     done = score(scored)
     assert done.returncode == 3, done.stderr
@@ -302,7 +298,8 @@ def test_slices_keep_proteins_and_positions_together(model):
     found = list(work.slices(items, 620))
     assert sorted(index for each in found for index in each) == list(range(len(items)))
     assert found[0] == [index for p in range(10) for index in (p, 60 + p)]
-    assert found[-1][-3:] == [122, 121, 120]
+    assert [index for each in found for index in each][-3:] == [122, 121, 120]
+    assert all(len(each) in (20, 21) for each in found[:-1])
     assert list(slices(work, items)) == [[index for each in found for index in each]]
     assert list(work.slices([], 620)) == []
 

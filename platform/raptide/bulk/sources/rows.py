@@ -66,7 +66,7 @@ def read_header(file: Any, name: str, needed: str) -> Header:
     for delimiter in DELIMITERS:
         columns = next(csv.reader(text.splitlines(True), delimiter=delimiter))
         if needed in columns:
-            return Header(row, delimiter, tuple(columns))
+            return Header(row._replace(cells=columns), delimiter, tuple(columns))
     raise ConfigError(
         f"{name} has no column {needed!r} in its first line ({text[:200]!r}), told apart by "
         "commas, tabs or semicolons; rename its columns."
