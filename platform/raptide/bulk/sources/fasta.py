@@ -59,10 +59,11 @@ class FastaFile:
         stream = FastaStream(self.name, self._open(digest))
         cutter, marks = Cutter(sizes), _Marks()
         for piece in pieces(stream):
-            refuse_carriage_return(stream, piece, marks.records)
             stream.remember(piece)
+            refuse_carriage_return(stream, piece, marks.records)
             layout = _lay_out(piece)
             marks.add(layout, cutter.ends(layout.residues, layout.bytes))
+            stream.forget(marks.records)
         return Survey(digest.hexdigest(), marks.units(index, digest.hexdigest()))
 
     def stretches(self, units: list[Unit]) -> Iterator[list[Unit]]:
