@@ -57,7 +57,9 @@ def parse(data):
 
 headers = st.one_of(
     st.just(b""),
-    st.sampled_from([b"NA", b"007", b"a/b'\"\\c", b"x>y z", b">>", b" late", b"\xe9t\xe9 d", b"a\tb"]),
+    st.sampled_from(
+        [b"NA", b"007", b"a/b'\"\\c", b"x>y z", b">>", b" late", b"\xe9t\xe9 d", b"a\tb"]
+    ),
     st.text("ab>|;,.é\u2028 ", max_size=8).map(str.encode),
 )
 lines = st.lists(st.text("MKLVAGX", max_size=9).map(str.encode), max_size=4)
@@ -89,8 +91,10 @@ def test_positions_and_any_units_records_are_those_of_a_plain_parser(
     assert survey.digest == hashlib.sha256(packed).hexdigest()
     assert survey.records == len(expected)
     firsts = [unit.first for unit in survey.units]
-    assert firsts == [0, *(sum(u.records for u in survey.units[:i + 1])
-                           for i in range(len(firsts) - 1))]
+    assert firsts == [
+        0,
+        *(sum(u.records for u in survey.units[: i + 1]) for i in range(len(firsts) - 1)),
+    ]
     for unit in survey.units:
         assert [unit.start, unit.line] == expected[unit.first][:2]
         held = expected[unit.first : unit.first + unit.records]
@@ -101,7 +105,11 @@ def test_positions_and_any_units_records_are_those_of_a_plain_parser(
 
     chosen = data.draw(st.sets(st.sampled_from(range(len(survey.units)))))
     some = [survey.units[index] for index in sorted(chosen)]
-    read = [records for part in source.stretches(some) for records in source.read(part)] if some else []
+    read = (
+        [records for part in source.stretches(some) for records in source.read(part)]
+        if some
+        else []
+    )
     for unit, records in zip(some, read, strict=True):
         held = expected[unit.first : unit.first + unit.records]
         assert records.ids == [each[2] for each in held]
@@ -115,9 +123,9 @@ def test_names_of_100_kb_and_letters_that_are_none(tmp_path):
     name = "x" * 100_000
     text = f">{name}\nMKLV\n>stop\nMK*V\n>end\nMKV*\n>bad\nM1\n>na\n{'ACGT' * 9}\n>low\nmk lv\n"
     (tmp_path / "a.fasta").write_text(text)
-    source, = find_sources([tmp_path])
+    (source,) = find_sources([tmp_path])
     survey = source.survey(0, Plain())
-    records, = source.read(survey.units)
+    (records,) = source.read(survey.units)
     assert records.ids == [name, "stop", "end", "bad", "na", "low"]
     assert records.items == ["MKLV", "", "MKV", "", "", "MKLV"]
     assert [flaw.split(":")[0] for flaw in records.flaws] == [
@@ -132,12 +140,12 @@ def test_a_file_that_is_none_or_shrinks_is_named(tmp_path):
     (tmp_path / "mac.fasta").write_bytes(b">a\rMK\r>b\rMK\r")
     messages = ("the file is empty", "ends in the middle", "lines end with CR alone")
     for name, message in zip(sorted(tmp_path.iterdir()), messages, strict=True):
-        source, = find_sources([name])
+        (source,) = find_sources([name])
         with pytest.raises(FastaError, match=f"{re.escape(str(name))}.*{message}"):
             source.survey(0, Plain())
     file = tmp_path / "shrinks.fasta.gz"
     file.write_bytes(gzip.compress(b">a\nMK\n" * 9000))
-    source, = find_sources([file])
+    (source,) = find_sources([file])
     survey = source.survey(0, Plain())
     file.write_bytes(gzip.compress(b">a\nMK\n"))
     with pytest.raises(FastaError, match="has become shorter"):

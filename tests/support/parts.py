@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-PARTS = ["training", "chaos", "jobs", "data", "bulk", "inference", "model", "client", "tests", "serve"]
+PARTS = [
+    "training",
+    "chaos",
+    "jobs",
+    "data",
+    "bulk",
+    "inference",
+    "model",
+    "client",
+    "tests",
+    "serve",
+]
 """In the order in which they are begun, the longest first. Serve comes last: it takes cores, which
 training needs, until its process ends."""
 

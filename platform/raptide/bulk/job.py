@@ -33,13 +33,13 @@ FOOTERS_AT_ONCE = 16
 
 
 class BulkSettings(Settings):
-    """How a job runs; nothing of this changes a number."""
+    """How a job runs; but for `threads`, nothing of this changes a number."""
 
     workers: int | None = None
     """Engines; by default one for each GPU of the cluster, or for each share of `threads` CPUs."""
 
     threads: int = 1
-    """Of one engine on CPUs."""
+    """Of one engine on CPUs. Sums are split among them, which shows in a number's last digits."""
 
     timeout_s: float = 3600.0
     """Seconds that some 65,000 tokens, or one longer record, may take at most."""
@@ -90,23 +90,26 @@ def run_bulk(
     """
     began = time.monotonic()
     with output.alone():
-        if settings.replace:
-            output.clear()
-        output.refuse_strangers(fingerprint(work))
+        known = fingerprint(work) | {"threads": settings.threads}
         is_new = output.manifest() is None
+        if settings.replace and not is_new:
+            output.clear()
+            is_new = True
         if is_new:  # from here on the folder is this job's
-            output.write_manifest({"finished": False, "fingerprint": fingerprint(work)})
+            output.write_manifest({"finished": False, "fingerprint": known})
+        output.refuse_strangers(known)
         try:
             with plain_errors():
-                return _run_here(work, sources, output, settings, watch, began)
+                return _run_here(work, known, sources, output, settings, watch, began)
         except InputError:
             if is_new and not output.parts():
-                output.clear()
+                output.give_back()
             raise
 
 
 def _run_here(
     work: Work,
+    known: dict[str, Any],
     sources: Sequence[Source],
     output: OutputFolder,
     settings: BulkSettings,
@@ -117,7 +120,7 @@ def _run_here(
     output.tidy()
     sources = copy_pipes(sources, output)
     surveys = survey_sources(sources, work)
-    whole = fingerprint(work) | {"inputs": [survey.digest for survey in surveys]}
+    whole = known | {"inputs": [survey.digest for survey in surveys]}
     output.refuse_strangers(whole)
     output.refuse_other_parts({unit.name for survey in surveys for unit in survey.units})
     manifest = _begin(output, whole, sources, surveys)
@@ -137,7 +140,7 @@ def copy_pipes(sources: Sequence[Source], output: OutputFolder) -> list[Source]:
 
 
 def fingerprint(work: Work) -> dict[str, Any]:
-    """What must be the same for parts to belong together, but for the inputs."""
+    """What must be the same for parts to belong together, but for the inputs and the threads."""
     return {"format_version": FORMAT_VERSION, **work.fingerprint()}
 
 

@@ -26,7 +26,7 @@ from raptide.data.fasta import (
 )
 from raptide.data.fasta_text import FastaStream, pieces, refuse_carriage_return
 from raptide.errors import FastaError
-from raptide.storage import Storage, patiently
+from raptide.storage import Storage, patiently, read_surely
 
 REASONS = {
     STOP_CODON: "stop codon: a * or . stands within the sequence",
@@ -67,9 +67,8 @@ class FastaFile:
         return Survey(digest.hexdigest(), marks.units(index, digest.hexdigest()))
 
     def stretches(self, units: list[Unit]) -> Iterator[list[Unit]]:
-        file = io.BufferedReader(self._raw())
-        with file:
-            return iter([units]) if is_compressed_file(file) else short_stretches(units)
+        whole = read_surely(self.name, self._is_compressed)
+        return iter([units]) if whole else short_stretches(units)
 
     def read(self, units: Sequence[Unit]) -> Iterator[Records]:
         plain = self._open()
@@ -100,6 +99,10 @@ class FastaFile:
                 raise FastaError(f"{self.name} has become shorter during the job; start it again.")
             place += passed
         return place
+
+    def _is_compressed(self) -> bool:
+        with io.BufferedReader(self._raw()) as file:
+            return is_compressed_file(file)
 
     def _raw(self) -> Any:
         return patiently(lambda: self.storage.filesystem.open_input_file(self.path))
