@@ -40,6 +40,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Any will do for the S3 server that tests start; Ray's workers inherit them.
 os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
+# Ray's workers, and the processes they start, import works of bulk jobs from there.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT / "tests/support"), os.environ.get("PYTHONPATH")])
+)
+
 # Nodes are preempted in tests/chaos alone.
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
 

@@ -7,6 +7,7 @@ system does not do at first is tried again, unless it says that it never will.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import time
@@ -77,16 +78,16 @@ class Storage:
 
     def holds(self, name: str) -> bool:
         """Whether there is such a file."""
-        return self._ask(name, lambda path: self.filesystem.get_file_info(path).is_file)
+        return self.ask(name, lambda path: self.filesystem.get_file_info(path).is_file)
 
     def is_there(self) -> bool:
         """Whether there is such a folder, or a file instead."""
-        kind = self._ask("", lambda path: self.filesystem.get_file_info(path).type)
+        kind = self.ask("", lambda path: self.filesystem.get_file_info(path).type)
         return kind != FileType.NotFound
 
     def make(self) -> None:
         """Make the folder, and those above it."""
-        self._ask("", lambda path: self.filesystem.create_dir(path, recursive=True))
+        self.ask("", lambda path: self.filesystem.create_dir(path, recursive=True))
 
     def names(self, folder: str, *, folders: bool = False) -> list[str]:
         """Names of the files in a folder, sorted; none where there is no such folder.
@@ -99,18 +100,14 @@ class Storage:
             infos = self.filesystem.get_file_info(FileSelector(path, allow_not_found=True))
             return sorted(info.base_name for info in infos if folders or info.is_file)
 
-        return self._ask(folder, names)
+        return self.ask(folder, names)
 
     def read(self, name: str) -> bytes:
         def read(path: str) -> bytes:
             with self.filesystem.open_input_stream(path) as file:
                 return file.read()
 
-        return self._ask(name, read)
-
-    def open(self, name: str) -> Any:
-        """A file, to be read from any place."""
-        return self._ask(name, lambda path: self.filesystem.open_input_file(path))
+        return self.ask(name, read)
 
     def write(self, name: str, write: Callable[[Any], None]) -> None:
         """Make a file, whole: `write` is given a file object, more than once if need be.
@@ -124,7 +121,7 @@ class Storage:
         def attempt() -> None:
             try:
                 for each in {os.path.dirname(partial), os.path.dirname(target)}:
-                    self.filesystem.create_dir(each, recursive=True)
+                    patiently(functools.partial(self.filesystem.create_dir, each, recursive=True))
                 with self.filesystem.open_output_stream(partial) as file:
                     write(file)
                 if self.is_local:
@@ -152,10 +149,10 @@ class Storage:
             elif kind == FileType.File:
                 self.filesystem.delete_file(path)
 
-        self._ask(name, delete)
+        self.ask(name, delete)
 
-    def _ask(self, name: str, action: Callable[[str], T]) -> T:
-        """What an action with a file or folder returns.
+    def ask(self, name: str, action: Callable[[str], T]) -> T:
+        """What an action returns that is given the whole path of a file or folder.
 
         Raises:
             RaptideError: the file system refuses for good, or again and again.

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -13,7 +16,7 @@ from raptide.bulk import child
 from raptide.bulk.process import STARTS, Death, EngineProcess, Limits
 from raptide.errors import ConfigError, RaptideError
 
-LIMITS = Limits(threads=1, memory_bytes=600_000_000, timeout_s=3.0)
+LIMITS = Limits(threads=1, memory_bytes=600_000_000, timeout_s=60.0)
 
 
 @pytest.fixture
@@ -32,18 +35,17 @@ def started():
 
 def test_each_way_to_die_has_its_reason_and_the_next_items_are_computed(started, tmp_path):
     work = CountedWork(str(tmp_path / "log"))
-    engine = started(work)
-    for item, reason in [
-        (SEGV, "killed its process: SIGSEGV"),
-        (MEMORY, "out of memory: needed more than 0.6 GB"),
-        (SLEEP, "timed out: took longer than 3 s"),
-        (RAISE, r"failed: ValueError at bulk_works.py:\d+"),
+    patient, hasty = started(work), started(work, replace(LIMITS, timeout_s=2.0))
+    for engine, item, reason in [
+        (patient, SEGV, "killed its process: SIGSEGV"),
+        (patient, MEMORY, "out of memory: needed more than 0.6 GB"),
+        (patient, RAISE, r"failed: ValueError at bulk_works.py:\d+"),
+        (hasty, SLEEP, "timed out: took longer than 2 s"),
     ]:
         with pytest.raises(Death, match=f"^{reason}$"):
             engine.compute(["MKLV", item])
         assert engine.compute(["MKLV", "A"]) == [check_sum("MKLV"), check_sum("A")]
-    assert len(psutil.Process().children()) <= len(set(children_of(work)))
-    assert engine.opening_s > 0
+    assert patient.opening_s > 0
 
 
 def children_of(work):
@@ -70,9 +72,9 @@ def test_an_engine_that_cannot_open_ends_in_one_sentence(started, tmp_path, how,
 
 
 def test_memory_and_time_are_for_a_slice_and_not_for_a_unit(started, tmp_path, monkeypatch):
-    work = CountedWork(str(tmp_path / "log"), seconds=0.2)
-    items = ["A" * 40_000] * 6  # a slice each, as no two fit into one
-    engine = started(work, Limits(1, 10**9, timeout_s=0.7))
+    work = CountedWork(str(tmp_path / "log"), seconds=0.3)
+    items = ["A" * 40_000] * 8  # a slice each, as no two fit into one
+    engine = started(work, replace(LIMITS, timeout_s=2.0))
     assert engine.compute(items) == [check_sum(item) for item in items]
 
 
@@ -120,3 +122,10 @@ def test_an_engine_dies_with_whoever_waits_for_it(tmp_path):
 def test_an_engine_that_dies_of_all_dies_of_the_canary_too(started, tmp_path):
     with pytest.raises(Death, match="SIGKILL"):
         started(DeadlyWork(str(tmp_path / "log"))).compute([DeadlyWork.canary])
+
+
+def test_engines_start_without_ray():
+    code = "import sys, raptide.bulk.child as c; print(sorted({'ray', 'torch'} & set(sys.modules)))"
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=path)
+    assert done.stdout.strip() == "[]", done.stderr

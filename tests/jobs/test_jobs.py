@@ -76,12 +76,12 @@ def test_help_teaches(path, tmp_path):
         ),
         (
             "embed_proteins.py",
-            ["--model", "m", "--input", "a.fasta", "--output", "e.parquet"],
+            ["--model", "m", "--input", "a.fasta", "--output", "e"],
             "no model folder",
         ),
         (
             "embed_proteins.py",
-            ["--model", "bert", "--input", "a.fasta", "--output", "e.parquet"],
+            ["--model", "bert", "--input", "a.fasta", "--output", "e"],
             "is a model of another architecture (bert)",
         ),
     ],
@@ -208,19 +208,28 @@ def test_a_protein_too_long_for_the_model_is_named(cluster, tmp_path):
     write_weights(tmp_path / "m", Weights.of(model.initialise(1)))
     (tmp_path / "a.fasta").write_text(">ok\nMKLV\n>long one\n" + "M" * 31 + "\n")
     done = job_in_process(
-        *("embed_proteins.py", "--model", "m", "--input", "a.fasta", "--output", "e.parquet"),
+        *("embed_proteins.py", "--model", "m", "--input", "a.fasta", "--output", "e"),
+        *("--long", "error"),
         cwd=tmp_path,
     )
     assert done.returncode == 2
     assert "Record 'long' has 31 residues, but this model takes at most 30" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.fasta", "m"]
     done = job_in_process(
-        *("embed_proteins.py", "--model", "m", "--input", "a.fasta", "--output", "e.parquet"),
+        *("embed_proteins.py", "--model", "m", "--input", "a.fasta", "--output", "e"),
         *("--long", "window"),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert pq.read_table(tmp_path / "e.parquet")["length"].to_pylist() == [4, 31]
+    assert pq.read_table(tmp_path / "e/parts")["length"].to_pylist() == [4, 31]
+    done = job_in_process(
+        *("embed_proteins.py", "--model", "m", "--input", "a.fasta", "--output", "r"), cwd=tmp_path
+    )
+    assert done.returncode == 3, done.stderr
+    assert pq.read_table(tmp_path / "r/parts")["id"].to_pylist() == ["ok"]
+    (reject,) = pq.read_table(tmp_path / "r/rejects.parquet").to_pylist()
+    assert (reject["id"], reject["line"], reject["length"]) == ("long", 3, 31)
+    assert reject["reason"] == "too long: 31 residues, and 30 are taken whole"
 
 
 def test_build_and_embed_a_users_own_file(demo, cluster, tmp_path, proteome):
@@ -248,13 +257,13 @@ def test_build_and_embed_a_users_own_file(demo, cluster, tmp_path, proteome):
     assert done.returncode == 2
     assert f"{shard.name} is damaged: expected sha256" in done.stderr
 
-    output = tmp_path / "embeddings.parquet"
+    output = tmp_path / "embeddings"
     done = job_in_process(
         *("embed_proteins.py", "--model", bundle, "--input", source, "--output", output),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    table = pq.read_table(output)
+    table = pq.read_table(output / "parts")
     names = [name for batch in read_fasta(source) for name in batch.names]
     assert table["id"].to_pylist() == names
     engine = Engine.load(bundle)
@@ -278,7 +287,7 @@ def test_build_and_embed_a_users_own_file(demo, cluster, tmp_path, proteome):
         ("run_demo.py", ["--input", "pipe"], "can be read only once"),
         (
             "embed_proteins.py",
-            ["--model", "m", "--input", "-", "a.fasta", "-", "--output", "e.parquet"],
+            ["--model", "m", "--input", "-", "a.fasta", "-", "--output", "e"],
             "names - 2 times",
         ),
         (
@@ -325,19 +334,29 @@ def test_overrides_stand_on_both_sides_of_options(tmp_path):
     assert "gone #2 holds no finished corpus" in done.stderr
 
 
-def test_records_that_are_no_proteins_are_left_out_of_embeddings(demo, cluster, tmp_path):
+def test_records_that_are_no_proteins_are_rejected_from_embeddings(demo, cluster, tmp_path):
     (tmp_path / "a.fasta").write_text(">ok\nMKLV\n>cut\nMK*VV\n>na mol:na\nACGT\n>bad\nM1\n")
-    done = job_in_process(
-        *("embed_proteins.py", "--model", demo[0] / "bundle", "--input", "a.fasta"),
-        *("--output", "new/e.parquet", "--stop-codons", "split", "--bad-letters", "drop"),
-        *("--nucleotides", "drop"),
-        cwd=tmp_path,
+    embed = ("embed_proteins.py", "--model", demo[0] / "bundle", "--input", "a.fasta")
+    output = ("--output", "new/e", "--stop-codons", "split", "--price-per-hour", "3")
+    done = job_in_process(*embed, *output, cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert re.search(
+        r"^2 records rejected: (1 nucleotides, 1 bad|1 bad letters, 1 nuc)", done.stdout, re.M
     )
-    assert done.returncode == 0, done.stderr
-    assert "Left out 2 records that are no proteins" in done.stdout
-    table = pq.read_table(tmp_path / "new/e.parquet")
+    assert re.search(r"residues/s .* of start-up$", done.stdout, re.M)
+    assert re.search(r"^A million such proteins: .* hours, .* at 3 an hour$", done.stdout, re.M)
+    table = pq.read_table(tmp_path / "new/e/parts")
     assert table["id"].to_pylist() == ["ok", "cut/1-2", "cut/4-5"]
     assert table["length"].to_pylist() == [4, 2, 2]
+    rejects = pq.read_table(tmp_path / "new/e/rejects.parquet").to_pylist()
+    assert [(each["id"], each["line"]) for each in rejects] == [("na", 5), ("bad", 7)]
+    allowed = job_in_process(*embed, *output, "--allow-rejects", cwd=tmp_path)
+    assert allowed.returncode == 0, allowed.stderr
+    assert "3 rows of " in allowed.stdout
+    assert "Nothing was left to compute" in allowed.stdout
+    kept = ("--output", "k", "--nucleotides", "keep")
+    assert job_in_process(*embed, *kept, cwd=tmp_path).returncode == 3
+    assert pq.read_table(tmp_path / "k/parts")["id"].to_pylist() == ["ok", "na"]
 
 
 def test_embeddings_of_standard_input_and_of_a_pipe_are_those_of_a_file(cluster, tmp_path):
@@ -352,19 +371,29 @@ def test_embeddings_of_standard_input_and_of_a_pipe_are_those_of_a_file(cluster,
     os.mkfifo(tmp_path / "pipe")
     embed = ("embed_proteins.py", "--model", "m", "--output")
     files = ["a.fasta", "b.fasta", "c.fasta"]
-    plain = job_in_process(*embed, "f.parquet", "--input", *files, cwd=tmp_path)
+    plain = job_in_process(*embed, "f", "--input", *files, cwd=tmp_path)
     assert plain.returncode == 0, plain.stderr
     threading.Thread(target=(tmp_path / "pipe").write_text, args=[texts[2]]).start()
     with (tmp_path / "b.fasta").open("rb") as file:
         zipped = subprocess.Popen(["gzip", "-c"], stdin=file, stdout=subprocess.PIPE)
-    arguments = ("s.parquet", "--input", "a.fasta", "-", "pipe")
+    arguments = ("s", "--input", "a.fasta", "-", "pipe")
     streamed = job_in_process(*embed, *arguments, cwd=tmp_path, stdin=zipped.stdout)
     assert streamed.returncode == 0, streamed.stderr
-    assert pq.read_table(tmp_path / "s.parquet").equals(pq.read_table(tmp_path / "f.parquet"))
+    tables = [pq.read_table(tmp_path / folder / "parts") for folder in "sf"]
+    assert tables[0].equals(tables[1])
+    assert tables[0].num_rows == 1800
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {
+        *("parts", "rejects.parquet", "manifest.json", ".lock")
+    }
 
-    bad = subprocess.Popen(["printf", r">a\nMKLV\n>b\nMK1\n"], stdout=subprocess.PIPE)
-    arguments = ("r.parquet", "--input", "-")
-    refused = job_in_process(*embed, *arguments, cwd=tmp_path, stdin=bad.stdout)
+    bad = subprocess.Popen(["printf", r"MKLV\n>b\nMK1\n"], stdout=subprocess.PIPE)
+    refused = job_in_process(*embed, "r", "--input", "-", cwd=tmp_path, stdin=bad.stdout)
     assert refused.returncode == 2
-    assert "error: standard input:3: record 'b': Residues are the letters" in refused.stderr
-    assert not list(tmp_path.glob("r.parquet*"))
+    assert "error: standard input:1: text before the first > line" in refused.stderr
+    assert not (tmp_path / "r").exists()
+    bad = subprocess.Popen(["printf", r">a\nMKLV\n>b\nMK1\n"], stdout=subprocess.PIPE)
+    rejected = job_in_process(*embed, "r", "--input", "-", cwd=tmp_path, stdin=bad.stdout)
+    assert rejected.returncode == 3, rejected.stderr
+    (reject,) = pq.read_table(tmp_path / "r/rejects.parquet").to_pylist()
+    assert (reject["id"], reject["file"], reject["line"]) == ("b", "standard input", 3)
+    assert reject["reason"].startswith("bad letters")

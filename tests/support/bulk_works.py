@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from raptide.bulk import units
 from raptide.errors import ConfigError
 
 SEGV, MEMORY, SLEEP, RAISE = "SEGVSEGV", "MEMMEMMEM", "SLEEPSLEEP", "RAISERAISE"
@@ -87,8 +88,14 @@ class CountedWork:
         return [line.split()[1] for line in log.read_text().splitlines()] if log.exists() else []
 
 
-@dataclass(frozen=True)
-class DeadlyWork(CountedWork):
+class ManyUnits(CountedWork):
+    """Records are so dear that a unit holds eight."""
+
+    def tokens(self, residues):
+        return residues * 0 + units.LEAST_TOKENS // 8
+
+
+class DeadlyWork(ManyUnits):
     """An engine that dies of everything."""
 
     def harm(self, item):

@@ -151,21 +151,26 @@ class OutputFolder:
                 )
 
     def clear(self) -> None:
-        """Delete what a job wrote here, and nothing else; the manifest last.
+        """Delete what a job wrote here, and nothing else; the manifest stays.
+
+        Killed at any point, it leaves what the old job can go on with.
 
         Raises:
-            ConfigError: no job wrote here, or not alone.
+            ConfigError: others wrote there, too.
         """
-        if self.manifest() is None:
-            return
         for name in self.storage.names(PARTS, folders=True):
             if not PART.fullmatch(name):
                 raise ConfigError(
                     f"{self.path(PARTS)} holds {name[:80]!r}, which no job wrote, so nothing is "
                     "deleted; take it away, or choose another --output."
                 )
-        for name in (PARTS, REJECTS, DEATHS, DEDUP, PARTIAL, INPUTS, *MADE, REJECTS_FILE, MANIFEST):
+        for name in (PARTS, REJECTS, DEATHS, DEDUP, PARTIAL, INPUTS, *MADE, REJECTS_FILE):
             self.storage.delete(name)
+
+    def give_back(self) -> None:
+        """The same, and the folder is nobody's any more."""
+        self.clear()
+        self.storage.delete(MANIFEST)
 
     def tidy(self) -> None:
         """Take away what a killed job was writing."""
@@ -191,7 +196,7 @@ class OutputFolder:
         return self.storage.holds(f"{PARTS}/{unit}.parquet")
 
     def open_part(self, unit: str) -> pq.ParquetFile:
-        return pq.ParquetFile(self.storage.open(f"{PARTS}/{unit}.parquet"))
+        return self._table(f"{PARTS}/{unit}.parquet")
 
     def write_part(self, unit: str, table: pa.Table, stamp: str) -> None:
         """Write a unit's part.
@@ -237,7 +242,8 @@ class OutputFolder:
         return count
 
     def _table(self, name: str) -> pq.ParquetFile:
-        return pq.ParquetFile(self.storage.open(name))
+        filesystem = self.storage.filesystem
+        return self.storage.ask(name, lambda path: pq.ParquetFile(filesystem.open_input_file(path)))
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -256,7 +262,7 @@ class OutputFolder:
                 self._leave(new)
 
     def _leave(self, new: bool) -> None:
-        if not set(self.storage.names("", folders=True)) - {LOCK, PARTIAL}:
+        if not self._holds_other_things():
             for name in (LOCK, PARTIAL, *[""] * new):
                 self.storage.delete(name)
 

@@ -69,23 +69,26 @@ def run_bulk(
     """
     began = time.monotonic()
     with output.alone():
-        if settings.replace:
-            output.clear()
-        output.refuse_strangers(fingerprint(work, settings))
+        known = fingerprint(work, settings)
         is_new = output.manifest() is None
+        if settings.replace and not is_new:
+            output.clear()
+            is_new = True
         if is_new:  # from here on the folder is this job's
-            output.write_manifest({"finished": False, "fingerprint": fingerprint(work, settings)})
+            output.write_manifest({"finished": False, "fingerprint": known})
+        output.refuse_strangers(known)
         try:
             with plain_errors():
-                return _run_here(work, sources, output, settings, watch, began)
+                return _run_here(work, known, sources, output, settings, watch, began)
         except InputError:
             if is_new and not output.parts():
-                output.clear()
+                output.give_back()
             raise
 
 
 def _run_here(
     work: Work,
+    known: dict[str, Any],
     sources: Sequence[Source],
     output: OutputFolder,
     settings: BulkSettings,
@@ -96,7 +99,7 @@ def _run_here(
     output.tidy()
     sources = copy_pipes(sources, output)
     surveys = survey_sources(sources, work)
-    whole = fingerprint(work, settings) | {"inputs": [survey.digest for survey in surveys]}
+    whole = known | {"inputs": [survey.digest for survey in surveys]}
     output.refuse_strangers(whole)
     output.refuse_other_parts({unit.name for survey in surveys for unit in survey.units})
     manifest = _begin(output, whole, sources, surveys)

@@ -16,13 +16,13 @@ LEAST_MEMORY = 1 << 30
 
 
 class BulkSettings(Settings):
-    """How a job runs; nothing of this changes a number but in its last digits."""
+    """How a job runs; but for `threads` and `dedup`, nothing of this changes a number."""
 
     workers: int | None = None
     """Engines; by default one for each GPU of the cluster, or for each share of `threads` CPUs."""
 
     threads: int = 1
-    """Of one engine on CPUs."""
+    """Of one engine on CPUs. Sums are split among them, which shows in a number's last digits."""
 
     timeout_s: float = 3600.0
     """Seconds that some 65,000 tokens, or one longer record, may take at most."""

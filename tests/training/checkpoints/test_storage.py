@@ -1,14 +1,9 @@
 """Checkpoints in an S3 bucket and on a full disk: real servers, real disks."""
 
-import contextlib
-import os
-import socket
-import subprocess
-
 import pyarrow.fs
 import pytest
+import storages
 from lone_worker import run_here
-from moto.server import ThreadedMotoServer
 from small_runs import (
     EVERY,
     STEPS,
@@ -29,18 +24,8 @@ from raptide.training.watching.audit import audited_steps
 @pytest.fixture(scope="module")
 def bucket():
     """The URI of a folder in a bucket of a local S3 server."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
-    server.start()
-    options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
-    filesystem, _ = pyarrow.fs.FileSystem.from_uri(
-        f"s3://runs?{options}&allow_bucket_creation=true"
-    )
-    filesystem.create_dir("runs")
-    yield f"s3://runs/raptide?{options}"
-    server.stop()
+    with storages.bucket("runs") as uri:
+        yield uri.format("raptide")
 
 
 @pytest.fixture(scope="module")
@@ -112,23 +97,11 @@ def test_no_storage_holds_keys_and_an_unknown_one_is_refused(corpus, tmp_path):
         prepare_run(as_recipe(tree), tmp_path / "run")
 
 
-@contextlib.contextmanager
-def small_disk(folder, megabytes):
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode != 0:
-        pytest.skip("only root may make a small disk to fill")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 def test_a_full_disk_stops_the_run_or_not_and_the_last_good_checkpoint_stays(
     alone, corpus, tmp_path
 ):
     tree = make_recipe(corpus, steps=2 * EVERY)
-    with small_disk(tmp_path / "disk", 3) as disk:  # one checkpoint has two megabytes
+    with storages.small_disk(tmp_path / "disk", 3) as disk:  # one checkpoint has two megabytes
         tree["checkpoint"]["storage"] = disk.as_uri()
         with pytest.raises(CheckpointError, match="ended without its last checkpoint"):
             run_here(as_recipe(tree, workers=1), tmp_path / "goes-on")

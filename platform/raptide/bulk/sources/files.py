@@ -12,7 +12,7 @@ import numpy as np
 from raptide.bulk.units import Unit, short_stretches
 from raptide.data.compressed import READ_BYTES, decompress, is_compressed_file
 from raptide.errors import InputError
-from raptide.storage import Storage, patiently
+from raptide.storage import Storage, patiently, read_surely
 
 
 def open_plainly(
@@ -31,8 +31,13 @@ def open_plainly(
 
 def stretches_of_file(storage: Storage, name: str, units: list[Unit]) -> Iterator[list[Unit]]:
     """A compressed file is read from its beginning, any other from any place."""
-    with io.BufferedReader(_open_raw(storage, name)) as file:
-        return iter([units]) if is_compressed_file(file) else short_stretches(units)
+
+    def compressed() -> bool:
+        with io.BufferedReader(_open_raw(storage, name)) as file:
+            return is_compressed_file(file)
+
+    whole = read_surely(storage.full(name), compressed)
+    return iter([units]) if whole else short_stretches(units)
 
 
 def _open_raw(storage: Storage, name: str) -> Any:
