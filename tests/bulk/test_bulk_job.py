@@ -48,10 +48,15 @@ def assert_tidy(folder):
 
 
 def engines_of(folder):
-    """Processes that have computed for a work whose log lies in this folder."""
+    """Processes that compute for a work whose log lies in this folder, with their workers."""
     text = (folder / "log").read_text() if (folder / "log").exists() else ""
-    pids = {int(line.split()[0]) for line in text.splitlines() if " " in line}
-    return [psutil.Process(pid) for pid in sorted(pids) if psutil.pid_exists(pid)]
+    found = []
+    for pid in sorted({int(line.split()[0]) for line in text.splitlines() if " " in line}):
+        with suppress(psutil.NoSuchProcess):
+            worker = psutil.Process(pid).parent()
+            if worker and "UnitWorker" in worker.name() + " ".join(worker.cmdline()):
+                found.append((psutil.Process(pid), worker))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +104,10 @@ def test_killed_workers_and_engines_change_no_byte(plain, tmp_path):
     def kill():
         while len(killed) < 4 and not (tmp_path / "out/rejects.parquet").exists():
             time.sleep(0.4)
-            for engine in engines_of(tmp_path)[:1]:
+            for engine, worker in engines_of(tmp_path)[:1]:
                 with suppress(psutil.NoSuchProcess):  # it has just ended by itself
-                    worker = engine.parent()
-                    if "UnitWorker" not in worker.name() + " ".join(worker.cmdline()):
-                        continue  # its worker was killed before
-                    victim = engine if len(killed) % 2 else worker
-                    victim.kill()
-                    killed.append(victim)
+                    killed.append(engine if len(killed) % 2 else worker)
+                    killed[-1].kill()
 
     thread = threading.Thread(target=kill)
     thread.start()

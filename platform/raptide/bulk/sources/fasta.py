@@ -106,14 +106,13 @@ def _lay_out(piece: bytes) -> Layout:
     lines = lines[lines < len(text)]
     headers = np.flatnonzero(text[lines] == ord(">"))
     starts = lines[headers]
-    sizes = np.diff(starts, append=len(text))
-    line_ends = np.append(breaks, len(text))
+    stops = np.append(starts[1:], len(text))
+    bodies = np.append(breaks, len(text))[headers]  # where each header ends
+    residues = stops - bodies
+    for ends in (breaks, np.flatnonzero(text == ord("\r"))):
+        residues -= np.searchsorted(ends, stops) - np.searchsorted(ends, bodies)
     counts = np.diff(headers, append=len(lines))
-    # A last line may lack its break.
-    newlines = np.diff(np.searchsorted(breaks, starts), append=0)
-    newlines[-1] = len(breaks) - int(np.searchsorted(breaks, starts[-1]))
-    header_bytes = line_ends[headers] - starts
-    return Layout(len(text), starts, sizes, counts, sizes - header_bytes - newlines)
+    return Layout(len(text), starts, stops - starts, counts, residues)
 
 
 class _Window:
