@@ -330,7 +330,7 @@ def test_a_row_that_kills_the_engine_keeps_its_place(model, tmp_path):
     survey = table.survey(0, work)
     output = OutputFolder.at(tmp_path / "out")
     with mock.patch.object(worker, "EngineProcess", Mortal):
-        place = UnitWorker(work, output, Limits(1, 4 << 30, 60.0))
+        place = UnitWorker(work, output, "stamp", Limits(1, 4 << 30, 60.0))
         for packed in read_units([table], survey.units):
             list(place(packed))
     scores = Engine.load(model, dtype="fp32").score_variants(SHORT, ["K2A", "K2C"])

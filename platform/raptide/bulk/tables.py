@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from raptide.bulk.folder import TABLES, OutputFolder
 from raptide.bulk.sources.variants import CsvTable, ParquetTable, VariantTable
+from raptide.bulk.units import prefix_of
 from raptide.data.compressed import zstd
 
 GROUP_ROWS = 1 << 16
@@ -43,7 +44,7 @@ def write_tables(output: OutputFolder, tables: Sequence[VariantTable], names: li
         target = f"{TABLES}/{table.file}"
         if output.storage.holds(target):  # whole, and of this job: its folder holds no other's
             continue
-        mine = [unit for unit in units if unit.startswith(f"{index:05d}-")]
+        mine = [unit for unit in units if unit.startswith(prefix_of(index))]
         write = _writer(output, table, mine, names)
         output.storage.write(target, write)
 

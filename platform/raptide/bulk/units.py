@@ -21,6 +21,11 @@ MOST_INPUT_BYTES = 32 << 20
 """Where a unit ends at the latest, so that it fits in memory; a larger record is one alone."""
 
 
+def prefix_of(source: int) -> str:
+    """What the names of all units of the `source`-th source begin with."""
+    return f"{source:07d}-"
+
+
 class Unit(NamedTuple):
     """Some consecutive records of one source."""
 
@@ -47,7 +52,7 @@ class Unit(NamedTuple):
     @property
     def name(self) -> str:
         """Names of parts, when sorted, have the order of the input."""
-        return f"{self.source:07d}-{self.digest[:16]}-{self.first:012d}"
+        return f"{prefix_of(self.source)}{self.digest[:16]}-{self.first:012d}"
 
 
 class Records(NamedTuple):
