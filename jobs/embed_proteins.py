@@ -61,6 +61,7 @@ def main() -> None:
         refuse_no_h5py()
         if len(args.layers) > 1:
             raise ConfigError("--format h5 holds one layer, so --layers can name only one.")
+    sources = protein_sources(args)
     model = find_model(args.model)
 
     def finish(output: OutputFolder) -> None:
@@ -73,7 +74,7 @@ def main() -> None:
             *(model, precision, args.long, args.pooling, args.layers, args.dtype),
             h5_keys=args.format == "h5",
         ),
-        protein_sources(args),
+        sources,
         [model],
         finish,
     )

@@ -57,6 +57,7 @@ def main() -> None:
     method = choose_method(args)
     if args.scan and args.format == "csv":
         raise ConfigError("--format csv holds one number a protein; scans are written as Parquet.")
+    sources = protein_sources(args)
     model = find_model(args.model)
 
     def work(precision: Precision) -> Work:
@@ -67,7 +68,7 @@ def main() -> None:
         if args.format == "csv":
             write_csv(output)
 
-    run_bulk_job(args, work, protein_sources(args), [model], finish)
+    run_bulk_job(args, work, sources, [model], finish)
 
 
 def choose_method(args: argparse.Namespace) -> str:
