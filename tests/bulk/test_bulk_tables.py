@@ -1,5 +1,6 @@
 """Corpora and Parquet files as sources: any units' records are those of the whole."""
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -122,7 +123,7 @@ def test_proteome_as_fasta_reads_as_the_library_reads_it(proteome):
     found = [pair for r in read(source, units) for pair in zip(r.ids, r.items, strict=True)]
     expected = []
     for batch in read_fasta(proteome):
-        text, start = decode_residues(batch.residues), 0
+        text, start = decode_residues(np.frombuffer(batch.residues, np.uint8)), 0
         for name, length in zip(batch.names, batch.lengths.tolist(), strict=True):
             expected.append((name, text[start : start + length]))
             start += length
