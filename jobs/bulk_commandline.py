@@ -25,8 +25,6 @@ from raptide.data.fasta_text import is_stream
 from raptide.errors import ConfigError
 from raptide.training.checkpoints.checkpoint import find_bundle
 
-READER_CPUS = 1
-
 
 def add_model_options(parser: argparse.ArgumentParser, **more: Any) -> None:
     options = {"help": "model folder, .pt, checkpoint or run", **more}
@@ -205,11 +203,10 @@ def run_bulk_job(
     if not args.replace:
         output.refuse_strangers(known)
     cpus = os.cpu_count() or 1
-    with ray_session(num_cpus=max(cpus, settings.threads) + READER_CPUS, verbose=args.verbose):
+    with ray_session(num_cpus=max(cpus, settings.threads), verbose=args.verbose):
         work = make_work(choose_precision(args.precision))
         with progress_bar() as watch:
-            outcome = run_bulk(work, sources, output, settings, watch)
-        finish(output)
+            outcome = run_bulk(work, sources, output, settings, watch, finish)
     print(describe(outcome, output, args.price_per_hour, things))
     if args.track:
         log_output(output, outcome, models)

@@ -29,7 +29,7 @@ from bulk_commandline import (
 from commandline import job_parser, run_job
 from raptide.bulk import EmbedWork
 from raptide.bulk.exports import refuse_no_h5py, write_h5
-from raptide.bulk.folder import OutputFolder
+from raptide.bulk.folder import H5_FILE, OutputFolder
 from raptide.errors import ConfigError
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     model = find_model(args.model)
 
     def finish(output: OutputFolder) -> None:
-        if args.format == "h5":
+        if args.format == "h5" and not output.storage.holds(H5_FILE):
             write_h5(output)
 
     run_bulk_job(

@@ -33,7 +33,7 @@ from bulk_commandline import (
 from commandline import job_parser, run_job
 from raptide.bulk import ScanWork, ScoreWork
 from raptide.bulk.exports import write_csv
-from raptide.bulk.folder import OutputFolder
+from raptide.bulk.folder import CSV_FILE, OutputFolder
 from raptide.bulk.work import Precision, Work
 from raptide.errors import ConfigError
 
@@ -65,7 +65,7 @@ def main() -> None:
         return kind(model, precision, args.long, method)
 
     def finish(output: OutputFolder) -> None:
-        if args.format == "csv":
+        if args.format == "csv" and not output.storage.holds(CSV_FILE):
             write_csv(output)
 
     run_bulk_job(args, work, sources, [model], finish)

@@ -46,7 +46,9 @@ def made(cluster, tmp_path_factory):
     ):
         done = job_in_process(*job, *common, cwd=folder)
         assert done.returncode == 0, done.stderr
-        assert f"{len(NAMES)} rows of {sum(map(len, sequences))} residues in 1 parts" in done.stdout
+        assert (
+            f"{len(NAMES)} rows in 1 parts, of {sum(map(len, sequences))} residues" in done.stdout
+        )
     return folder, sequences, Engine.load(folder / "m", dtype="fp32")
 
 

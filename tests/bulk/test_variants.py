@@ -338,6 +338,7 @@ def test_a_row_that_kills_the_engine_keeps_its_place(model, tmp_path):
         assert part.schema_arrow.names == ["row", "end", *work.names]
         column = part.read()["raptide_wt-marginals"].to_pylist()
     assert column == [pytest.approx(scores[0]), None, pytest.approx(scores[1])]
+    output.write_manifest({"fingerprint": {}})
     assert output.gather_rejects() == 1
     (reject,) = pq.read_table(tmp_path / "out/rejects.parquet").to_pylist()
     assert (reject["line"], reject["id"]) == (3, "K2W")

@@ -352,7 +352,7 @@ def test_records_that_are_no_proteins_are_rejected_from_embeddings(demo, cluster
     assert [(each["id"], each["line"]) for each in rejects] == [("na", 5), ("bad", 7)]
     allowed = job_in_process(*embed, *output, "--allow-rejects", cwd=tmp_path)
     assert allowed.returncode == 0, allowed.stderr
-    assert "3 rows of " in allowed.stdout
+    assert "3 rows in " in allowed.stdout
     assert "Nothing was left to compute" in allowed.stdout
     kept = ("--output", "k", "--nucleotides", "keep")
     assert job_in_process(*embed, *kept, cwd=tmp_path).returncode == 3

@@ -60,8 +60,12 @@ def run_bulk(
     output: OutputFolder,
     settings: BulkSettings = BulkSettings(),  # noqa: B008 (frozen)
     watch: Watch = lambda done, total, rate: None,
+    finish: Callable[[OutputFolder], None] = lambda output: None,
 ) -> Outcome:
     """Compute what is missing of a job's output. Needs a running Ray.
+
+    Args:
+        finish: makes other files of the parts, if they are not there, before the job is finished.
 
     Raises:
         ConfigError: the folder holds another job's output, or another job writes to it.
@@ -79,7 +83,7 @@ def run_bulk(
         output.refuse_strangers(known)
         try:
             with plain_errors():
-                return _run_here(work, known, sources, output, settings, watch, began)
+                return _run_here(work, known, sources, output, settings, watch, finish, began)
         except InputError:
             if is_new and not output.parts():
                 output.give_back()
@@ -93,6 +97,7 @@ def _run_here(
     output: OutputFolder,
     settings: BulkSettings,
     watch: Watch,
+    finish: Callable[[OutputFolder], None],
     began: float,
 ) -> Outcome:
     """The same in a folder that is this job's."""
@@ -110,7 +115,9 @@ def _run_here(
     outcome = _compute(run, surveys, watch, began)
     if copies is not None:
         fill_in(copies, stamp)
-    _finish(run, manifest, surveys, outcome)
+    counts = _count(run, surveys, outcome)
+    finish(output)
+    output.finish(manifest | {"counts": counts})
     if outcome.computed_records:
         outcome.seconds = time.monotonic() - began - outcome.startup_s
     return outcome
@@ -245,8 +252,8 @@ def _stream(run: _Run, stretches: list[list[Unit]], outcome: Outcome) -> Iterato
         yield from (Done(*json.loads(each)) for each in table[DONE].to_pylist())
 
 
-def _finish(run: _Run, manifest: dict[str, Any], surveys: list[Survey], outcome: Outcome) -> None:
-    """Look at every part once more, gather the rejects, and say so in the manifest."""
+def _count(run: _Run, surveys: list[Survey], outcome: Outcome) -> dict[str, int]:
+    """Look at every part once more, gather the rejects; how much there is."""
     output = run.output
     units = [unit.name for survey in surveys for unit in survey.units]
 
@@ -265,5 +272,4 @@ def _finish(run: _Run, manifest: dict[str, Any], surveys: list[Survey], outcome:
     outcome.parts = len(units)
     outcome.rejects = output.gather_rejects()
     outcome.residues = sum(survey.residues for survey in surveys)
-    counts = {"rows": outcome.rows, "rejects": outcome.rejects, "parts": outcome.parts}
-    output.finish(manifest | {"counts": counts})
+    return {"rows": outcome.rows, "rejects": outcome.rejects, "parts": outcome.parts}

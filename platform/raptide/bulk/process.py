@@ -39,6 +39,11 @@ class Limits:
     timeout_s: float
     """Seconds without an answer to a slice after which it is killed."""
 
+    @property
+    def name(self) -> str:
+        """For notes on what died under them."""
+        return f"{self.memory_bytes}-{self.timeout_s:g}"
+
 
 class EngineProcess:
     """Starts when it is first needed, and anew after each death."""

@@ -45,7 +45,7 @@ def describe(
 ) -> str:
     """The end of a job, in a few lines; `things` is what its records are."""
     lines = [
-        f"{outcome.rows:,} rows of {outcome.residues:,} residues in {outcome.parts:,} parts",
+        f"{outcome.rows:,} rows in {outcome.parts:,} parts, of {outcome.residues:,} residues given",
         f"  {output.path(PARTS)}",
     ]
     if outcome.rejects:

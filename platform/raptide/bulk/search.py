@@ -36,10 +36,14 @@ class _Note(NamedTuple):
 
 
 class Notes:
-    """What is known of one unit's deaths."""
+    """What is known of one unit's deaths.
 
-    def __init__(self, storage: Storage, unit: str) -> None:
-        self._storage, self._folder = storage, f"{DEATHS}/{unit}"
+    Args:
+        limits: that the engine had; under others, what it died of may well compute.
+    """
+
+    def __init__(self, storage: Storage, unit: str, limits: str = "") -> None:
+        self._storage, self._folder = storage, f"{DEATHS}/{unit}/{limits}".rstrip("/")
         names = storage.names(self._folder)
         self._notes = [_Note(*json.loads(storage.read(f"{self._folder}/{n}"))) for n in names]
 

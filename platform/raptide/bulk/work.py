@@ -198,9 +198,9 @@ class EmbedWork(_ModelWork):
         engine = self._engine(threads)
         kind = np.float32 if self.dtype == "fp32" else np.float16
 
-        def compute(items: list[str]) -> Sequence[np.ndarray]:
+        def compute(items: list[str]) -> Sequence[np.ndarray | Rejected]:
             found = engine.embed(items, self.layers, self.pooling, self._long)
-            return [each.astype(kind, copy=False) for each in found]
+            return [_written(each, kind) for each in found]
 
         return compute
 
@@ -224,6 +224,17 @@ class EmbedWork(_ModelWork):
             return vectors
         ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
         return pa.ListArray.from_arrays(pa.array(ends), vectors)
+
+
+def _written(values: np.ndarray, kind: Any) -> np.ndarray | Rejected:
+    """What is written of an embedding, or why it cannot be."""
+    if values.dtype == kind:
+        return values
+    with np.errstate(over="ignore"):
+        narrow = values.astype(kind)
+    if np.isinf(narrow).any() and np.isfinite(values).all():
+        return Rejected("overflow: a value is beyond fp16, write fp32")
+    return narrow
 
 
 H5_KEY = "h5_key"

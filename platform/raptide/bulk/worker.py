@@ -62,6 +62,7 @@ class UnitWorker:
         copies: Copies | None = None,
     ) -> None:
         self._work, self._output, self._stamp, self._copies = work, output, stamp, copies
+        self._limits = limits
         self._engine = EngineProcess(work, limits)
 
     # A generator: only out of those does Ray Data let our own errors through.
@@ -80,7 +81,7 @@ class UnitWorker:
         copies = self._copied(unit, records, sound)
         sound = [index for index in sound if index not in copies]
         items = [records.items[index] for index in sound]
-        notes = Notes(self._output.storage, unit.name)
+        notes = Notes(self._output.storage, unit.name, self._limits.name)
         values = compute_surely(items, self._engine.compute, notes, self._work.canary)
         for index, value in zip(sound, values, strict=True):
             if isinstance(value, Rejected):
