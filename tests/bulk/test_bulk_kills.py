@@ -36,7 +36,11 @@ def assert_nothing_runs(folder):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]
+    ("number", "code"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.thorough),
+    ],
 )
 def test_a_killed_job_given_again_ends_with_the_bytes_of_one_that_was_not(
     cluster, tmp_path, number, code

@@ -20,7 +20,7 @@ from raptide.bulk import child
 from raptide.bulk.work import Work
 from raptide.errors import RaptideError
 
-LOOK_S = 0.05
+LOOK_S = 0.2
 """How often memory and time are looked at."""
 
 STARTS = 3
