@@ -50,6 +50,7 @@ def log_output(output: OutputFolder, outcome: Outcome, models: list[Model]) -> N
         }
     )
     run.finish()
+    wandb.teardown()  # its service ends here, and not at some moment of this process's end
 
 
 def _uri(output: OutputFolder) -> str:
