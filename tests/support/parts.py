@@ -19,8 +19,8 @@ PARTS = [
     "client",
     "tests",
 ]
-"""In the order in which they are begun, the longest first. Serve takes cores of its process's Ray to
-the end, so it comes late: the other process takes what follows and needs Ray, the data."""
+"""In the order in which they are begun, the longest first. Serve takes cores of its process's Ray
+to the end, so it comes late: the other process takes what follows and needs Ray, the data."""
 
 
 def part_of(nodeid: str) -> str:
