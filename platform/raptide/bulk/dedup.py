@@ -38,6 +38,8 @@ FILE, LINE = "raptide_file", "raptide_line"
 
 PLAIN = ("id", "sequence_sha256", "length", FILE, LINE)
 
+COPY_REASON = "killed its process: as a record with the same sequence did"
+
 READ_GROUP_ROWS = 512
 """Rows in a row group of an open part: what is read to borrow one of them."""
 
@@ -188,19 +190,19 @@ def fill(copies: Copies, unit: str, stamp: str) -> None:
 
 
 def reject(output: OutputFolder, unit: str, rows: pa.Table) -> None:
-    """Add rows of an open part to its unit's rejects."""
-    there = output.rejects(unit)
-    count = rows.num_rows
+    """Add rows of an open part to its unit's rejects, once."""
     more = pa.table(
         {
             "id": rows["id"],
             "file": rows[FILE],
             "line": rows[LINE],
-            "reason": ["killed its process: as a record with the same sequence did"] * count,
+            "reason": [COPY_REASON] * rows.num_rows,
             "length": rows["length"],
         },
         schema=REJECT_ROW,
     )
+    there = output.rejects(unit)
+    there = there.filter(pc.not_equal(there["reason"], COPY_REASON))
     output.write_rejects(unit, pa.concat_tables([there, more]).sort_by("line"))
 
 
