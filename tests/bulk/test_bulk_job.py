@@ -98,12 +98,12 @@ def test_a_job_computes_each_once_in_order_and_tells_of_its_progress(plain, tmp_
 
 def test_killed_workers_and_engines_change_no_byte(plain, tmp_path):
     file, _, out, *_ = plain
-    work = ManyUnits(str(tmp_path / "log"), seconds=0.1)
+    work = ManyUnits(str(tmp_path / "log"), seconds=0.2)
     killed = []
 
     def kill():
-        while len(killed) < 4 and not (tmp_path / "out/rejects.parquet").exists():
-            time.sleep(0.4)
+        while len(killed) < 2 and not (tmp_path / "out/rejects.parquet").exists():
+            time.sleep(0.2)
             for engine, worker in engines_of(tmp_path)[:1]:
                 with suppress(psutil.NoSuchProcess):  # it has just ended by itself
                     killed.append(engine if len(killed) % 2 else worker)

@@ -49,6 +49,7 @@ def test_a_killed_job_given_again_ends_with_the_bytes_of_one_that_was_not(
     records[7:9] = ["M1", ""]
     file = tmp_path / "a.fasta"
     file.write_text("".join(f">p{n}\n{each}\n" for n, each in enumerate(records)))
+    run(ManyUnits(str(tmp_path / "log0")), file, tmp_path / "whole", workers=1)
     command = [sys.executable, str(ROOT / "tests/support/bulk_driver.py")]
     path = os.pathsep.join([str(ROOT / "jobs"), os.environ["PYTHONPATH"]])
     driver = subprocess.Popen(
@@ -57,7 +58,6 @@ def test_a_killed_job_given_again_ends_with_the_bytes_of_one_that_was_not(
         stderr=subprocess.PIPE,
         text=True,
     )
-    run(ManyUnits(str(tmp_path / "log0")), file, tmp_path / "whole", workers=1)
     while len(contents(tmp_path / "out")) < 4:
         assert driver.poll() is None, driver.stderr.read()
         time.sleep(0.05)
