@@ -21,6 +21,7 @@ import numpy as np
 
 from raptide.bulk.work import Work
 from raptide.errors import RaptideError
+from raptide.inference.batching import plan_batches
 
 SLICE_TOKENS = 1 << 16
 """Tokens that are computed between two answers; a record of more is a slice alone."""
@@ -57,16 +58,7 @@ def slices(work: Work, items: list[str]) -> Iterator[list[int]]:
         yield from work.slices(items, SLICE_TOKENS)
         return
     costs = work.tokens(np.array([len(item) for item in items], np.int64)).tolist()
-    held: list[int] = []
-    tokens = 0
-    for index in sorted(range(len(items)), key=lambda i: (-costs[i], i)):
-        if held and tokens + costs[index] > SLICE_TOKENS:
-            yield held
-            held, tokens = [], 0
-        held.append(index)
-        tokens += costs[index]
-    if held:
-        yield held
+    yield from plan_batches(costs, SLICE_TOKENS)
 
 
 def _die_with(parent: int) -> None:

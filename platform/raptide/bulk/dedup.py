@@ -143,9 +143,8 @@ def match(output: OutputFolder, partition: int) -> None:
     """Find the copies among the marks of one partition."""
     tables = []
     for name in output.storage.names(MARKS):
-        path = output.path(f"{MARKS}/{name}")
-        with pq.ParquetFile(output.storage.filesystem.open_input_file(path)) as marks:
-            tables.append(marks.read_row_group(partition))
+        with output.open_table(f"{MARKS}/{name}") as file:
+            tables.append(file.read_row_group(partition))
     marks = pa.concat_tables(tables)
     firsts = marks.group_by("digest").aggregate([("unit", "min")])
     once = marks.group_by(["unit", "digest"]).aggregate([])
@@ -211,8 +210,7 @@ def borrow(
 ) -> tuple[list[int | None], pa.Table]:
     """Rows of another unit's part: each sequence's place in the table that is returned."""
     folder = OPEN if output.storage.holds(f"{OPEN}/{unit}.parquet") else PARTS
-    path = output.path(f"{folder}/{unit}.parquet")
-    with pq.ParquetFile(output.storage.filesystem.open_input_file(path)) as part:
+    with output.open_table(f"{folder}/{unit}.parquet") as part:
         there = part.read(["sequence_sha256"])["sequence_sha256"].to_pylist()
         rows = {digest: row for row, digest in reversed(list(enumerate(there)))}
         wanted = sorted({rows[digest] for digest in digests if digest in rows})
@@ -262,6 +260,5 @@ def write_open(output: OutputFolder, unit: str, table: pa.Table) -> None:
 
 
 def read_open(output: OutputFolder, unit: str) -> pa.Table:
-    path = output.path(f"{OPEN}/{unit}.parquet")
-    with pq.ParquetFile(output.storage.filesystem.open_input_file(path)) as part:
+    with output.open_table(f"{OPEN}/{unit}.parquet") as part:
         return part.read()

@@ -196,7 +196,7 @@ class OutputFolder:
         return self.storage.holds(f"{PARTS}/{unit}.parquet")
 
     def open_part(self, unit: str) -> pq.ParquetFile:
-        return self._table(f"{PARTS}/{unit}.parquet")
+        return self.open_table(f"{PARTS}/{unit}.parquet")
 
     def write_part(self, unit: str, table: pa.Table, stamp: str) -> None:
         """Write a unit's part.
@@ -213,7 +213,9 @@ class OutputFolder:
     def rejects(self, unit: str) -> pa.Table:
         """A unit's rejects so far."""
         name = f"{REJECTS}/{unit}.parquet"
-        return self._table(name).read() if self.storage.holds(name) else REJECT_ROW.empty_table()
+        return (
+            self.open_table(name).read() if self.storage.holds(name) else REJECT_ROW.empty_table()
+        )
 
     def write_rejects(self, unit: str, table: pa.Table) -> None:
         self._write_table(f"{REJECTS}/{unit}.parquet", table)
@@ -225,7 +227,7 @@ class OutputFolder:
     def gather_rejects(self) -> int:
         """All rejects in one file, in the order of the input; how many there are."""
         if (self.manifest() or {}).get("finished") and self.storage.holds(REJECTS_FILE):
-            return self._table(REJECTS_FILE).metadata.num_rows
+            return self.open_table(REJECTS_FILE).metadata.num_rows
         units = self.storage.names(REJECTS)
         count = 0
 
@@ -234,14 +236,15 @@ class OutputFolder:
             count = 0
             with pq.ParquetWriter(file, REJECT_ROW, compression="zstd") as writer:
                 for name in units:
-                    table = self._table(f"{REJECTS}/{name}").read()
+                    table = self.open_table(f"{REJECTS}/{name}").read()
                     writer.write_table(table)
                     count += table.num_rows
 
         self.storage.write(REJECTS_FILE, write)
         return count
 
-    def _table(self, name: str) -> pq.ParquetFile:
+    def open_table(self, name: str) -> pq.ParquetFile:
+        """One of the folder's Parquet files."""
         filesystem = self.storage.filesystem
         return self.storage.ask(name, lambda path: pq.ParquetFile(filesystem.open_input_file(path)))
 

@@ -110,7 +110,8 @@ def _run_here(
     manifest = _begin(output, whole, sources, surveys)
     stamp = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
     units = [unit for survey in surveys for unit in survey.units]
-    copies = find_copies(output, sources, units) if settings.dedup else None
+    missing = {unit.name for unit in units} - set(output.parts())
+    copies = find_copies(output, sources, units) if settings.dedup and missing else None
     run = _Run(work, sources, output, stamp, settings, copies)
     outcome = _compute(run, surveys, watch, began)
     if copies is not None:

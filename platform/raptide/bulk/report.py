@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from raptide.bulk.folder import PARTS, REJECTS_FILE, OutputFolder
@@ -76,8 +75,7 @@ def describe(
 def count_reasons(output: OutputFolder) -> Counter[str]:
     """How many records were rejected for each kind of reason."""
     kinds: Counter[str] = Counter()
-    path = output.path(REJECTS_FILE)
-    with pq.ParquetFile(output.storage.filesystem.open_input_file(path)) as rejects:
+    with output.open_table(REJECTS_FILE) as rejects:
         for batch in rejects.iter_batches(columns=["reason"]):
             counts = pc.value_counts(pc.list_element(pc.split_pattern(batch["reason"], ":"), 0))
             kinds.update({each["values"]: each["counts"] for each in counts.to_pylist()})

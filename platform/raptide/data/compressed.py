@@ -95,12 +95,7 @@ def decompress(raw: Any, path: str, error: type[InputError] = InputError) -> io.
 
 def is_compressed(path: str | Path) -> bool:
     with Path(path).open("rb") as file:
-        return is_compressed_file(file)
-
-
-def is_compressed_file(file: io.BufferedReader) -> bool:
-    """The same for an open file at its start, where it stays."""
-    return _format_of(file) is not None
+        return compression_of(file) != ""
 
 
 def compression_of(file: io.BufferedReader) -> str:

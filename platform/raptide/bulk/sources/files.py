@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from raptide.bulk.units import Unit, short_stretches
-from raptide.data.compressed import READ_BYTES, decompress, is_compressed_file
+from raptide.data.compressed import READ_BYTES, compression_of, decompress
 from raptide.errors import InputError
 from raptide.storage import Storage, patiently, read_surely
 
@@ -32,11 +32,11 @@ def open_plainly(
 def stretches_of_file(storage: Storage, name: str, units: list[Unit]) -> Iterator[list[Unit]]:
     """A compressed file is read from its beginning, any other from any place."""
 
-    def compressed() -> bool:
+    def compression() -> str:
         with io.BufferedReader(_open_raw(storage, name)) as file:
-            return is_compressed_file(file)
+            return compression_of(file)
 
-    whole = read_surely(storage.full(name), compressed)
+    whole = read_surely(storage.full(name), compression)
     return iter([units]) if whole else short_stretches(units)
 
 

@@ -112,7 +112,6 @@ class RowReader:
         self._place = int(starts[group])
         groups = list(range(group, len(sizes)))
         self._batches = file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns)
-        self._schema = file.schema_arrow if columns is None else None
         self._held: list[Any] = []
 
     def take(self, first: int, count: int) -> pa.Table:
