@@ -21,8 +21,8 @@ sites      [P, D]   those at `places`
 contacts   [L, L]   symmetric; the higher, the likelier two residues touch
 masked     [C, 2]   of each of the C residues that `masks.choose_residues` chooses in the sequence:
                     -log p of the true letter in nats, and 1 where it is the likeliest, else 0
-marginals  [P, 20]  log p of each standard letter (`alphabet.STANDARD`) at `places`, up to a constant
-                    a place; with method "wt-marginals" of the sequence as it is, with
+marginals  [P, 20]  log p of each standard letter (`alphabet.STANDARD`) at `places`, up to a
+                    constant a place; with method "wt-marginals" of the sequence as it is, with
                     "masked-marginals" while that place alone is masked
 pseudo     [1]      pseudo log likelihood of the whole sequence, nats
 letters    [20, D]  what a subject makes of each standard letter at its output; sequence ""
