@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import hashlib
 import json
 import os
 import time
@@ -18,6 +19,8 @@ from pyarrow.fs import FileSelector, LocalFileSystem, PyFileSystem
 
 import raptide.storage
 from raptide.bulk import BulkSettings, OutputFolder, find_sources, folder, run_bulk, worker
+from raptide.bulk.dedup import PARTITIONS, Copies, fill, match, write_marks, write_open
+from raptide.bulk.exports import write_csv
 from raptide.bulk.process import Limits
 from raptide.bulk.sources.fasta import FastaFile
 from raptide.bulk.sources.find import LENIENT
@@ -160,6 +163,46 @@ def test_a_file_system_that_stumbles_is_asked_again(tmp_path, compress, times, o
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert left == ["manifest.json", "parts", "rejects.parquet"]
     assert {deed for deed, _ in stumbling.seen} >= set(only or DEEDS)
+
+
+def a_unit(output, number, digests, values, *, copies=()):
+    """A unit's part; open, without the numbers of `copies`, if it has some."""
+    name = f"0000000-{'a' * 16}-{number:012d}"
+    columns = {
+        "id": pa.array([f"p{n}" for n in range(len(digests))], pa.large_string()),
+        "sequence_sha256": digests,
+        "length": pa.array([5] * len(digests), pa.int64()),
+        "value": [None if d in copies else v for d, v in zip(digests, values, strict=True)],
+    }
+    if copies:
+        stand = {"raptide_file": ["f"] * len(digests), "raptide_line": range(len(digests))}
+        write_open(output, name, pa.table(columns | stand))
+    else:
+        output.write_part(name, pa.table(columns), "stamp")
+    return name
+
+
+@pytest.mark.parametrize("only", [("read",), ("open",), ()])
+def test_copies_are_found_and_filled_in_on_one_that_stumbles(tmp_path, only):
+    digests = [hashlib.sha256(bytes([n])).hexdigest() for n in range(40)]
+    numbers = {digest: float(n) for n, digest in enumerate(digests)}
+    output = OutputFolder(Storage(PyFileSystem(Stumbling(1, only=only)), str(tmp_path)))
+    second = digests[20:] + digests[:20:2]
+    names = (
+        a_unit(output, 0, digests[:20], [numbers[d] for d in digests[:20]]),
+        a_unit(output, 20, second, [numbers[d] for d in second], copies=set(digests[:20])),
+    )
+    for number, some in enumerate((digests[:20], second)):
+        write_marks(output, names[number], [(number, some)])
+    for partition in range(PARTITIONS):
+        match(output, partition)
+    copies = Copies(output, names)
+    assert sorted(copies.of(names[1])) == sorted(d[:32] for d in digests[:20:2])
+    fill(copies, names[1], "stamp")
+    assert output.read_part(names[1])["value"].to_pylist() == [numbers[d] for d in second]
+    assert not output.rejects(names[1]).num_rows
+    write_csv(output)
+    assert output.storage.read("scores.csv").count(b"\n") == 1 + 20 + 30
 
 
 @pytest.mark.parametrize("deed", ["create", "write", "move", "read", "list"])

@@ -7,8 +7,10 @@ from draws import generator, random_sequence, random_weights
 from ray import serve as ray_serve
 
 from raptide import Client, Engine
+from raptide.alphabet import STANDARD
 from raptide.bulk import EmbedWork, OutputFolder, ScanWork, ScoreWork, child, find_sources
 from raptide.bulk.process import Limits
+from raptide.bulk.variants import VariantWork, write_item
 from raptide.bulk.work import Model
 from raptide.bulk.worker import UnitWorker, read_units
 from raptide.model.formats.detect import write_weights
@@ -118,6 +120,29 @@ def test_scans(method, bundle, plain, remote, sequences, tmp_path):
     rows = rows_of_a_job(work, sequences, tmp_path)
     assert_equal(rows, "scan", [plain.scan(each, method) for each in sequences])
     assert_equal(rows, "scan", [remote.scan(each, method) for each in sequences])
+
+
+@pytest.mark.parametrize("method", ["wt-marginals", "masked-marginals", "pseudo-ppl"])
+def test_variants(method, bundle, plain, remote, sequences):
+    model = Model.find(bundle)
+    work = VariantWork((model,), "fp32", "reject", (method,), ("score",))
+    for protein in sequences:
+        variants = some_variants(protein)
+        items = [write_item(protein, variant) for variant in variants]
+        rows = [{"score": value[0]} for value in Here(work).compute(items)]
+        assert_equal(rows, "score", plain.score_variants(protein, variants, method))
+        assert_equal(rows, "score", remote.score_variants(protein, variants, method))
+
+
+def some_variants(protein):
+    """Single ones, and where there is room one of three changes."""
+    rng = generator()
+    places = rng.permutation(len(protein))[:6]
+    changes = [
+        f"{protein[place]}{place + 1}{rng.choice(list(STANDARD.replace(protein[place], '')))}"
+        for place in places
+    ]
+    return [*changes, ":".join(changes[:3])]
 
 
 def test_windows_of_long_proteins(tmp_path):

@@ -143,8 +143,8 @@ def match(output: OutputFolder, partition: int) -> None:
     """Find the copies among the marks of one partition."""
     tables = []
     for name in output.storage.names(MARKS):
-        with output.open_table(f"{MARKS}/{name}") as file:
-            tables.append(file.read_row_group(partition))
+        path = f"{MARKS}/{name}"
+        tables.append(output.read_in(path, lambda file: file.read_row_group(partition)))
     marks = pa.concat_tables(tables)
     firsts = marks.group_by("digest").aggregate([("unit", "min")])
     once = marks.group_by(["unit", "digest"]).aggregate([])
@@ -210,22 +210,27 @@ def borrow(
 ) -> tuple[list[int | None], pa.Table]:
     """Rows of another unit's part: each sequence's place in the table that is returned."""
     folder = OPEN if output.storage.holds(f"{OPEN}/{unit}.parquet") else PARTS
-    with output.open_table(f"{folder}/{unit}.parquet") as part:
-        there = part.read(["sequence_sha256"])["sequence_sha256"].to_pylist()
-        rows = {digest: row for row, digest in reversed(list(enumerate(there)))}
-        wanted = sorted({rows[digest] for digest in digests if digest in rows})
-        sizes = [part.metadata.row_group(i).num_rows for i in range(part.num_row_groups)]
-        starts = np.concatenate([[0], np.cumsum(sizes)])
-        groups = sorted({int(np.searchsorted(starts, row, side="right")) - 1 for row in wanted})
-        tables = []
-        for group in groups:
-            first, last = starts[group : group + 2].tolist()
-            inside = [row - first for row in wanted if first <= row < last]
-            tables.append(part.read_row_group(group, columns).take(pa.array(inside)))
-        schema = pa.schema([part.schema_arrow.field(name) for name in columns])
-        table = pa.concat_tables(tables) if tables else schema.empty_table()
+    name = f"{folder}/{unit}.parquet"
+    there = output.read_table(name, ["sequence_sha256"])["sequence_sha256"].to_pylist()
+    rows = {digest: row for row, digest in reversed(list(enumerate(there)))}
+    wanted = sorted({rows[digest] for digest in digests if digest in rows})
+    table = output.read_in(name, lambda part: _take(part, wanted, columns))
     places = {row: place for place, row in enumerate(wanted)}
     return [places[rows[d]] if d in rows else None for d in digests], table
+
+
+def _take(part: pq.ParquetFile, wanted: list[int], columns: list[str]) -> pa.Table:
+    """Some rows of a part, in order; of its row groups those alone that hold one."""
+    sizes = [part.metadata.row_group(i).num_rows for i in range(part.num_row_groups)]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    groups = sorted({int(np.searchsorted(starts, row, side="right")) - 1 for row in wanted})
+    tables = []
+    for group in groups:
+        first, last = starts[group : group + 2].tolist()
+        inside = [row - first for row in wanted if first <= row < last]
+        tables.append(part.read_row_group(group, columns).take(pa.array(inside)))
+    schema = pa.schema([part.schema_arrow.field(name) for name in columns])
+    return pa.concat_tables(tables) if tables else schema.empty_table()
 
 
 def open_part(
@@ -260,5 +265,4 @@ def write_open(output: OutputFolder, unit: str, table: pa.Table) -> None:
 
 
 def read_open(output: OutputFolder, unit: str) -> pa.Table:
-    with output.open_table(f"{OPEN}/{unit}.parquet") as part:
-        return part.read()
+    return output.read_table(f"{OPEN}/{unit}.parquet")

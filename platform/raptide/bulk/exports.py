@@ -63,10 +63,10 @@ def write_csv(output: OutputFolder) -> None:
 
 def _batches(output: OutputFolder) -> Iterator[pa.RecordBatch]:
     for unit in output.parts():
-        with output.open_part(unit) as part:
-            if not part.metadata.num_rows:
-                yield pa.RecordBatch.from_pylist([], part.schema_arrow)
-            yield from part.iter_batches(EXPORT_ROWS)
+        part = output.read_part(unit)
+        if not part.num_rows:
+            yield pa.RecordBatch.from_pylist([], part.schema)
+        yield from part.to_batches(EXPORT_ROWS)
 
 
 def _array(embedding: Any) -> Any:

@@ -19,11 +19,11 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -62,6 +62,9 @@ STALE_S = 60.0
 SETTLE_S = 1.0
 """Where a file system has no locks, a job says every HEARTBEAT_S that it lives, and counts as dead
 after STALE_S. Of several that begin at once, the one whose word stands after SETTLE_S goes on."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -213,9 +216,7 @@ class OutputFolder:
     def rejects(self, unit: str) -> pa.Table:
         """A unit's rejects so far."""
         name = f"{REJECTS}/{unit}.parquet"
-        return (
-            self.open_table(name).read() if self.storage.holds(name) else REJECT_ROW.empty_table()
-        )
+        return self.read_table(name) if self.storage.holds(name) else REJECT_ROW.empty_table()
 
     def write_rejects(self, unit: str, table: pa.Table) -> None:
         self._write_table(f"{REJECTS}/{unit}.parquet", table)
@@ -236,7 +237,7 @@ class OutputFolder:
             count = 0
             with pq.ParquetWriter(file, REJECT_ROW, compression="zstd") as writer:
                 for name in units:
-                    table = self.open_table(f"{REJECTS}/{name}").read()
+                    table = self.read_table(f"{REJECTS}/{name}")
                     writer.write_table(table)
                     count += table.num_rows
 
@@ -244,9 +245,26 @@ class OutputFolder:
         return count
 
     def open_table(self, name: str) -> pq.ParquetFile:
-        """One of the folder's Parquet files."""
+        """One of the folder's Parquet files, for what its footer says."""
         filesystem = self.storage.filesystem
         return self.storage.ask(name, lambda path: pq.ParquetFile(filesystem.open_input_file(path)))
+
+    def read_in(self, name: str, read: Callable[[pq.ParquetFile], T]) -> T:
+        """What is read in one of them; opened anew where the file system stumbles in between."""
+
+        def attempt(path: str) -> T:
+            with pq.ParquetFile(self.storage.filesystem.open_input_file(path)) as file:
+                return read(file)
+
+        return self.storage.ask(name, attempt)
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """One of them as a whole."""
+        return self.read_in(name, lambda file: file.read(columns))
+
+    def read_part(self, unit: str, columns: list[str] | None = None) -> pa.Table:
+        """A unit's part; as large as a unit's output may be."""
+        return self.read_table(f"{PARTS}/{unit}.parquet", columns)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

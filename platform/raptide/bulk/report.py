@@ -76,7 +76,11 @@ def count_reasons(output: OutputFolder) -> Counter[str]:
     """How many records were rejected for each kind of reason."""
     kinds: Counter[str] = Counter()
     with output.open_table(REJECTS_FILE) as rejects:
-        for batch in rejects.iter_batches(columns=["reason"]):
-            counts = pc.value_counts(pc.list_element(pc.split_pattern(batch["reason"], ":"), 0))
-            kinds.update({each["values"]: each["counts"] for each in counts.to_pylist()})
+        groups = rejects.num_row_groups
+    for group in range(groups):
+        table = output.read_in(
+            REJECTS_FILE, lambda file, i=group: file.read_row_group(i, ["reason"])
+        )
+        counts = pc.value_counts(pc.list_element(pc.split_pattern(table["reason"], ":"), 0))
+        kinds.update({each["values"]: each["counts"] for each in counts.to_pylist()})
     return kinds

@@ -65,9 +65,7 @@ def _writer(
 
 
 def _parts(output: OutputFolder, units: list[str]) -> Iterator[pa.Table]:
-    for unit in units:
-        with output.open_part(unit) as part:
-            yield part.read()
+    return (output.read_part(unit) for unit in units)
 
 
 def _write_csv(file: Any, table: CsvTable, parts: Iterator[pa.Table], names: list[str]) -> None:
