@@ -29,6 +29,7 @@ from commandline import job_parser, refuse_output, run_job
 from raptide.cluster import joins_cluster, ray_session, training_cpus
 from raptide.config import load_settings
 from raptide.errors import ConfigError
+from raptide.evaluation.beside import RunBenchmark
 from raptide.training.planning.deepspeed_config import check_deepspeed
 from raptide.training.planning.estimate import describe_run
 from raptide.training.planning.recipe import Recipe
@@ -73,6 +74,11 @@ def main() -> None:
     if standing == "finished":
         print(f"The run in {folder} is finished; see {folder / RESULT}.")
         return
+    bench = None
+    if recipe.evaluation.benchmark is not None:
+        file = Path(recipe.evaluation.benchmark).resolve()
+        bench = RunBenchmark(str(file), str(folder.resolve()))
+        bench.check()
     plan = prepare_run(
         recipe,
         folder,
@@ -91,7 +97,7 @@ def main() -> None:
         print(describe_room(recipe, device, room))
         return
     with session:
-        result = pretrain(recipe, plan, folder, replace=args.replace)
+        result = pretrain(recipe, plan, folder, replace=args.replace, bench=bench)
     _print_summary(result)
 
 

@@ -41,6 +41,7 @@ from raptide.training.run_folder import (
 from raptide.training.watching.heldout import heldout_rows, unigram_ece
 from raptide.training.watching.picture import draw_run
 from raptide.training.watching.progress import BoardActor, shown
+from raptide.training.watching.validation import Bench
 from raptide.training.worker import Run, train_worker
 
 
@@ -101,11 +102,19 @@ def prepare_run(
     return plan
 
 
-def pretrain(recipe: Recipe, plan: StreamPlan, folder: Path, *, replace: bool = False) -> RunResult:
+def pretrain(
+    recipe: Recipe,
+    plan: StreamPlan,
+    folder: Path,
+    *,
+    replace: bool = False,
+    bench: Bench | None = None,
+) -> RunResult:
     """Run a recipe to its last step; `plan` comes from `prepare_run`. Ray must be running.
 
     Args:
         replace: delete an earlier run in `folder` once everything else is in order.
+        bench: asked of each checkpoint that is evaluated beside the training.
 
     Raises:
         ConfigError: the workers have no room on this machine or cluster; another process trains
@@ -127,10 +136,12 @@ def pretrain(recipe: Recipe, plan: StreamPlan, folder: Path, *, replace: bool = 
     with alone_in(folder):
         (folder / RESULT).unlink(missing_ok=True)  # there again once all is done
         keep_recipe(folder, recipe)
-        return _train(recipe, plan, folder, device)
+        return _train(recipe, plan, folder, device, bench)
 
 
-def _train(recipe: Recipe, plan: StreamPlan, folder: Path, device: str) -> RunResult:
+def _train(
+    recipe: Recipe, plan: StreamPlan, folder: Path, device: str, bench: Bench | None
+) -> RunResult:
     info = json.loads((folder / RUN_INFO).read_text())
     board = BoardActor.options(scheduling_strategy=on_this_node()).remote()
     run = Run(
@@ -141,6 +152,7 @@ def _train(recipe: Recipe, plan: StreamPlan, folder: Path, device: str) -> RunRe
         code_version=code_version(),
         device=device,
         board=board,
+        bench=bench,
     )
     with shown(board, recipe.training.steps):
         _fit(run)

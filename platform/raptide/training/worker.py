@@ -43,7 +43,7 @@ from raptide.training.watching.audit import AuditWriter
 from raptide.training.watching.heldout import Evaluations, HeldoutEvaluator, heldout_rows
 from raptide.training.watching.metrics import loss_metrics, memory_gb, speed_metrics
 from raptide.training.watching.tracking import Tracker, start_tracking
-from raptide.training.watching.validation import RunEvaluations
+from raptide.training.watching.validation import Bench, RunEvaluations
 from raptide.training.watching.watch import HangWatch, LossWatch, describe_hang
 
 LOOK_EVERY_S = 5.0
@@ -66,6 +66,8 @@ class Run:
     device: str
     board: Any
     """Handle of the driver's progress board."""
+    bench: Bench | None
+    """What checkpoints are asked beside their held-out ECE."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -153,7 +155,8 @@ class Worker:
     def train(self) -> None:
         """All steps that are left, which may be none, and what a run ends with."""
         self._post(phase=f"training on {self._workers}", step=self._step)
-        self._evaluations.take_up(self._step if self._steps_left else self._step - 1)
+        last_too = self._steps_left or self._run.bench is not None
+        self._evaluations.take_up(self._step if last_too else self._step - 1)
         if self._steps_left:
             self._train_steps()
         self._finish()
@@ -178,7 +181,8 @@ class Worker:
                 last = last or self._improves_no_more
             self._loss_watch.refuse_divergence(self._step, last=last)
             if last or self._save_at_once or self._step % recipe.checkpoint.every_steps == 0:
-                beside = evaluate and recipe.evaluation.asynchronous and not last
+                beside = evaluate and recipe.evaluation.asynchronous
+                beside = beside and (not last or self._run.bench is not None)
                 metrics |= self._save(batch.next_cursor, metrics["train/loss"], beside)
             if last:
                 self._writer.wait()
@@ -265,7 +269,8 @@ class Worker:
     def _finish(self) -> None:
         """Evaluate the last checkpoint if need be, and point W&B at the model.
 
-        The last checkpoint is evaluated by the workers themselves, which have nothing else to do.
+        The last checkpoint is evaluated by the workers themselves, which have nothing else to do;
+        what a benchmark asks of it, beside them as ever.
         It is there already, so that who resumes a run that dies in here comes back here.
         """
         self._refuse_unsaved()
@@ -278,7 +283,7 @@ class Worker:
         if self._tracker is None:  # that is rank 0's
             return
         evaluations.wait(self._hang_watch.progress)
-        if last is not None:
+        if last is not None and evaluations.so_far.step != self._step:
             evaluations.take(last, self._step)
             evaluations.write_down(name)
         self._writer.prune(name)
@@ -346,7 +351,9 @@ class Worker:
     def _prepare_evaluations(self, so_far: Evaluations) -> RunEvaluations:
         run, board = self._run, self._run.board if self._rank == 0 else None
         waiting = self._writer.unevaluated
-        return RunEvaluations(run.recipe, run.plan, run.device, board, waiting, so_far)
+        return RunEvaluations(
+            *(run.recipe, run.plan, run.device, board, waiting, so_far), bench=run.bench
+        )
 
     def _choose_checkpoint(self) -> SavedCheckpoint | None:
         """The newest checkpoint that counts, as rank 0 sees it."""

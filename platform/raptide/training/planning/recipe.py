@@ -186,6 +186,10 @@ class EvaluationSettings(Settings):
     """Evaluate checkpoints in tasks beside the training, on what is free then: a GPU where it
     trains on GPUs, else CPUs. Otherwise the workers stop for it, as they do at the last step."""
 
+    benchmark: str | None = None
+    """A benchmark file (jobs/benchmarks): what checkpoints that are evaluated beside the training
+    are asked besides, so that structure and contacts become curves, too; needs `asynchronous`."""
+
     timeout_s: float = Field(1800.0, gt=0.0)
     """Seconds after which an evaluation beside the training that has not ended is given up, whether
     it has begun or found nothing free; also the longest that a run waits for it at its end."""
@@ -196,6 +200,12 @@ class EvaluationSettings(Settings):
 
     seed: int = Field(7, ge=0, lt=2**63)
     """Fixes crops and masks, so that every evaluation asks for the same residues."""
+
+    @model_validator(mode="after")
+    def _benchmark_runs_beside(self) -> EvaluationSettings:
+        if self.benchmark is not None and not self.asynchronous:
+            raise ValueError("benchmark needs asynchronous: true, since workers do not wait for it")
+        return self
 
 
 class TrackingSettings(Settings):

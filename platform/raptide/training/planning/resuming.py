@@ -39,7 +39,13 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         for share in recipe.corpus
     )
     start = None if recipe.init_from is None else str(Path(recipe.init_from).resolve())
-    return recipe.model_copy(update={"corpus": corpora, "init_from": start})
+    evaluation = recipe.evaluation
+    if evaluation.benchmark is not None:
+        file = str(Path(evaluation.benchmark).resolve())
+        evaluation = evaluation.model_copy(update={"benchmark": file})
+    return recipe.model_copy(
+        update={"corpus": corpora, "init_from": start, "evaluation": evaluation}
+    )
 
 
 def changed_fields(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:

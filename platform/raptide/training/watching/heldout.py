@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,10 @@ LENGTHS = (128, 256, 512)
 """Residues up to which a protein, or a crop of one, belongs to a bucket; the last is open."""
 
 
+BenchValue = tuple[float, float, float, bool]
+"""A number with the interval that it lies in, and whether higher is better."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What one evaluation found."""
@@ -75,6 +79,9 @@ class Evaluation:
     by_length: dict[str, float]
     """ECE of all chosen residues in proteins of each length, such as `129-256`, in residues."""
 
+    bench: dict[str, BenchValue] = field(default_factory=dict)
+    """Main metrics of a benchmark, such as `contacts/p@l/long`."""
+
     def metrics(self) -> dict[str, float]:
         """As they are logged."""
         return {
@@ -82,6 +89,7 @@ class Evaluation:
             "eval/ece_masked": self.ece.masked_only,
             "eval/accuracy_masked": self.accuracy,
             **{f"eval/ece_length/{name}": ece for name, ece in self.by_length.items()},
+            **{f"bench/{name}": value for name, (value, *_) in self.bench.items()},
         }
 
 
@@ -102,6 +110,10 @@ class Evaluations:
     failed: int = 0
     """Evaluations beside the training that came to nothing."""
 
+    bench_best: dict[str, list[float]] = field(default_factory=dict)
+    """Of each of a benchmark's metrics the best value yet, the end of its interval on the worse
+    side, and the ECE of that checkpoint."""
+
     @classmethod
     def of_manifest(cls, manifest: dict[str, Any]) -> Evaluations:
         ece = manifest["heldout_ece"]
@@ -111,6 +123,7 @@ class Evaluations:
             best=manifest["heldout_best"],
             since_best=manifest["heldout_since_best"],
             failed=manifest.get("heldout_failed", 0),
+            bench_best=manifest.get("bench_best", {}),
         )
 
     def to_manifest(self) -> dict[str, Any]:
@@ -120,10 +133,35 @@ class Evaluations:
             "heldout_best": self.best,
             "heldout_since_best": self.since_best,
             "heldout_failed": self.failed,
+            "bench_best": self.bench_best,
         }
 
-    def after(self, ece: Ece, step: int) -> Evaluations:
+    def collapses(self, evaluation: Evaluation) -> list[str]:
+        """What has become worse than it was while the loss has not: a sentence each.
+
+        Worse is a value whose whole interval lies on the worse side of the best one's.
+        """
+        sentences = []
+        for name, (value, low, high, higher) in evaluation.bench.items():
+            best, bound, ece = self.bench_best.get(name, (value, value, 0.0))
+            fell = high < bound if higher else low > bound
+            if fell and evaluation.ece.all_chosen <= ece:
+                sentences.append(
+                    f"{name} has become worse ({best:.3f} to {value:.3f}) while the held-out ECE "
+                    f"has not ({ece:.3f} to {evaluation.ece.all_chosen:.3f}); the loss alone does "
+                    "not show it, look at the curves under bench/."
+                )
+        return sentences
+
+    def after(self, ece: Ece, step: int, bench: dict[str, BenchValue] | None = None) -> Evaluations:
         """With one evaluation more."""
+        best = dict(self.bench_best)
+        for name, (value, low, high, higher) in (bench or {}).items():
+            if name not in best or (value > best[name][0]) == higher:
+                best[name] = [value, low if higher else high, ece.all_chosen]
+        return replace(self._after(ece, step), bench_best=best)
+
+    def _after(self, ece: Ece, step: int) -> Evaluations:
         if self.best is None or ece.all_chosen < self.best:
             return replace(self, last=ece, step=step, best=ece.all_chosen, since_best=0)
         return replace(self, last=ece, step=step, since_best=self.since_best + 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,16 @@ from raptide.training.checkpoints.checkpoint import (
 from raptide.training.planning.estimate import DTYPES
 from raptide.training.planning.recipe import Recipe
 from raptide.training.watching.heldout import (
+    BenchValue,
     Evaluation,
     Evaluations,
     HeldoutEvaluator,
     heldout_rows,
 )
+
+Bench = Callable[[Path, int], dict[str, BenchValue]]
+"""Called with a bundle and the CPUs that it may take; gives main metrics by name, such as
+`contacts/p@l/long`. Handed in by the job, since training does not know the evaluation."""
 
 MOST_CPUS = 16
 """Logical CPUs that an evaluation takes at most."""
@@ -60,6 +66,7 @@ class RunEvaluations:
         waiting: dict[str, float],
         so_far: Evaluations,
         storage: Storage | None = None,
+        bench: Bench | None = None,
     ) -> None:
         """
         Args:
@@ -69,8 +76,10 @@ class RunEvaluations:
                 when, by `time.monotonic`; each is taken out once that has ended.
             so_far: what the run goes on from.
             storage: where the checkpoints are; that of this worker's run by default.
+            bench: what checkpoints are asked beside the training besides.
         """
         self._recipe, self._plan, self._device, self._board = recipe, plan, device, board
+        self._bench = bench
         self._storage = storage or Storage.of_ray_train()
         self.waiting = waiting
         self._task: Any = None
@@ -79,7 +88,9 @@ class RunEvaluations:
 
     def take(self, evaluation: Evaluation, step: int) -> None:
         """Count an evaluation of this step, or of an earlier one."""
-        self.so_far = self.so_far.after(evaluation.ece, step)
+        for sentence in self.so_far.collapses(evaluation):
+            self._board.warn.remote(f"Step {step}: {sentence}")
+        self.so_far = self.so_far.after(evaluation.ece, step, evaluation.bench)
         facts = {"eval/step": step, "eval/failed": self.so_far.failed}
         self._unlogged.append(evaluation.metrics() | facts)
         if self._board is not None:
@@ -161,7 +172,8 @@ class RunEvaluations:
             return None
         device = "cuda" if "num_gpus" in options else "cpu"
         return evaluate_checkpoint.options(**options).remote(
-            self._recipe, self._plan, self._storage, name, device, options["num_cpus"]
+            *(self._recipe, self._plan, self._storage, name, device, options["num_cpus"]),
+            self._bench,
         )
 
 
@@ -184,9 +196,18 @@ def free_resources(device: str, nodes: Iterable[Mapping[str, float]]) -> dict[st
 
 @ray.remote(max_retries=0)
 def evaluate_checkpoint(
-    recipe: Recipe, plan: StreamPlan, storage: Storage, name: str, device: str, cpus: int
+    recipe: Recipe,
+    plan: StreamPlan,
+    storage: Storage,
+    name: str,
+    device: str,
+    cpus: int,
+    bench: Bench | None = None,
 ) -> Evaluation:
     """Held-out ECE of a checkpoint's bundle, in the precision that it is trained in.
+
+    Args:
+        bench: what the bundle is asked besides.
 
     Raises:
         CheckpointError: the checkpoint is gone or damaged.
@@ -198,6 +219,7 @@ def evaluate_checkpoint(
         raise CheckpointError("it is gone or damaged")
     with tempfile.TemporaryDirectory() as scratch:
         saved.copy_to(Path(scratch), only=f"{MODEL}/")
+        found = bench(Path(scratch) / MODEL, cpus) if bench is not None else {}
         model = read_weights(Path(scratch) / MODEL).build()
     dtype = DTYPES[recipe.training.precision]
     if device == "cpu" and dtype == torch.float16:  # slow there, where there is it at all
@@ -205,7 +227,7 @@ def evaluate_checkpoint(
     model.to(torch.device(device), dtype)
     rows = heldout_rows(plan, recipe.evaluation)
     evaluator = HeldoutEvaluator(rows, plan, recipe.training.micro_batch_rows)
-    return evaluator.measure(model, torch.device(device))
+    return replace(evaluator.measure(model, torch.device(device)), bench=found)
 
 
 def _first_line(error: RayError) -> str:

@@ -1,0 +1,48 @@
+"""What a run learned, and when: from the benchmark that it was asked as it went."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from raptide.evaluation.report.content import Emergence, Moment
+
+METRICS, STEP = "metrics.jsonl", "eval/step"
+BENCH = "bench/"
+
+
+def read_emergence(path: Path) -> Emergence | None:
+    """The evaluated checkpoints of a run, in order; None where there are no two with a benchmark.
+
+    Args:
+        path: of a model; of a run, if it has any.
+    """
+    file = path / METRICS
+    if not file.is_file():
+        return None
+    moments: dict[int, Moment] = {}
+    tokens: dict[int, int] = {}
+    for line in _lines(file):
+        if "progress/tokens" in line:
+            tokens[line["trainer/global_step"]] = line["progress/tokens"]
+        found = {k.removeprefix(BENCH): v for k, v in line.items() if k.startswith(BENCH)}
+        if found and STEP in line:
+            ece = line.get("eval/ece_masked", math.nan)
+            moments[line[STEP]] = Moment(int(line[STEP]), 0, ece, found)
+    whole = [
+        Moment(step, tokens.get(step, 0), moment.ece, moment.metrics)
+        for step, moment in sorted(moments.items())
+    ]
+    return Emergence(str(path), whole) if len(whole) > 1 else None
+
+
+def _lines(file: Path) -> list[dict]:
+    """Of a file that may end in the middle of a line."""
+    found = []
+    for text in file.read_text().splitlines():
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            continue
+    return found

@@ -1,0 +1,205 @@
+"""What an evaluation leaves: results as tables, and a report.
+
+evaluation/
+  results.parquet, results.json   one row a number; see results.py
+  report.html                     all of it, for people
+  cache/                          results by what they depend on; given again, nothing is redone
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raptide.errors import ConfigError
+from raptide.evaluation.cache import Measured, ResultCache
+from raptide.evaluation.compare import difference, judge_control, noise_floor
+from raptide.evaluation.emergence import read_emergence
+from raptide.evaluation.report.content import (
+    Comparison,
+    Control,
+    DatasetEntry,
+    Place,
+    ReportContent,
+    SubjectEntry,
+    TaskEntry,
+)
+from raptide.evaluation.report.page import draw_page
+from raptide.evaluation.report.references import match_references
+from raptide.evaluation.results import COLUMNS
+from raptide.evaluation.run import Finding, Findings, dataset_digest, rows_of
+from raptide.evaluation.subjects.model import ModelSubject
+from raptide.storage import Storage
+
+PARQUET, JSON, REPORT = "results.parquet", "results.json", "report.html"
+PACKAGES = ("raptide", "torch", "numpy", "scipy", "scikit-learn", "ray")
+
+_TYPES = {str: pa.string(), bool: pa.bool_(), float: pa.float64(), int: pa.int64()}
+SCHEMA = pa.schema([(name, _TYPES[kind]) for name, kind in COLUMNS.items()])
+
+
+def write_output(
+    folder: Path, benchmark: str, findings: Findings, repeats: Sequence[str], command: list[str]
+) -> ReportContent:
+    """Write tables and report, each whole or not at all.
+
+    Args:
+        repeats: names of the models that differ in the seed alone.
+    """
+    content = make_content(benchmark, findings, repeats, command)
+    rows = [{name: row[name] for name in COLUMNS} for row in content.rows]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), buffer, compression="zstd")
+    plain = [{k: _plain(v) for k, v in row.items()} for row in rows]
+    files = {
+        PARQUET: buffer.getvalue(),
+        JSON: (json.dumps(plain, indent=1, allow_nan=False) + "\n").encode(),
+        REPORT: draw_page(content).encode(),
+    }
+    storage = Storage.of(folder)
+    for name, data in files.items():
+        storage.write(name, lambda file, data=data: file.write(data))
+    return content
+
+
+def clear_output(folder: Path, cache: ResultCache) -> None:
+    """Delete what an evaluation wrote, and nothing else.
+
+    Raises:
+        ConfigError: the folder holds other things.
+    """
+    known = {PARQUET, JSON, REPORT, "cache", "partial", "wandb"}
+    others = sorted(path.name for path in folder.glob("*") if path.name not in known)
+    if others:
+        raise ConfigError(
+            f"{folder} holds {others[0]!r}, which no evaluation wrote, so nothing is deleted; "
+            "choose another --output."
+        )
+    for name in (PARQUET, JSON, REPORT):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(cache.folder, ignore_errors=True)
+
+
+def make_content(
+    benchmark: str, findings: Findings, repeats: Sequence[str], command: list[str]
+) -> ReportContent:
+    """All that the report says."""
+    rows = rows_of(findings, version("raptide"))
+    models = [f.subject for f in findings.found if isinstance(f.subject, ModelSubject)]
+    trained = {model.name: model for model in models if not model.baseline}
+    return ReportContent(
+        benchmark=benchmark,
+        subjects=_subjects(findings),
+        tasks=_tasks(findings),
+        rows=rows,
+        comparisons=list(_comparisons(findings, repeats)),
+        noise=_noise(findings, repeats),
+        controls=list(_controls(findings)),
+        references=match_references(rows),
+        emergence=[found for name in trained if (found := read_emergence(Path(name))) is not None],
+        command=shlex.join(command),
+        hardware=f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
+        versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+    )
+
+
+def _subjects(findings: Findings) -> list[SubjectEntry]:
+    entries = {}
+    for subject in (found.subject for found in findings.found):
+        lineage = subject.lineage() if isinstance(subject, ModelSubject) else {}
+        entries[subject.name, subject.digest] = SubjectEntry(
+            subject.name, subject.digest, subject.baseline, lineage
+        )
+    return list(entries.values())
+
+
+def _tasks(findings: Findings) -> list[TaskEntry]:
+    entries: dict[str, TaskEntry] = {}
+    for subject, task, result in ((f.subject, f.task, f.result) for f in findings.found):
+        name = task.settings.name
+        if name not in entries:
+            files = [
+                DatasetEntry(p.stem, dataset_digest(task, p.stem), p.name) for p in task.files()
+            ]
+            entries[name] = TaskEntry(
+                name, task.settings.kind, task.main_metric, task.how, datasets=files
+            )
+        if result.notes:
+            entries[name].notes[subject.name] = result.notes
+        if result.figures:
+            entries[name].figures[subject.name] = result.figures
+    return list(entries.values())
+
+
+def _comparisons(findings: Findings, repeats: Sequence[str]) -> Iterator[Comparison]:
+    """Of all pairs of models, number by number."""
+    models = [f for f in findings.found if not f.subject.baseline and f.subject.name not in repeats]
+    for a, b in combinations(models, 2):
+        if a.task is not b.task:
+            continue
+        others = {_key(each): each for each in b.result.measured}
+        for mine in a.result.measured:
+            theirs = others.get(_key(mine))
+            if theirs is None or mine.measure.role in ("control", "chance"):
+                continue
+            higher = mine.measure.higher_is_better
+            found = difference(mine.measure.sample, theirs.measure.sample, higher)
+            yield Comparison(
+                *(a.task.settings.name, mine.measure.dataset, mine.measure.metric),
+                *(a.subject.name, b.subject.name),
+                *(found.value, found.low, found.high, found.verdict, found.paired),
+            )
+
+
+def _key(each: Measured) -> tuple[str, str]:
+    return each.measure.dataset, each.measure.metric
+
+
+def _noise(findings: Findings, repeats: Sequence[str]) -> dict[Place, float | None]:
+    values: dict[Place, list[float]] = {}
+    for found in findings.found:
+        if found.subject.name in repeats:
+            for each in found.result.measured:
+                place = (found.task.settings.name, *_key(each))
+                values.setdefault(place, []).append(each.value)
+    return {place: noise_floor(some).threshold for place, some in values.items() if len(some) > 1}
+
+
+def _controls(findings: Findings) -> Iterator[Control]:
+    for found in findings.found:
+        yield from _controls_of(found)
+
+
+def _controls_of(found: Finding) -> Iterator[Control]:
+    chances = {
+        (m.measure.dataset, m.measure.metric.removeprefix("chance/")): m
+        for m in found.result.measured
+        if m.measure.role == "chance"
+    }
+    for each in found.result.measured:
+        metric = each.measure.metric.removeprefix("control/")
+        if each.measure.role != "control" or (each.measure.dataset, metric) not in chances:
+            continue
+        chance = chances[each.measure.dataset, metric]
+        sentence = judge_control(
+            each.measure.sample, chance.measure.sample, each.measure.higher_is_better
+        )
+        name = found.task.settings.name
+        yield Control(name, found.subject.name, sentence and f"{metric}: {sentence}", not sentence)
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value

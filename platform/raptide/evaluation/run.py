@@ -1,0 +1,183 @@
+"""A benchmark from end to end: every task of every subject, as far as it is not there already."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raptide.data.corpus import sha256_of_file
+from raptide.evaluation.cache import Measured, Result, ResultCache, key_of
+from raptide.evaluation.compare import interval
+from raptide.evaluation.requests import Request
+from raptide.evaluation.results import COLUMNS
+from raptide.evaluation.subjects.model import ModelSubject, random_weights
+from raptide.evaluation.subjects.subject import Subject
+from raptide.evaluation.tasks.task import Task
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A task's result for a subject."""
+
+    subject: Subject
+    task: Task
+    result: Result
+
+
+@dataclass
+class Findings:
+    """All results of a benchmark, and where the time went."""
+
+    found: list[Finding] = field(default_factory=list)
+    reading_s: dict[str, float] = field(default_factory=dict)
+    """By subject: what was read off it by this call."""
+    computed: int = 0
+    """Results that this call has computed; the others were there."""
+
+
+def evaluate(
+    tasks: Sequence[Task],
+    models: Sequence[ModelSubject],
+    cache: ResultCache,
+    say: Say = lambda line: None,
+    baselines: bool = True,
+) -> Findings:
+    """Ask every subject every task.
+
+    Args:
+        models: the first stands for the shape of random weights wherever shapes are equal.
+        say: told what goes on, a line at a time.
+        baselines: whether those of the tasks are asked, too.
+    """
+    findings = Findings()
+    digests = {id(task): data_digest(task) for task in tasks}
+    for subject, its_tasks in _subjects(tasks, models, cache.folder, baselines):
+        keys = {id(task): result_key(subject, task, digests[id(task)]) for task in its_tasks}
+        there = {id(task): cache.find(keys[id(task)]) for task in its_tasks}
+        missing = [task for task in its_tasks if there[id(task)] is None]
+        if missing:
+            _compute(subject, missing, keys, cache, findings, say)
+        for task in its_tasks:
+            result = there[id(task)] or cache.find(keys[id(task)])
+            assert result is not None
+            findings.found.append(Finding(subject, task, result))
+    return findings
+
+
+def _subjects(
+    tasks: Sequence[Task], models: Sequence[ModelSubject], scratch: Path, baselines: bool
+) -> Iterator[tuple[Subject, list[Task]]]:
+    """Subjects, each once, with the tasks that they have a part in."""
+    fits: dict[str, Any] = {}
+    for task in tasks:
+        fits |= getattr(task, "fits", {})
+    asked: list[tuple[Subject, Sequence[Task]]] = []
+    for model in models:
+        model.fits = fits
+        asked.append((model, tasks))
+    if baselines:
+        controlled = [task for task in tasks if task.random_weights]
+        shapes = {each.model.digest: each for each in (random_weights(m, scratch) for m in models)}
+        asked += [(each, controlled) for each in shapes.values()] if controlled else []
+        asked += [(baseline, [task]) for task in tasks for baseline in task.baselines()]
+    for subject, its_tasks in asked:
+        if able := [task for task in its_tasks if answers(subject, task)]:
+            yield subject, able
+
+
+def answers(subject: Subject, task: Task) -> bool:
+    """Whether a subject gives what a task needs."""
+    return all(any(kind in subject.kinds for kind in need.split("|")) for need in task.needs)
+
+
+def _compute(
+    subject: Subject,
+    tasks: list[Task],
+    keys: dict[int, str],
+    cache: ResultCache,
+    findings: Findings,
+    say: Say,
+) -> None:
+    def ask() -> Iterator[Request]:
+        for task in tasks:
+            yield from task.requests(subject)
+
+    say(f"{subject.name}: reading for {', '.join(task.settings.name for task in tasks)}")
+    began = time.monotonic()
+    with subject.read(ask) as readings:
+        read_s = time.monotonic() - began
+        findings.reading_s[subject.name] = findings.reading_s.get(subject.name, 0.0) + read_s
+        for task in tasks:
+            began = time.monotonic()
+            outcome = task.measure(subject, readings)
+            measured = [
+                Measured(measure, measure.sample.value(), *interval(measure.sample))
+                for measure in outcome.measures
+            ]
+            seconds = time.monotonic() - began
+            result = Result(measured, outcome.notes, outcome.figures, seconds)
+            cache.keep(keys[id(task)], result)
+            findings.computed += 1
+            say(f"{subject.name}: {task.settings.name} in {seconds:.1f} s{_main(result)}")
+
+
+def _main(result: Result) -> str:
+    main = result.main()
+    return "" if main is None else f", {main.measure.metric} {main.value:.3f}"
+
+
+def result_key(subject: Subject, task: Task, digest: str) -> str:
+    """What a result is kept by: weights and dtype, the task's settings and code, its data."""
+    settings = task.settings.model_dump(mode="json", exclude={"name"})
+    for name in [each for each in settings if _is_path(settings[each])]:
+        settings[name] = sorted(settings[name]) if isinstance(settings[name], dict) else None
+    return key_of(subject.name, subject.digest, settings, task.version, digest)
+
+
+def _is_path(value: Any) -> bool:
+    """Where data lie does not matter, what they are does: that is in their digest."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return bool(value) and all(isinstance(each, str) and each.startswith("/") for each in values)
+
+
+def data_digest(task: Task) -> str:
+    """Of all the task's files, by name and content."""
+    whole = hashlib.sha256()
+    for path in task.files():
+        whole.update(f"{path.name} {sha256_of_file(path)}\n".encode())
+    return whole.hexdigest()
+
+
+def dataset_digest(task: Task, dataset: str) -> str:
+    """Of the file that a data set is in; of all files where it is not one of them."""
+    named = getattr(task.settings, "test", None)
+    files = {path.stem: path for path in task.files()}
+    if isinstance(named, dict):
+        files |= {name: Path(path) for name, path in named.items()}
+    return sha256_of_file(files[dataset]) if dataset in files else data_digest(task)
+
+
+def rows_of(findings: Findings, version: str) -> list[dict[str, Any]]:
+    """One row a number, as COLUMNS of results.py."""
+    rows = []
+    known: dict[tuple[int, str], str] = {}
+    for subject, task, result in ((f.subject, f.task, f.result) for f in findings.found):
+        for each in result.measured:
+            measure = each.measure
+            place = (id(task), measure.dataset)
+            if place not in known:
+                known[place] = dataset_digest(task, measure.dataset)
+            values = (
+                *(subject.name, subject.digest, subject.baseline, task.settings.name),
+                *(task.settings.kind, measure.dataset, known[place], measure.metric),
+                *(each.value, each.low, each.high, measure.sample.units, measure.layer),
+                *(result.seconds, version),
+            )
+            rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return rows

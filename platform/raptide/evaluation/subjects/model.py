@@ -1,0 +1,123 @@
+"""Models as subjects: trained ones, and one of the same shape with random weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raptide.bulk.work import Model, Precision
+from raptide.errors import ConfigError
+from raptide.evaluation.requests import Kind, Readings
+from raptide.evaluation.subjects.items import Item, gather
+from raptide.evaluation.subjects.readers import Reader
+from raptide.evaluation.subjects.store import Store, write_values
+from raptide.evaluation.subjects.subject import Ask
+from raptide.evaluation.subjects.work import ReadWork
+
+ANSWERS: frozenset[Kind] = frozenset(
+    ("residues", "mean", "sites", "contacts", "masked", "marginals", "pseudo", "letters")
+)
+WITHOUT_HEAD: frozenset[Kind] = frozenset(("residues", "mean", "sites", "contacts"))
+
+RANDOM_SEED = 0
+"""Of random weights."""
+
+LINEAGE = "raptide.json"
+
+Fits = Mapping[str, Sequence[tuple[str, np.ndarray]]]
+"""What contact regressions are fitted on, by the method of the readings that use them."""
+
+
+@dataclass
+class ModelSubject:
+    """A model on disk."""
+
+    name: str
+    model: Model
+    precision: Precision
+    reader: Reader
+    scratch: Path
+    """A folder of this subject's own; gone after reading."""
+    fits: Fits = field(default_factory=dict)
+    baseline: bool = False
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(f"{self.model.digest} {self.precision}".encode()).hexdigest()
+
+    @property
+    def layers(self) -> int:
+        return self.model.layers
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        return ANSWERS if self.model.has_head else WITHOUT_HEAD
+
+    def lineage(self) -> dict[str, Any]:
+        """Where the weights come from, as the bundle's raptide.json says; {} for strangers'."""
+        file = Path(self.model.path) / LINEAGE
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    @contextmanager
+    def read(self, ask: Ask) -> Iterator[Readings]:
+        """Read all that is asked; each protein passes the model once.
+
+        Raises:
+            ConfigError: the disk has no room for the answers.
+        """
+        items = gather(ask())
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        self._refuse_small_disk(items)
+        methods = {r.method for item in items for r, _ in item.wants if r.kind == "contacts"}
+        heads = {
+            method: self.reader.fit(self.model, self.precision, self.fits[method])
+            for method in sorted(methods)
+        }
+        work = ReadWork(self.model, self.precision, heads)
+        values = self.scratch / "values.f32"
+        if items:
+            write_values(values, self.reader.compute(work, items, self.scratch))
+        shutil.rmtree(self.scratch / "bulk", ignore_errors=True)
+        yield Store(values, items, self.model.width)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def scratch_bytes(self, items: Sequence[Item]) -> int:
+        """Room that answers take while they are read: as parts of a job, and as one file."""
+        return 2 * 4 * sum(item.floats(self.model.width) for item in items)
+
+    def _refuse_small_disk(self, items: Sequence[Item]) -> None:
+        need, free = self.scratch_bytes(items), shutil.disk_usage(self.scratch).free
+        if need > free:
+            raise ConfigError(
+                f"Answers of {self.name} take {need / 1e9:.1f} GB in {self.scratch}, which has "
+                f"{free / 1e9:.1f} GB free; give another --cache, or fewer --tasks or layers."
+            )
+
+
+def random_weights(like: ModelSubject, scratch: Path) -> ModelSubject:
+    """A model of the same shape that has learned nothing."""
+    from raptide.model.formats.detect import read_weights, write_weights
+    from raptide.model.formats.weights import Weights
+    from raptide.model.transformer import Esm
+
+    settings = read_weights(like.model.path).settings
+    facts = json.dumps(settings.model_dump(), sort_keys=True)
+    name = hashlib.sha256(f"{facts} {RANDOM_SEED}".encode()).hexdigest()[:16]
+    folder = scratch / f"random-{name}"
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        write_weights(partial, Weights.of(Esm(settings).initialise(RANDOM_SEED)))
+        partial.rename(folder)
+    return ModelSubject(
+        *("random-weights", Model.find(folder), like.precision, like.reader),
+        *(scratch / f"read-{name}", like.fits, True),
+    )
