@@ -1,0 +1,1 @@
+"""Files of labelled proteins, a format each: read, checked, and refused in one sentence."""
