@@ -150,9 +150,9 @@ def _comparisons(findings: Findings, repeats: Sequence[str]) -> Iterator[Compari
     for a, b in combinations(models, 2):
         if a.task is not b.task:
             continue
-        others = {_key(each): each for each in b.result.measured}
-        for mine in a.result.measured:
-            theirs = others.get(_key(mine))
+        others = _by_place(b.result.measured)
+        for place, mine in _by_place(a.result.measured).items():
+            theirs = others.get(place)
             if theirs is None or mine.measure.role in ("control", "chance"):
                 continue
             higher = mine.measure.higher_is_better
@@ -164,17 +164,24 @@ def _comparisons(findings: Findings, repeats: Sequence[str]) -> Iterator[Compari
             )
 
 
-def _key(each: Measured) -> tuple[str, str]:
-    return each.measure.dataset, each.measure.metric
+def _by_place(measured: list[Measured]) -> dict[tuple[str, str, int], Measured]:
+    """By data set, metric and how many there were before: layers of two models have no common
+    number, but the order of those that were asked for."""
+    found: dict[tuple[str, str, int], Measured] = {}
+    for each in measured:
+        key = (each.measure.dataset, each.measure.metric)
+        found[(*key, sum(place[:2] == key for place in found))] = each
+    return found
 
 
 def _noise(findings: Findings, repeats: Sequence[str]) -> dict[Place, float | None]:
     values: dict[Place, list[float]] = {}
     for found in findings.found:
         if found.subject.name in repeats:
-            for each in found.result.measured:
-                place = (found.task.settings.name, *_key(each))
-                values.setdefault(place, []).append(each.value)
+            for (dataset, metric, index), each in _by_place(found.result.measured).items():
+                if index == 0:
+                    place = (found.task.settings.name, dataset, metric)
+                    values.setdefault(place, []).append(each.value)
     return {place: noise_floor(some).threshold for place, some in values.items() if len(some) > 1}
 
 

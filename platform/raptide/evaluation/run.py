@@ -137,7 +137,8 @@ def result_key(subject: Subject, task: Task, digest: str) -> str:
     settings = task.settings.model_dump(mode="json", exclude={"name"})
     for name in [each for each in settings if _is_path(settings[each])]:
         settings[name] = sorted(settings[name]) if isinstance(settings[name], dict) else None
-    return key_of(subject.name, subject.digest, settings, task.version, digest)
+    name = subject.name if subject.baseline else ""  # models are told apart by their weights
+    return key_of(name, subject.digest, settings, task.version, digest)
 
 
 def _is_path(value: Any) -> bool:
