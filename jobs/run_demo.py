@@ -1,4 +1,4 @@
-"""The whole way on one machine: FASTA, corpus, pretraining, endpoint, and a check of its answers.
+"""The whole way on one machine: FASTA, corpus, pretraining, endpoint, evaluation and its report.
 
     python jobs/run_demo.py
     python jobs/run_demo.py --input my.fasta
@@ -35,6 +35,8 @@ from raptide.data.fasta_text import refuse_missing
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS, RUN = Path("corpora/demo"), Path("runs/demo")
+EVALUATION = RUN / "evaluation"
+BENCHMARK = ROOT / "jobs/benchmarks/tiny.yaml"
 RECIPE = ROOT / "jobs/recipes/demo.yaml"
 PROTEOME = "tests/data/seqs/938293.PRJEB85.HG003687.faa"
 BLOCK_RESIDUES = 65_536
@@ -60,6 +62,8 @@ def main() -> None:
             result = pretrain(args.overrides)
         with phase("serving", seconds):
             difference = serve_and_check(Path(result["checkpoint"]) / "model", corpus)
+        with phase("evaluation", seconds):
+            evaluate()
     summary = summarise(corpus, result, difference, seconds)
     (RUN / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print_summary(summary)
@@ -117,6 +121,12 @@ def pretrain(overrides: list[str]) -> dict[str, Any]:
         *(f"corpus={CORPUS}", *overrides),
     )
     return json.loads((RUN / "result.json").read_text())
+
+
+def evaluate() -> None:
+    _job(
+        *("evaluate_model.py", "--model", RUN, "--benchmark", BENCHMARK, "--output", EVALUATION),
+    )
 
 
 def _job(script: str, *arguments: object) -> None:
@@ -229,6 +239,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         + ("the model has learned.\n" if learned else "the model has NOT learned.\n")
         + "Endpoint and library agree to "
         f"{summary['http_library_max_abs_diff']:.1e}. All figures: {RUN}/summary.json\n\n"
+        f"What it has learned, beside baselines: {EVALUATION}/report.html\n\n"
         "Try next:\n"
         f"  .venv/bin/serve run serve.app:build model={RUN}     # then http://127.0.0.1:8000/docs\n"
         f"  .venv/bin/python jobs/embed_proteins.py --model {RUN} --input my.fasta "
