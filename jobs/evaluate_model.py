@@ -34,16 +34,17 @@ from raptide.cluster import ray_session
 from raptide.errors import ConfigError
 from raptide.evaluation.benchmark import Benchmark
 from raptide.evaluation.cache import ResultCache
-from raptide.evaluation.output import clear_output, write_output
-from raptide.evaluation.predictions import read_predictions
+from raptide.evaluation.output import PARQUET, REPORT, clear_output, make_content, write_output
 from raptide.evaluation.report.terminal import describe
 from raptide.evaluation.run import Findings, evaluate
 from raptide.evaluation.subjects.model import ModelSubject
+from raptide.evaluation.subjects.predictions import read_predictions
 from raptide.evaluation.subjects.readers import BulkReader
 from raptide.evaluation.tasks.task import Task
 from raptide.training.checkpoints.checkpoint import find_bundle
 
 CACHE = "cache"
+REFERENCES = Path(__file__).parent / "benchmarks/reference.yaml"
 
 
 def main() -> None:
@@ -65,14 +66,14 @@ def main() -> None:
             for name, model in models.items()
         ]
         print_costs(tasks, subjects)
-        predictions = read_predictions(args.predictions, tasks) if args.predictions else []
+        predictions = read_predictions(args.predictions)
         findings = evaluate(tasks, subjects, cache, say, not args.no_baselines, predictions)
-    content = write_output(
-        output, benchmark.name, findings, [str(path) for path in args.repeats], sys.argv
-    )
+    repeats = [str(path) for path in args.repeats]
+    content = make_content(benchmark.name, findings, repeats, REFERENCES, sys.argv)
+    write_output(output, content)
     print(describe(content))
     print_times(findings)
-    print(f"\n  {output / 'report.html'}\n  {output / 'results.parquet'}")
+    print(f"\n  {output / REPORT}\n  {output / PARQUET}")
     if args.track:
         log_evaluation(output, content)
 
@@ -102,9 +103,11 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--predictions",
         type=Path,
+        nargs="+",
+        default=[],
         metavar="TABLE",
-        help="CSV or Parquet with assay, mutant and score columns of anyone's: each is measured as "
-        "a model's",
+        help="CSV or Parquet with mutant, assay and columns of scores: each column is measured as a "
+        "model's",
     )
     parser.add_argument(
         "--no-baselines", action="store_true", help="ask the models alone, not the baselines"

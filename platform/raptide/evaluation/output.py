@@ -37,8 +37,8 @@ from raptide.evaluation.report.content import (
     SubjectEntry,
     TaskEntry,
 )
-from raptide.evaluation.report.page import draw_page
-from raptide.evaluation.report.references import match_references
+from raptide.evaluation.report.page import write_page
+from raptide.evaluation.report.references import match_references, read_references
 from raptide.evaluation.results import COLUMNS
 from raptide.evaluation.run import Finding, Findings, dataset_digest, rows_of
 from raptide.evaluation.subjects.model import ModelSubject
@@ -51,15 +51,8 @@ _TYPES = {str: pa.string(), bool: pa.bool_(), float: pa.float64(), int: pa.int64
 SCHEMA = pa.schema([(name, _TYPES[kind]) for name, kind in COLUMNS.items()])
 
 
-def write_output(
-    folder: Path, benchmark: str, findings: Findings, repeats: Sequence[str], command: list[str]
-) -> ReportContent:
-    """Write tables and report, each whole or not at all.
-
-    Args:
-        repeats: names of the models that differ in the seed alone.
-    """
-    content = make_content(benchmark, findings, repeats, command)
+def write_output(folder: Path, content: ReportContent) -> None:
+    """Write tables and report, each whole or not at all."""
     rows = [{name: row[name] for name in COLUMNS} for row in content.rows]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), buffer, compression="zstd")
@@ -67,12 +60,11 @@ def write_output(
     files = {
         PARQUET: buffer.getvalue(),
         JSON: (json.dumps(plain, indent=1, allow_nan=False) + "\n").encode(),
-        REPORT: draw_page(content).encode(),
     }
     storage = Storage.of(folder)
     for name, data in files.items():
         storage.write(name, lambda file, data=data: file.write(data))
-    return content
+    write_page(content, folder / REPORT)
 
 
 def clear_output(folder: Path, cache: ResultCache) -> None:
@@ -94,9 +86,21 @@ def clear_output(folder: Path, cache: ResultCache) -> None:
 
 
 def make_content(
-    benchmark: str, findings: Findings, repeats: Sequence[str], command: list[str]
+    benchmark: str,
+    findings: Findings,
+    repeats: Sequence[str],
+    references: Path | None,
+    command: list[str],
 ) -> ReportContent:
-    """All that the report says."""
+    """All that the report says.
+
+    Args:
+        repeats: names of the models that differ in the seed alone.
+        references: a file of published numbers.
+
+    Raises:
+        ConfigError: that file is none.
+    """
     rows = rows_of(findings, version("raptide"))
     models = [f.subject for f in findings.found if isinstance(f.subject, ModelSubject)]
     trained = {model.name: model for model in models if not model.baseline}
@@ -108,7 +112,7 @@ def make_content(
         comparisons=list(_comparisons(findings, repeats)),
         noise=_noise(findings, repeats),
         controls=list(_controls(findings)),
-        references=match_references(rows),
+        references=match_references(read_references(references), rows) if references else [],
         emergence=[found for name in trained if (found := read_emergence(Path(name))) is not None],
         command=shlex.join(command),
         hardware=f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",

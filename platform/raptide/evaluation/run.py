@@ -47,6 +47,7 @@ def evaluate(
     cache: ResultCache,
     say: Say = lambda line: None,
     baselines: bool = True,
+    others: Sequence[Subject] = (),
 ) -> Findings:
     """Ask every subject every task.
 
@@ -54,10 +55,11 @@ def evaluate(
         models: the first stands for the shape of random weights wherever shapes are equal.
         say: told what goes on, a line at a time.
         baselines: whether those of the tasks are asked, too.
+        others: subjects that are no models, asked what they can give.
     """
     findings = Findings()
     digests = {id(task): data_digest(task) for task in tasks}
-    for subject, its_tasks in _subjects(tasks, models, cache.folder, baselines):
+    for subject, its_tasks in _subjects(tasks, models, cache.folder, baselines, others):
         keys = {id(task): result_key(subject, task, digests[id(task)]) for task in its_tasks}
         there = {id(task): cache.find(keys[id(task)]) for task in its_tasks}
         missing = [task for task in its_tasks if there[id(task)] is None]
@@ -71,7 +73,11 @@ def evaluate(
 
 
 def _subjects(
-    tasks: Sequence[Task], models: Sequence[ModelSubject], scratch: Path, baselines: bool
+    tasks: Sequence[Task],
+    models: Sequence[ModelSubject],
+    scratch: Path,
+    baselines: bool,
+    others: Sequence[Subject],
 ) -> Iterator[tuple[Subject, list[Task]]]:
     """Subjects, each once, with the tasks that they have a part in."""
     fits: dict[str, Any] = {}
@@ -81,6 +87,7 @@ def _subjects(
     for model in models:
         model.fits = fits
         asked.append((model, tasks))
+    asked += [(other, tasks) for other in others]
     if baselines:
         controlled = [task for task in tasks if task.random_weights]
         shapes = {each.model.digest: each for each in (random_weights(m, scratch) for m in models)}
@@ -165,7 +172,7 @@ def dataset_digest(task: Task, dataset: str) -> str:
 
 
 def rows_of(findings: Findings, version: str) -> list[dict[str, Any]]:
-    """One row a number, as COLUMNS of results.py."""
+    """One row a number: COLUMNS of results.py, `role` and `higher_is_better`."""
     rows = []
     known: dict[tuple[int, str], str] = {}
     for subject, task, result in ((f.subject, f.task, f.result) for f in findings.found):
@@ -180,5 +187,6 @@ def rows_of(findings: Findings, version: str) -> list[dict[str, Any]]:
                 *(each.value, each.low, each.high, measure.sample.units, measure.layer),
                 *(result.seconds, version),
             )
-            rows.append(dict(zip(COLUMNS, values, strict=True)))
+            more = {"role": measure.role, "higher_is_better": measure.higher_is_better}
+            rows.append(dict(zip(COLUMNS, values, strict=True)) | more)
     return rows
