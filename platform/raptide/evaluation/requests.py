@@ -11,7 +11,16 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 Kind = Literal[
-    "residues", "mean", "sites", "contacts", "masked", "marginals", "pseudo", "letters", "hits"
+    "residues",
+    "mean",
+    "sites",
+    "contacts",
+    "masked",
+    "marginals",
+    "pseudo",
+    "letters",
+    "hits",
+    "scores",
 ]
 """What can be read off a subject, always fp32:
 
@@ -28,6 +37,7 @@ pseudo     [1]      pseudo log likelihood of the whole sequence, nats
 letters    [20, D]  what a subject makes of each standard letter at its output; sequence ""
 hits       [N]      similarity to each of the N sequences that hits are asked of, in the order in
                     which they are asked; -inf where none is found
+scores     never asked for: a table of variants with their scores (`subjects/predictions.py`)
 """
 
 

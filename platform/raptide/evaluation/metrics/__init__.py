@@ -1,1 +1,4 @@
-"""Numbers out of arrays: what the field calls by name, each with its convention."""
+"""What tasks measure, as samples: numbers with what their uncertainty comes from.
+
+A module for each field, by that field's own conventions.
+"""
