@@ -12,6 +12,7 @@ PARTS = [
     "chaos",
     "jobs",
     "bulk",
+    "evaluation",
     "serve",
     "data",
     "inference",
