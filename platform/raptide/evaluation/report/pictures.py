@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -18,8 +19,11 @@ from raptide.evaluation.results import Heatmap
 LEVELS = 64
 """Shades of a picture; level 64 is what is drawn as nothing."""
 
-MOST_CELLS = 400
-"""Along a side; larger matrices are drawn by blocks."""
+MOST_CELLS = 160_000
+"""Larger matrices are drawn by blocks."""
+
+SHORT_SIDE = 400
+"""A side up to this is never cut to blocks."""
 
 SIDE = 300
 SMALL = 200
@@ -90,9 +94,10 @@ def _range(values: np.ndarray, diverging: bool) -> tuple[float, float]:
 
 
 def _blocks(levels: np.ndarray, diverging: bool) -> np.ndarray:
-    """At most `MOST_CELLS` a side: a block's highest shade, or its first where 0 is the middle."""
-    for axis in (0, 1):
-        by = -(-levels.shape[axis] // MOST_CELLS)
+    """At most `MOST_CELLS`: a block's highest shade, or its first where 0 is the middle."""
+    long = [axis for axis in (0, 1) if levels.shape[axis] > SHORT_SIDE]
+    by = math.ceil((levels.size / MOST_CELLS) ** (1 / len(long))) if long else 1
+    for axis in long:
         if by > 1:
             starts = np.arange(0, levels.shape[axis], by)
             seen = np.where(levels == LEVELS, -1, levels.astype(np.int16))
