@@ -19,7 +19,7 @@ MOST_CHARACTERS = 128
 """Of a run's name and an artifact's in W&B."""
 
 
-def log_evaluation(content: ReportContent, output: Path) -> None:
+def log_evaluation(output: Path, content: ReportContent) -> None:
     """A W&B run for each model, all in the benchmark's group, so that W&B compares them.
 
     Its summary holds main metrics as `bench/TASK/DATASET/METRIC`, with `/low` and `/high`; its

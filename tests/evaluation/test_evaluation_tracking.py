@@ -18,7 +18,7 @@ def logged(tmp_path_factory):
     write_page(small_content(), output / "report.html")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        log_evaluation(small_content(), output)
+        log_evaluation(output, small_content())
     return folder, output
 
 

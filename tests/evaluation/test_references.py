@@ -53,6 +53,13 @@ def test_capitals_of_a_name_do_not_matter_but_anything_else_does(references):
         assert not match_references(references, [other])
 
 
+def test_an_average_over_files_goes_by_the_name_of_its_task(references):
+    average = row("variants", "all", "spearman")
+    assert not match_references(references, [average])
+    assert len(match_references(references, [average | {"task": "proteingym"}])) == 14
+    assert not match_references(references, [average | {"task": "proteingym", "dataset": "one"}])
+
+
 def test_what_was_not_published_is_left_out(references):
     found = match_references(references, [row("variants", "proteingym", "mcc")])
     assert "ESM-1b" in {each.model for each in found}

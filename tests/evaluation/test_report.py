@@ -13,9 +13,9 @@ from evaluated import OTHER, TRAINED, number_row, small_content
 
 from raptide.evaluation.report.axes import axis_over
 from raptide.evaluation.report.charts import MOST_POINTS, Series, line_chart, scatter
-from raptide.evaluation.report.content import Comparison
+from raptide.evaluation.report.content import Comparison, Control, SubjectEntry
 from raptide.evaluation.report.page import render_page, write_page
-from raptide.evaluation.report.pictures import LEVELS, MOST_CELLS, palette, png, to_levels
+from raptide.evaluation.report.pictures import LEVELS, MOST_CELLS, heatmap, palette, png, to_levels
 from raptide.evaluation.report.style import DARK, LIGHT, STYLE
 from raptide.evaluation.report.tasks import Album, pictures
 from raptide.evaluation.report.words import main_lines, plain_statement, standing, verdict
@@ -237,10 +237,58 @@ def test_a_report_of_nothing_but_a_model_is_a_page():
 def test_lines_of_subjects_share_a_picture():
     content = small_content()
     drawn = pictures(content, content.tasks[1])
-    shared = [each for each in drawn if "Precision: long" in each]
+    shared = [each for each in drawn if "Precision: " in each]
     assert len(shared) == 1
     assert f"lines of {TRAINED}, {OTHER}" in shared[0]
     assert len(drawn) == 2
+
+
+def test_a_picture_that_is_the_same_for_all_is_drawn_once():
+    content = small_content()
+    own = content.tasks[2].figures[TRAINED]
+    twice = {TRAINED: own, OTHER: own[:1]}
+    drawn = pictures(content, dataclasses.replace(content.tasks[2], figures=twice))
+    assert [re.search("<figcaption>(.*?)<", each)[1] for each in drawn] == [
+        "Landscape",
+        f"Letters, {TRAINED}",
+    ]
+    other = dataclasses.replace(own[0], values=own[0].values + 1)
+    drawn = pictures(
+        content, dataclasses.replace(content.tasks[2], figures=twice | {OTHER: [other]})
+    )
+    assert len(drawn) == 3
+
+
+def test_subjects_of_one_name_are_told_apart_by_their_weights():
+    content = small_content()
+    twin = SubjectEntry("one-hot", "99" * 32, True)
+    rows = [
+        *content.rows,
+        number_row("one-hot", "structure", "q8", 0.47) | {"weights": twin.weights},
+    ]
+    for row in rows:
+        if row["model"] == "one-hot" and row["weights"] != twin.weights:
+            row["weights"] = "01" * 32
+    made = render_page(dataclasses.replace(content, subjects=[*content.subjects, twin], rows=rows))
+    words = words_of(made)
+    assert "does not beat one-hot (010101) at 0.510" in words
+    assert "0.470 0.460 to 0.480" in words
+    assert made.count(">one-hot (999999)</th>") == 4  # columns, digests, seconds, controls
+
+
+def test_a_control_that_is_as_it_should_be_needs_no_sentence():
+    content = small_content()
+    silent = [Control("structure", "one-hot", "", True)]
+    assert "At chance: one-hot Notes" in words_of(
+        render_page(dataclasses.replace(content, controls=silent))
+    )
+
+
+def test_long_axes_are_labelled_with_the_names_of_their_places():
+    names = [f"M{i + 1}" for i in range(100)]
+    drawn = heatmap(Heatmap("h", np.eye(3, 100), column_names=names))
+    assert ">M20</text>" in drawn
+    assert ">M19</text>" not in drawn
 
 
 def test_pictures_beyond_what_a_page_may_weigh_are_left_out_and_counted():
@@ -307,8 +355,6 @@ def test_a_matrix_is_a_png_whose_missing_cells_are_nothing():
 
 def test_the_truth_fills_the_lower_triangle():
     import base64
-
-    from raptide.evaluation.report.pictures import heatmap
 
     zeros, ones = np.zeros((3, 3), np.float32), np.ones((3, 3), np.float32)
     ones[0, 0] = 0  # so that there is a range

@@ -153,10 +153,16 @@ def _room(names: Sequence[str]) -> int:
     return 12 + 7 * max(len(shortened(name)) for name in names)
 
 
+def _ticks(names: Sequence[str] | None, axis: Axis) -> list[tuple[float, str]]:
+    """Places of some rows or columns of many, and their names, or numbers from 1."""
+    ticks = [int(tick) for tick in axis.ticks() if tick >= 1]
+    called = [tick_text(tick) if names is None else shortened(names[tick - 1]) for tick in ticks]
+    return list(zip((axis.at(tick - 0.5) for tick in ticks), called, strict=True))
+
+
 def _row_names(names: Sequence[str] | None, axis: Axis, left: float) -> Markup:
     if names is None or len(names) > MOST_NAMES:
-        ticks = [tick for tick in axis.ticks() if tick >= 1]
-        return join(text(left - 5, axis.at(t - 0.5) + 4, tick_text(t), "end") for t in ticks)
+        return join(text(left - 5, y + 4, name, "end") for y, name in _ticks(names, axis))
     return join(
         text(left - 5, axis.at(i + 0.5) + 4, shortened(name), "end") for i, name in enumerate(names)
     )
@@ -164,8 +170,7 @@ def _row_names(names: Sequence[str] | None, axis: Axis, left: float) -> Markup:
 
 def _column_names(names: Sequence[str] | None, axis: Axis, bottom: float) -> Markup:
     if names is None or len(names) > MOST_NAMES:
-        ticks = [tick for tick in axis.ticks() if tick >= 1]
-        return join(text(axis.at(t - 0.5), bottom + 15, tick_text(t), "middle") for t in ticks)
+        return join(text(x, bottom + 15, name, "middle") for x, name in _ticks(names, axis))
     if all(len(name) == 1 for name in names):
         return join(
             text(axis.at(i + 0.5), bottom + 14, name, "middle") for i, name in enumerate(names)
