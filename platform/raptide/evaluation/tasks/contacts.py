@@ -34,7 +34,7 @@ from raptide.evaluation.results import Figure, Heatmap, Lines, Measure, Role
 from raptide.evaluation.samples import mean_of
 from raptide.evaluation.subjects.separation import Separation
 from raptide.evaluation.subjects.subject import Subject
-from raptide.evaluation.tasks.layers import layers_of
+from raptide.evaluation.tasks.layers import Layer, layers_of
 from raptide.evaluation.tasks.task import Outcome, TaskSettings
 from raptide.inference.contact_fit import MIN_SEPARATION, contact_map
 
@@ -61,9 +61,9 @@ class ContactsSettings(TaskSettings):
     """Chains to be judged by, by the test's name, which is the file's stem where there is none."""
     chains: int = Field(20, ge=1)
     """Of the training chains, how many the unsupervised regression is fitted on."""
-    layers: tuple[int, ...] | None = Field(None, min_length=1)
-    """That the probe may take: 0 is the embedding, -1 the last; by default the middle and the
-    last."""
+    layers: tuple[Layer, ...] = Field(("middle", "last"), min_length=1)
+    """Of which the probe takes the best on a validation share of its chains. A number counts
+    from the front (0 is the embedding), or from the back if negative."""
     most_train: int = Field(2500, ge=2)
     """Chains that the probe learns from at most, drawn by a hash of the sequence."""
     most_residues: int = Field(1022, ge=1)

@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
-from raptide.errors import ConfigError
+from raptide.errors import InputError
 from raptide.evaluation.subjects.subject import Subject
 
+Layer = int | Literal["middle", "last"]
+"""A number counts from the front (0 is the embedding), or from the back if negative."""
 
-def layers_of(subject: Subject, asked: Sequence[int] | None) -> tuple[int, ...]:
-    """Layers counted from the front, in order; of a subject without layers 0 alone.
 
-    Args:
-        asked: 0 is the embedding, -1 the last layer; by default the middle and the last.
+def layers_of(subject: Subject, asked: Sequence[Layer]) -> tuple[int, ...]:
+    """Layers counted from the front, each once, in order; of a subject without layers 0 alone.
 
     Raises:
-        ConfigError: the subject has no such layer.
+        InputError: the subject has none such.
     """
     if not subject.layers:
         return (0,)
-    last = subject.layers
-    for layer in asked or ():
-        if not -last <= layer <= last:
-            raise ConfigError(
-                f"`layers` asks for layer {layer}, but {subject.name} has layers 0 to {last}; "
-                "ask for one of these, or for -1, the last."
-            )
-    wanted = (last // 2, last) if asked is None else tuple(asked)
-    return tuple(sorted({layer if layer >= 0 else layer + last + 1 for layer in wanted}))
+    return tuple(sorted({resolve_layer(layer, subject) for layer in asked}))
+
+
+def resolve_layer(layer: Layer, subject: Subject) -> int:
+    """A layer of a subject, counted from the front.
+
+    Raises:
+        InputError: it has none such.
+    """
+    if layer == "middle":
+        return (subject.layers + 1) // 2
+    if layer == "last":
+        return subject.layers
+    found = layer + subject.layers + 1 if layer < 0 else layer
+    if not 0 <= found <= subject.layers:
+        raise InputError(
+            f"{subject.name} has the layers 0 (its embedding) to {subject.layers}, but `layers` "
+            f"names {layer}; name one of them, middle or last."
+        )
+    return found

@@ -24,7 +24,7 @@ from raptide.evaluation.results import Measure, Role
 from raptide.evaluation.samples import Ratio
 from raptide.evaluation.subjects.one_hot import OneHot
 from raptide.evaluation.subjects.subject import Subject
-from raptide.evaluation.tasks.layers import layers_of
+from raptide.evaluation.tasks.layers import Layer, layers_of
 from raptide.evaluation.tasks.task import Outcome, TaskSettings
 
 
@@ -36,8 +36,9 @@ class SecondaryStructureSettings(TaskSettings):
     """Chains to learn from: `id`, `sequence`, `ss8`."""
     test: dict[str, Path] = Field(min_length=1)
     """Chains to be judged by, by the test's name."""
-    layers: tuple[int, ...] | None = Field(None, min_length=1)
-    """0 is the embedding, -1 the last layer; by default the middle and the last."""
+    layers: tuple[Layer, ...] = Field(("middle", "last"), min_length=1)
+    """Of which the best on a validation share of the training chains is taken. A number counts from
+    the front (0 is the embedding), or from the back if negative."""
     most_train: int | None = Field(None, ge=2)
     """Chains to learn from at most, drawn by a hash of the sequence; all if null."""
 
