@@ -24,9 +24,8 @@ import os
 import sys
 from pathlib import Path
 
-from evaluation_tracking import log_evaluation
-
 from commandline import job_parser, refuse_output, run_job
+from evaluation_tracking import log_evaluation
 from raptide.bulk import BulkSettings
 from raptide.bulk.places import choose_precision
 from raptide.bulk.report import progress_bar

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyarrow.compute as pc
@@ -78,9 +79,12 @@ def count_reasons(output: OutputFolder) -> Counter[str]:
     with output.open_table(REJECTS_FILE) as rejects:
         groups = rejects.num_row_groups
     for group in range(groups):
-        table = output.read_in(
-            REJECTS_FILE, lambda file, i=group: file.read_row_group(i, ["reason"])
-        )
+        reasons = partial(_reasons_of, group=group)
+        table = output.read_in(REJECTS_FILE, reasons)
         counts = pc.value_counts(pc.list_element(pc.split_pattern(table["reason"], ":"), 0))
         kinds.update({each["values"]: each["counts"] for each in counts.to_pylist()})
     return kinds
+
+
+def _reasons_of(file: Any, group: int) -> Any:
+    return file.read_row_group(group, ["reason"])

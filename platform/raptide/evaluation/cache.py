@@ -71,7 +71,8 @@ class ResultCache:
         arrays: dict[str, np.ndarray] = {}
         facts = json.dumps(_pack(result, arrays)).encode()
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, facts=np.frombuffer(facts, np.uint8), **arrays)
+        arrays["facts"] = np.frombuffer(facts, np.uint8)
+        np.savez_compressed(buffer, allow_pickle=False, **arrays)
         storage = Storage.of(self.folder)
         storage.write(f"{key}.npz", lambda file: file.write(buffer.getvalue()))
 

@@ -16,6 +16,8 @@ import platform
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
@@ -63,8 +65,12 @@ def write_output(folder: Path, content: ReportContent) -> None:
     }
     storage = Storage.of(folder)
     for name, data in files.items():
-        storage.write(name, lambda file, data=data: file.write(data))
+        storage.write(name, partial(_put, data))
     write_page(content, folder / REPORT)
+
+
+def _put(data: bytes, file: Any) -> None:
+    file.write(data)
 
 
 def clear_output(folder: Path, cache: ResultCache) -> None:
@@ -123,10 +129,10 @@ def make_content(
 def _subjects(findings: Findings) -> list[SubjectEntry]:
     entries = {}
     for subject in (found.subject for found in findings.found):
-        lineage = subject.lineage() if isinstance(subject, ModelSubject) else {}
-        entries[subject.name, subject.digest] = SubjectEntry(
-            subject.name, subject.digest, subject.baseline, lineage
-        )
+        entry = SubjectEntry(subject.name, subject.digest, subject.baseline)
+        if isinstance(subject, ModelSubject):
+            entry = replace(entry, lineage=subject.lineage())
+        entries[subject.name, subject.digest] = entry
     return list(entries.values())
 
 
@@ -162,9 +168,16 @@ def _comparisons(findings: Findings, repeats: Sequence[str]) -> Iterator[Compari
             higher = mine.measure.higher_is_better
             found = difference(mine.measure.sample, theirs.measure.sample, higher)
             yield Comparison(
-                *(a.task.settings.name, mine.measure.dataset, mine.measure.metric),
-                *(a.subject.name, b.subject.name),
-                *(found.value, found.low, found.high, found.verdict, found.paired),
+                task=a.task.settings.name,
+                dataset=mine.measure.dataset,
+                metric=mine.measure.metric,
+                a=a.subject.name,
+                b=b.subject.name,
+                difference=found.value,
+                low=found.low,
+                high=found.high,
+                verdict=found.verdict,
+                paired=found.paired,
             )
 
 

@@ -16,6 +16,7 @@ from raptide.evaluation.requests import Request
 from raptide.evaluation.results import COLUMNS
 from raptide.evaluation.subjects.model import ModelSubject, random_weights
 from raptide.evaluation.subjects.subject import Subject
+from raptide.evaluation.tasks.contacts import Contacts
 from raptide.evaluation.tasks.task import Task
 
 Say = Callable[[str], None]
@@ -82,7 +83,8 @@ def _subjects(
     """Subjects, each once, with the tasks that they have a part in."""
     fits: dict[str, Any] = {}
     for task in tasks:
-        fits |= getattr(task, "fits", {})
+        if isinstance(task, Contacts):
+            fits[task.fit_digest] = task.fit_on
     asked: list[tuple[Subject, Sequence[Task]]] = []
     for model in models:
         model.fits = fits

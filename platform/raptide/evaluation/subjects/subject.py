@@ -15,19 +15,24 @@ Ask = Callable[[], Iterator[Request]]
 class Subject(Protocol):
     """A model, or a baseline."""
 
-    name: str
-    """As rows call it: `runs/demo`, `random-weights`, `one-hot`, ..."""
+    @property
+    def name(self) -> str:
+        """As rows call it: `runs/demo`, `random-weights`, `one-hot`, ..."""
 
-    digest: str
-    """Hex digits that stand for all its numbers depend on: weights and dtype, counts, settings."""
+    @property
+    def digest(self) -> str:
+        """Hex digits that stand for all its numbers depend on: weights and dtype, counts."""
 
-    baseline: bool
+    @property
+    def baseline(self) -> bool: ...
 
-    layers: int
-    """Of the model; 0 for what has none."""
+    @property
+    def layers(self) -> int:
+        """Of the model; 0 for what has none."""
 
-    kinds: frozenset[Kind]
-    """What can be read off it."""
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """What can be read off it."""
 
     def read(self, ask: Ask) -> AbstractContextManager[Readings]:
         """Read all that is asked; what is kept on disk for it is gone after the block."""

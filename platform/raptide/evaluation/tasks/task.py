@@ -41,7 +41,9 @@ class Task(Protocol):
     version: ClassVar[int]
     """Of the code; raised whenever numbers may change."""
 
-    settings: TaskSettings
+    @property
+    def settings(self) -> TaskSettings: ...
+
     main_metric: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]
     """Kinds of readings without which a subject has no part in it; `"a|b"` for one of two."""
