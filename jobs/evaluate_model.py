@@ -24,8 +24,9 @@ import os
 import sys
 from pathlib import Path
 
-from commandline import job_parser, refuse_output, run_job
 from evaluation_tracking import log_evaluation
+
+from commandline import job_parser, refuse_output, run_job
 from raptide.bulk import BulkSettings
 from raptide.bulk.places import choose_precision
 from raptide.bulk.report import progress_bar
@@ -106,8 +107,8 @@ def read_arguments() -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="TABLE",
-        help="CSV or Parquet with mutant, assay and columns of scores: each column is measured as a "
-        "model's",
+        help="CSV or Parquet with mutant, assay and columns of scores: each column is measured as "
+        "a model is",
     )
     parser.add_argument(
         "--no-baselines", action="store_true", help="ask the models alone, not the baselines"

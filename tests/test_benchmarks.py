@@ -18,6 +18,7 @@ CHAOS = [
     ROOT / f"tests/chaos/{name}.py"
     for name in (
         "bulk_chaos",
+        "evaluation_chaos",
         "pretrain_chaos",
         "serve_chaos",
         "serve_day",

@@ -52,6 +52,7 @@ def test_layers_hold():
     [
         ("raptide.data.streaming.stream", {"torch"}),
         ("raptide.data.streaming.letters", {"torch"}),
+        ("raptide.evaluation.counting", {"torch"}),
         ("raptide.client", {"torch", "ray", "fastapi"}),
         ("raptide.load.requests", {"torch", "ray"}),
         ("serve.gateway.deployment", {"torch"}),

@@ -182,9 +182,13 @@ def _first_problem(cls: type[BaseModel], error: ValidationError) -> str:
 
 def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
+        if part.isdigit():  # an item of the list before it
+            continue
         field = cls.model_fields.get(part)
         annotation = field.annotation if field else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        inner = (annotation, *get_args(annotation))
+        below = [a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not below:
             return []
-        cls = annotation
+        cls = below[0]
     return list(cls.model_fields)

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from raptide.config import Settings, load_settings, parse_settings
 from raptide.errors import ConfigError
-from raptide.evaluation.tasks import KINDS
+from raptide.evaluation.tasks import KINDS, make_task
 from raptide.evaluation.tasks.task import Task, TaskSettings
 
 PATHS = {
@@ -73,7 +73,7 @@ class Benchmark:
         Raises:
             InputError: a file is missing or does not hold what the task needs.
         """
-        return [KINDS[settings.kind][1](settings, scratch) for settings in self.tasks]
+        return [make_task(settings, scratch) for settings in self.tasks]
 
 
 def _task(tree: dict[str, Any], base: Path, place: str) -> TaskSettings:

@@ -29,7 +29,9 @@ mean       [D]      their mean: a vector for the protein
 sites      [P, D]   those at `places`
 contacts   [L, L]   symmetric; the higher, the likelier two residues touch
 masked     [C, 2]   of each of the C residues that `masks.choose_residues` chooses in the sequence:
-                    -log p of the true letter in nats, and 1 where it is the likeliest, else 0
+                    -log p of the true letter in nats, and 1 where it is the likeliest, else 0 (of n
+                    equally likely ones, 1 / n); with method "shuffled" of a letter that has nothing
+                    to do with it, in place of the true one (`masks.score_masked`)
 marginals  [P, 20]  log p of each standard letter (`alphabet.STANDARD`) at `places`, up to a
                     constant a place; with method "wt-marginals" of the sequence as it is, with
                     "masked-marginals" while that place alone is masked

@@ -27,7 +27,7 @@ from raptide.evaluation.results import Points
 
 WIDTH, HEIGHT = 440, 270
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 44
-SLANTED = 62
+SLANTED = 76
 """Room for long names below bars."""
 
 COLOURS = 8

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raptide.evaluation.results import Figure
@@ -13,6 +14,9 @@ Row = dict[str, Any]
 
 Place = tuple[str, str, str]
 """Which number: task, dataset, metric."""
+
+
+SHORT_DIGEST = 6
 
 
 def place_of(row: Row) -> Place:
@@ -150,3 +154,34 @@ class ReportContent:
     @property
     def baselines(self) -> list[SubjectEntry]:
         return [each for each in self.subjects if each.baseline]
+
+
+def distinguish(content: ReportContent) -> ReportContent:
+    """The same with a piece of their digests behind names that several subjects have.
+
+    Random weights of several shapes are such. What is known of a name alone goes to its first.
+    """
+    names = Counter(each.name for each in content.subjects)
+    if max(names.values(), default=0) < 2:
+        return content
+
+    def label(name: str, weights: str) -> str:
+        return f"{name} ({weights[:SHORT_DIGEST]})" if names[name] > 1 else name
+
+    first: dict[str, str] = {}
+    for each in content.subjects:
+        first.setdefault(each.name, label(each.name, each.weights))
+    tasks = [
+        replace(
+            task,
+            notes={first.get(name, name): notes for name, notes in task.notes.items()},
+            figures={first.get(name, name): drawn for name, drawn in task.figures.items()},
+        )
+        for task in content.tasks
+    ]
+    return replace(
+        content,
+        subjects=[replace(e, name=label(e.name, e.weights)) for e in content.subjects],
+        rows=[row | {"model": label(row["model"], row["weights"])} for row in content.rows],
+        tasks=tasks,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raptide.evaluation.report.content import ReportContent
+from raptide.evaluation.report.content import ReportContent, distinguish
 from raptide.evaluation.report.markup import NOTHING, Markup, join, tag
 from raptide.evaluation.report.sections import (
     anchor,
@@ -37,6 +37,7 @@ def write_page(content: ReportContent, file: Path) -> Path:
 
 def render_page(content: ReportContent) -> str:
     """The report as HTML."""
+    content = distinguish(content)
     album = Album(PICTURES_BYTES)
     parts = [
         ("summary", "Summary", summary(content)),

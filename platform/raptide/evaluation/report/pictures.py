@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -18,8 +19,11 @@ from raptide.evaluation.results import Heatmap
 LEVELS = 64
 """Shades of a picture; level 64 is what is drawn as nothing."""
 
-MOST_CELLS = 400
-"""Along a side; larger matrices are drawn by blocks."""
+MOST_CELLS = 160_000
+"""Larger matrices are drawn by blocks."""
+
+SHORT_SIDE = 400
+"""A side up to this is never cut to blocks."""
 
 SIDE = 300
 SMALL = 200
@@ -90,9 +94,10 @@ def _range(values: np.ndarray, diverging: bool) -> tuple[float, float]:
 
 
 def _blocks(levels: np.ndarray, diverging: bool) -> np.ndarray:
-    """At most `MOST_CELLS` a side: a block's highest shade, or its first where 0 is the middle."""
-    for axis in (0, 1):
-        by = -(-levels.shape[axis] // MOST_CELLS)
+    """At most `MOST_CELLS`: a block's highest shade, or its first where 0 is the middle."""
+    long = [axis for axis in (0, 1) if levels.shape[axis] > SHORT_SIDE]
+    by = math.ceil((levels.size / MOST_CELLS) ** (1 / len(long))) if long else 1
+    for axis in long:
         if by > 1:
             starts = np.arange(0, levels.shape[axis], by)
             seen = np.where(levels == LEVELS, -1, levels.astype(np.int16))
@@ -148,10 +153,16 @@ def _room(names: Sequence[str]) -> int:
     return 12 + 7 * max(len(shortened(name)) for name in names)
 
 
+def _ticks(names: Sequence[str] | None, axis: Axis) -> list[tuple[float, str]]:
+    """Places of some rows or columns of many, and their names, or numbers from 1."""
+    ticks = [int(tick) for tick in axis.ticks() if tick >= 1]
+    called = [tick_text(tick) if names is None else shortened(names[tick - 1]) for tick in ticks]
+    return list(zip((axis.at(tick - 0.5) for tick in ticks), called, strict=True))
+
+
 def _row_names(names: Sequence[str] | None, axis: Axis, left: float) -> Markup:
     if names is None or len(names) > MOST_NAMES:
-        ticks = [tick for tick in axis.ticks() if tick >= 1]
-        return join(text(left - 5, axis.at(t - 0.5) + 4, tick_text(t), "end") for t in ticks)
+        return join(text(left - 5, y + 4, name, "end") for y, name in _ticks(names, axis))
     return join(
         text(left - 5, axis.at(i + 0.5) + 4, shortened(name), "end") for i, name in enumerate(names)
     )
@@ -159,8 +170,7 @@ def _row_names(names: Sequence[str] | None, axis: Axis, left: float) -> Markup:
 
 def _column_names(names: Sequence[str] | None, axis: Axis, bottom: float) -> Markup:
     if names is None or len(names) > MOST_NAMES:
-        ticks = [tick for tick in axis.ticks() if tick >= 1]
-        return join(text(axis.at(t - 0.5), bottom + 15, tick_text(t), "middle") for t in ticks)
+        return join(text(x, bottom + 15, name, "middle") for x, name in _ticks(names, axis))
     if all(len(name) == 1 for name in names):
         return join(
             text(axis.at(i + 0.5), bottom + 14, name, "middle") for i, name in enumerate(names)

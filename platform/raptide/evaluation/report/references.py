@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from raptide.config import Settings, load_settings
 from raptide.evaluation.report.content import Reference, Row
 
+ALL = "all"
+"""The data set of an average over all files of a task."""
+
 
 class PublishedTable(Settings):
     """Numbers of several models on one data set, from one source."""
@@ -17,7 +20,8 @@ class PublishedTable(Settings):
     kind: str
     """Of task."""
     names: tuple[str, ...] = Field(min_length=1)
-    """What the data set is called, capitals apart."""
+    """What the data set is called, capitals apart. What a task averages over all its files goes by
+    the task's name."""
     digests: tuple[str, ...] = ()
     """What it counts as whatever it is called: `dataset_digest` of results."""
     metrics: tuple[str, ...] = Field(min_length=1)
@@ -41,7 +45,8 @@ class PublishedTable(Settings):
         """Whether a row is of the same data and metric."""
         if row["kind"] != self.kind or row["metric"] not in self.metrics:
             return False
-        named = row["dataset"].casefold() in {name.casefold() for name in self.names}
+        called = row["task"] if row["dataset"] == ALL else row["dataset"]
+        named = called.casefold() in {name.casefold() for name in self.names}
         return named or row["dataset_digest"] in self.digests
 
 

@@ -157,7 +157,7 @@ def _comparison_table(
                 cell(each.a, class_="text"),
                 cell(each.b, class_="text"),
                 cell(
-                    f"{each.difference:+.3f}" if has(each.difference) else DASH,
+                    ("+" if each.difference > 0 else "") + number(each.difference),
                     small(between),
                     small("" if each.paired else "not in pairs"),
                 ),
@@ -183,18 +183,18 @@ def emergence(run: Emergence) -> Markup:
     x_label = "held-out ECE, lower to the right" if by_ece else "step"
     charts = [
         line_chart(
-            f"{name} as {run.run} learns",
+            name,
             x_label,
             name,
-            [Series(name, over, [m.metrics.get(name, math.nan) for m in drawn], style=i)],
+            [Series(run.run, over, [m.metrics.get(name, math.nan) for m in drawn])],
             reverse_x=by_ece,
         )
-        for i, name in enumerate(names)
+        for name in names
     ]
     if by_ece:
         tokens = [float(m.tokens) for m in drawn]
-        ece = Series("held-out ECE", tokens, over, style=len(names))
-        charts.insert(0, line_chart(f"Held-out ECE of {run.run}", "tokens seen", "ECE", [ece]))
+        ece = Series(run.run, tokens, over)
+        charts.insert(0, line_chart("held-out ECE", "tokens seen", "ECE", [ece]))
     stride = -(-len(run.moments) // MOST_MOMENTS)
     shown = run.moments[::-1][::stride][::-1] if stride > 1 else run.moments
     body = [_moment(each, names) for each in shown]

@@ -76,7 +76,7 @@ caption{text-align:left;font-weight:600;padding:4px 0;font-size:.9375rem}
 th,td{padding:6px 12px 6px 8px;text-align:left;vertical-align:top;
  border-bottom:1px solid var(--rule)}
 td{white-space:nowrap}
-td.text{white-space:normal;min-width:16ch;overflow-wrap:anywhere}
+td.text{white-space:normal;min-width:21ch;overflow-wrap:anywhere}
 thead th{background:var(--raised);vertical-align:bottom;overflow-wrap:anywhere;max-width:30ch}
 tbody th{font-weight:600;position:sticky;left:0;background:var(--page);max-width:34ch;
  min-width:20ch;overflow-wrap:break-word}
@@ -123,16 +123,18 @@ dd{margin:0}
  dl{grid-template-columns:1fr}
  dd{margin-bottom:6px}
 }
+@page{margin:14mm}
 @media print{
  body{max-width:none;padding:0;font-size:10pt}
  nav,.skip{display:none}
  .scroll,.drawing{overflow:visible}
  table{font-size:7.5pt}
- th,td{padding:2px 5px;position:static!important}
+ table .small{font-size:6.5pt}
+ th,td{padding:2px 4px;position:static!important;min-width:0!important}
  td{white-space:normal}
  .drawing.wide svg{width:100%!important}
  tr,figure,.way li{break-inside:avoid}
- h2,h3,caption{break-after:avoid}
+ h2,h3,h2+p,caption{break-after:avoid}
  *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 }
 """

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from raptide.evaluation.report.charts import Series, bar_chart, line_chart, scatter
 from raptide.evaluation.report.content import (
     Place,
@@ -206,9 +208,10 @@ def pictures(content: ReportContent, task: TaskEntry) -> list[Markup]:
     charts = [
         chart for lines in shared.values() for chart in _shared_charts(lines, order, baselines)
     ]
-    titles = list(dict.fromkeys(each.title for _, each in own))
-    own.sort(key=lambda pair: titles.index(pair[1].title))  # the same of all subjects side by side
-    return charts + [_own_picture(name, each) for name, each in own]
+    by_title: dict[str, list[tuple[str, Heatmap | Points]]] = {}
+    for name, each in own:  # the same of all subjects side by side
+        by_title.setdefault(each.title, []).append((name, each))
+    return charts + [made for some in by_title.values() for made in _own_pictures(some)]
 
 
 def _shared_charts(
@@ -223,7 +226,7 @@ def _shared_charts(
             panels.setdefault("" if name == subject else name, []).append(style)
     charts = []
     for name, series in list(panels.items())[:MOST_PICTURES]:
-        title = f"{first.title}: {name}" if name else first.title
+        title = f"{first.title}: {name}" if name and len(panels) > 1 else first.title
         if first.x_names is None:
             charts.append(line_chart(title, first.x_label, first.y_label, series))
         else:
@@ -231,8 +234,20 @@ def _shared_charts(
     return charts
 
 
+def _own_pictures(some: Sequence[tuple[str, Heatmap | Points]]) -> list[Markup]:
+    """Pictures of one title; one that is the same for all, as of what was measured, once."""
+    first = _values(some[0][1])
+    if len(some) > 1 and all(np.array_equal(_values(each), first, True) for _, each in some):
+        return [_own_picture("", some[0][1])]
+    return [_own_picture(name, each) for name, each in some]
+
+
+def _values(picture: Heatmap | Points) -> np.ndarray:
+    return picture.values if isinstance(picture, Heatmap) else picture.xy
+
+
 def _own_picture(subject: str, picture: Heatmap | Points) -> Markup:
-    titled = f"{picture.title}, {subject}"
+    titled = ", ".join(filter(None, [picture.title, subject]))
     if isinstance(picture, Heatmap):
         return heatmap(
             Heatmap(
@@ -257,7 +272,7 @@ def _controls(content: ReportContent, task: TaskEntry) -> Markup:
     for (fine, sentence), who in sorted(said.items(), key=lambda item: item[0][0]):
         mark = "At chance: " if fine else "Not at chance: "
         span = tag("span", mark, class_="good" if fine else "bad")
-        items.append(join([span, f"{listed(who)}: {sentence}"]))
+        items.append(join([span, ": ".join(filter(None, [listed(who), sentence]))]))
     return join([tag("h3", "Controls"), bullets(items)]) if items else NOTHING
 
 

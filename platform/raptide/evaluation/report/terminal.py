@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from raptide.evaluation.report.content import Comparison, ReportContent, Row, place_of
+from raptide.evaluation.report.content import Comparison, ReportContent, Row, distinguish, place_of
 from raptide.evaluation.report.words import (
     MainLine,
     interval,
@@ -29,6 +29,7 @@ def describe(content: ReportContent, next_steps: Sequence[str] = ()) -> str:
     Args:
         next_steps: lines for the end, such as where the report lies.
     """
+    content = distinguish(content)
     lines = main_lines(content)
     table = [_columns("task, data set, metric", "model", "value", "95% interval")]
     for line in lines:

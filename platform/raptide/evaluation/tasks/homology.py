@@ -28,6 +28,7 @@ from raptide.evaluation.samples import mean_of
 from raptide.evaluation.subjects.kmers import Kmers
 from raptide.evaluation.subjects.phmmer import Phmmer, pyhmmer_version
 from raptide.evaluation.subjects.subject import Subject
+from raptide.evaluation.tasks.layers import Layer, resolve_layer
 from raptide.evaluation.tasks.task import Outcome, TaskSettings
 
 SHUFFLES = 100
@@ -47,7 +48,7 @@ class HomologySettings(TaskSettings):
     kind: Literal["homology"] = "homology"
     domains: Path
     """Table of domains: `id`, `scop_class` or `cath`, `sequence`."""
-    layers: tuple[int | Literal["middle", "last"], ...] = Field(("middle", "last"), min_length=1)
+    layers: tuple[Layer, ...] = Field(("middle", "last"), min_length=1)
     """Whose embeddings are compared; the last one named gives the main metric. A number counts from
     the front (0 is the embedding), or from the back if negative."""
 
@@ -185,25 +186,6 @@ class Homology:
             )
         if not pyhmmer_version():
             yield "phmmer is not among the baselines; for it, pip install pyhmmer."
-
-
-def resolve_layer(layer: int | Literal["middle", "last"], subject: Subject) -> int:
-    """A layer of a subject, counted from the front.
-
-    Raises:
-        InputError: it has none such.
-    """
-    if layer == "middle":
-        return (subject.layers + 1) // 2
-    if layer == "last":
-        return subject.layers
-    found = layer + subject.layers + 1 if layer < 0 else layer
-    if not 0 <= found <= subject.layers:
-        raise InputError(
-            f"{subject.name} has the layers 0 (its embedding) to {subject.layers}, but `layers` "
-            f"names {layer}; name one of them, middle or last."
-        )
-    return found
 
 
 def _levels(domains: Domains) -> Iterator[NamedLevel]:

@@ -247,7 +247,7 @@ class HeldoutEvaluator:
             accuracy=right.item() / max(targets[1], 1),
             by_length={
                 name: _ece(n / t)
-                for name, n, t in zip(_bucket_names(), nats[2:], targets[2:], strict=True)
+                for name, n, t in zip(bucket_names(), nats[2:], targets[2:], strict=True)
                 if t
             },
         )
@@ -260,7 +260,8 @@ def _in_buckets(packed: Packed, alphabet: Alphabet) -> torch.Tensor:
     return bucket_T == torch.arange(len(LENGTHS) + 1, device=bucket_T.device)[:, None]
 
 
-def _bucket_names() -> list[str]:
+def bucket_names() -> list[str]:
+    """Names of the length buckets, in order."""
     starts = [1, *(limit + 1 for limit in LENGTHS)]
     closed = [f"{a}-{b}" for a, b in zip(starts, LENGTHS, strict=False)]
     return [*closed, f"{starts[-1]}-"]
