@@ -74,8 +74,8 @@ class Found:
 def level_of(outer: Sequence[str], inner: Sequence[str], kept: np.ndarray | None = None) -> Level:
     """A level by the names of groups."""
     kept = np.ones(len(outer), bool) if kept is None else kept
-    codes = [np.unique(names, return_inverse=True)[1] for names in (outer, inner)]
-    return Level(*codes, kept)
+    outers, inners = (np.unique(names, return_inverse=True)[1] for names in (outer, inner))
+    return Level(outers, inners, kept)
 
 
 def cosines(vector: Callable[[int], np.ndarray], number: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -187,7 +187,7 @@ def _units(vector: Callable[[int], np.ndarray], first: int, last: int, width: in
     for row in range(first, last):
         found[row - first] = vector(row)
     lengths = np.linalg.norm(found, axis=1, keepdims=True)
-    return np.divide(found, lengths, out=np.zeros_like(found), where=lengths > 0)
+    return np.divide(found, lengths, out=np.zeros_like(found), where=lengths != 0)
 
 
 def _nearest(similarities: np.ndarray, query: int, depth: int) -> np.ndarray:

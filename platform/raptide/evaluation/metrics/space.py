@@ -10,7 +10,7 @@ def cosine_distances(vectors: np.ndarray) -> np.ndarray:
     from all others."""
     wide = vectors.astype(np.float64)
     lengths = np.linalg.norm(wide, axis=1, keepdims=True)
-    units = np.divide(wide, lengths, out=np.zeros_like(wide), where=lengths > 0)
+    units = np.divide(wide, lengths, out=np.zeros_like(wide), where=lengths != 0)
     distances = 1 - np.clip(units @ units.T, -1, 1)
     np.fill_diagonal(distances, 0)
     return distances
@@ -35,7 +35,7 @@ def silhouettes(distances: np.ndarray, groups: np.ndarray) -> np.ndarray:
     means[rows, groups] = np.inf
     other = means.min(axis=1)
     greater = np.maximum(own, other)
-    values = np.divide(other - own, greater, out=np.zeros_like(own), where=greater > 0)
+    values = np.divide(other - own, greater, out=np.zeros_like(own), where=greater != 0)
     return np.where(sizes[groups] == 1, 0.0, values)
 
 

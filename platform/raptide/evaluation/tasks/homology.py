@@ -78,9 +78,9 @@ class Homology:
         "share of queries with a positive among the ten nearest, ties broken against it; AUC is "
         "the mean of the queries' areas under the ROC curve. With /filtered, the Rossmann-like "
         "folds and propellers of SCOPe leave queries and rankings (Söding and Remmert, Current "
-        "Opinion in Structural Biology, 2011). Layers are not chosen on the data: each is reported, "
-        "the last is the main one. Measures as in Rives et al., 2021. The control is hit10 "
-        f"under {SHUFFLES} shuffles of the labels over domains, with the interval over shuffles; "
+        "Opinion in Structural Biology, 2011). Layers are not chosen on the data: each is "
+        "reported, the last is the main one. Measures as in Rives et al., 2021. The control is "
+        f"hit10 under {SHUFFLES} shuffles of the labels over domains, its interval over shuffles; "
         "chance follows from the sizes of folds and superfamilies."
     )
 

@@ -150,7 +150,7 @@ def _separation(
     groups = np.unique(names, return_inverse=True)[1]
     each = silhouettes(distances, groups)
     shuffled = shuffled_silhouettes(distances, groups, SHUFFLES, SEED)
-    as_well = np.concatenate([[1.0], shuffled >= each.mean()])
+    as_well = np.concatenate([[1.0], ~(shuffled < each.mean())])  # also if they are no numbers
     yield Measure(metric, dataset, mean_of(each), role=role, layer=layer)
     yield Measure(
         f"{metric}/shuffled-as-well", dataset, mean_of(as_well), higher_is_better=False, layer=layer
