@@ -97,7 +97,7 @@ FLAWS = {
     "no bin": ([*PLAIN, ("Q9A", "MKTAYIAKAR", "1", "2")], COLUMNS, "row 3: a bin is 1"),
     "twice": ([*PLAIN, PLAIN[0]], COLUMNS, "row 3 has K2A again after row 1"),
     "another protein": ([*PLAIN, ("Q9A", "MKTWYIAKAR", 1, 1)], COLUMNS, "row 3: mutated_sequence"),
-    "misshapen": ([*PLAIN, ("Q9A", "MKTAYIAKAR")], COLUMNS, "row 3 has 2 cells in 4 columns"),
+    "misshapen": ([*PLAIN, ("Q9A", "MKTAYIAKAR")], COLUMNS, "Row #4: Expected 4 columns, got 2"),
     "nothing": ([("WT", "MKTAYIAKQR", 1, 1)], COLUMNS, "does not say which protein"),
 }
 

@@ -6,6 +6,7 @@ import scans
 
 from raptide.errors import InputError
 from raptide.evaluation.metrics.variants import spearman
+from raptide.evaluation.ridge import fit_ridge
 from raptide.evaluation.subjects.letters import OneHotLetters
 from raptide.evaluation.tasks.shuffles import order_by_hash
 from raptide.evaluation.tasks.variants_supervised import (
@@ -104,19 +105,38 @@ def test_one_hot_finds_what_positions_and_letters_add_up_to(tmp_path):
     mutants = scans.all_singles(target)
     values = [by_place[int(m[1:-1]) - 1] + 0.1 * rng.normal() for m in mutants]
     scans.write_parquet(tmp_path / "a.parquet", target, mutants, values)
-    task = make_task(tmp_path / "a.parquet", splits=2)
+    task = make_task(tmp_path / "a.parquet", splits=1)
     (baseline,) = task.baselines()
     assert baseline.name == "one-hot"
     _, values = scans.measure(task, baseline)
     assert values["spearman", "a"] > 0.95
     assert values["spearman/10%", "a"] > 0.5
     assert not [metric for metric, _ in values if metric.startswith(("augmented", "mean"))]
-    (assay,) = task.assays
-    table = one_hot(assay)
+
+
+@pytest.mark.parametrize("more", [[], ["pair"]])
+def test_letters_are_those_of_whole_sequences(tmp_path, more):
+    """As far apart as one-hot sequences are, and so ridge regression on them is the same."""
+    target = scans.make_target(8)
+    mutants = scans.all_singles(target)
+    mutants += [f"{mutants[0]}:{mutants[-1]}" for _ in more]
+    scans.write_parquet(tmp_path / "a.parquet", target, mutants, np.arange(len(mutants)))
+    (assay,) = make_task(tmp_path / "a.parquet").assays
+    table, own = one_hot(assay)
+    assert own == (0 if more else 1)
     letters = np.array([[*scans.mutate(target, m)] for m in assay.mutants])
     plain = (letters[:, :, None] == np.array([*"ACDEFGHIKLMNPQRSTVWY"])).reshape(len(letters), -1)
     distances = (plain[:, None] ^ plain).sum(-1)
-    assert np.array_equal(distances, ((table[:, None] - table) ** 2).sum(-1))
+    others = ~np.eye(len(letters), dtype=bool)
+    assert np.array_equal(distances, ((table[:, None] - table) ** 2).sum(-1) + 2 * own * others)
+    learned, rest = np.arange(len(letters)) % 3 > 0, np.arange(len(letters)) % 3 == 0
+    rng = np.random.default_rng(0)
+    targets, score = rng.normal(size=(learned.sum(), 3)), rng.normal(size=(len(letters), 1))
+    free = (score[learned], score[rest])
+    one = fit_ridge(plain[learned], targets, plain[rest], free)
+    two = fit_ridge(table[learned], targets, table[rest], free, own)
+    assert two.errors == pytest.approx(one.errors, rel=1e-9)
+    assert two.predictions == pytest.approx(one.predictions, abs=1e-9)
 
 
 def test_a_score_beside_letters_brings_what_letters_cannot(tmp_path):
@@ -130,7 +150,7 @@ def test_a_score_beside_letters_brings_what_letters_cannot(tmp_path):
     ]
     table[np.arange(16), ["ACDEFGHIKLMNPQRSTVWY".index(letter) for letter in target]] = 0
     scans.write_parquet(tmp_path / "a.parquet", target, mutants, values)
-    task = make_task(tmp_path / "a.parquet", splits=2)
+    task = make_task(tmp_path / "a.parquet", splits=1)
     subject = scans.Planted(
         {
             "mean": lambda request: np.zeros(3),

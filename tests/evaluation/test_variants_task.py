@@ -1,5 +1,7 @@
 """The task of variants, asked of subjects whose answers are planted."""
 
+import gzip
+
 import numpy as np
 import pytest
 import scans
@@ -296,3 +298,13 @@ def test_orders_by_hash_are_pinned():
     assert order_by_hash("assay", names, "split 1").tolist() != found
     assert order_by_hash("other", names, "split 0").tolist() != found
     assert sorted(found) == list(range(8))
+
+
+def test_compressed_tables_open(tmp_path):
+    plain = scans.write_csv(tmp_path / "a.csv", [("K2A", 1)], ("mutant", "x"))
+    packed = tmp_path / "b.csv.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    one, two = (read_predictions([path])[0] for path in (plain, packed))
+    assert one.digest != two.digest  # of other assays
+    with pytest.raises(InputError, match=r"a\.csv scores a as 'x', which another table has done"):
+        read_predictions([plain, plain])

@@ -29,6 +29,7 @@ def fit_ridge(
     targets: np.ndarray,
     test: np.ndarray,
     free: tuple[np.ndarray, np.ndarray] | None = None,
+    own: float = 0.0,
 ) -> Fit:
     """Fit all targets, each with the penalty whose left-out error is least, and predict.
 
@@ -38,6 +39,7 @@ def fit_ridge(
         test: [k, D].
         free: features without a penalty, of the examples [n, f] and of those to predict [k, f];
             the intercept is always one.
+        own: squared length of what each example has besides, that no other one has.
     """
     x, y, new = (np.asarray(each, np.float64) for each in (train, targets, test))
     lone, lone_new = (_with_intercept(each, free, i) for i, each in enumerate((x, new)))
@@ -46,16 +48,20 @@ def fit_ridge(
     new_rest = new - lone_new @ np.linalg.lstsq(lone, x, rcond=None)[0]
     left, sizes, projected = _decompose(x_rest, new_rest)
     along = left.T @ y_rest
-    penalties = PENALTIES * max((sizes**2).sum() / len(x), np.finfo(float).tiny)
-    shrunk = sizes[:, None] ** 2 / (sizes[:, None] ** 2 + penalties)
-    hats = (basis**2).sum(1)[:, None] + left**2 @ shrunk
+    squares = sizes[:, None] ** 2 + own
+    spread = (sizes**2).sum() + own * (len(x) - basis.shape[1])
+    penalties = PENALTIES * max(spread / len(x), np.finfo(float).tiny)
+    # A fit keeps `rest` of what lies in any direction, and `more` of what lies along features.
+    rest = own / (own + penalties)
+    more = squares / (squares + penalties) - rest
+    hats = rest + (basis**2).sum(1)[:, None] * (1 - rest) + left**2 @ more
     errors = np.empty((len(penalties), y.shape[1]))
     for index in range(len(penalties)):
-        residues = y_rest - left @ (shrunk[:, index, None] * along)
+        fitted = left @ (more[:, index, None] * along) + rest[index] * y_rest
         share = np.maximum(1 - hats[:, index, None], np.finfo(float).eps)
-        errors[index] = ((residues / share) ** 2).mean(0)
+        errors[index] = (((y_rest - fitted) / share) ** 2).mean(0)
     best = errors.argmin(0)
-    slopes = shrunk[:, best] / sizes[:, None] * along
+    slopes = sizes[:, None] / (squares + penalties[best]) * along
     predictions = lone_new @ np.linalg.lstsq(lone, y, rcond=None)[0] + projected @ slopes
     return Fit(predictions, errors[best, np.arange(y.shape[1])])
 

@@ -14,7 +14,6 @@ Variants are written as A42G, counted from 1, several substitutions as A42G:K50R
 
 from __future__ import annotations
 
-import csv
 import glob
 import math
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from raptide.alphabet import FIRST_RESIDUE, RESIDUES, STANDARD, decode_residues, encode_residues
@@ -157,14 +157,17 @@ def read_assays(files: Sequence[Path], reference: Path | None = None) -> list[As
 
 def read_assay(file: Path, reference: Mapping[str, dict[str, str]] | None = None) -> Assay:
     """One scan; raises as `read_assays` does."""
-    columns, facts = read_columns(file)
+    table = read_table(file)
+    metadata = table.schema.metadata or {}
+    facts = {key.decode(): value.decode() for key, value in metadata.items()}
     if reference is not None and not facts.get("target_sequence"):
         facts = _look_up(file, reference)
-    mutants = _column(file, columns, "mutant")
-    scores = _column(file, columns, "score", "DMS_score")
-    bins = columns.get("bin", columns.get("DMS_score_bin"))
+    mutants = _column(file, table, "mutant")
+    scores = _column(file, table, "score", "DMS_score")
+    binned = {"bin", "DMS_score_bin"} & {*table.column_names}
+    bins = table[min(binned)].to_pylist() if binned else None
     rows = [i for i, each in enumerate(mutants) if str(each or "").strip().lower() not in WILD_TYPE]
-    target = _read_target(file, facts, columns, rows)
+    target = _read_target(file, facts, table, rows)
     found: dict[str, int] = {}
     changes: list[list[Substitution]] = []
     for row in rows:
@@ -195,55 +198,54 @@ def read_assay(file: Path, reference: Mapping[str, dict[str, str]] | None = None
     )
 
 
-def read_columns(file: Path) -> tuple[dict[str, Sequence[Any]], dict[str, str]]:
-    """A table's columns by name, of equal length, and the metadata of a Parquet file's schema.
+def read_table(file: Path) -> pa.Table:
+    """A table of Parquet, or of CSV, plain or compressed, whose cells are then all strings.
 
     Raises:
-        InputError: it is neither Parquet nor CSV, or cannot be read.
+        InputError: it is neither, or cannot be read.
     """
     try:
         with file.open("rb") as opened:
             parquet = opened.read(len(PARQUET)) == PARQUET
-        if parquet:
-            table = pq.read_table(file)
-            metadata = table.schema.metadata or {}
-            facts = {key.decode(): value.decode() for key, value in metadata.items()}
-            return {name: table[name].to_pylist() for name in table.column_names}, facts
-        with file.open(newline="", encoding="utf-8-sig") as text:
-            lines = [line for line in csv.reader(text) if line]
+        table = pq.read_table(file) if parquet else _read_csv(file)
     except OSError as error:
         raise InputError(
             f"{file} cannot be read ({error.strerror or error}); give an existing file."
         ) from None
-    except (pa.ArrowInvalid, csv.Error, UnicodeDecodeError) as error:
+    except pa.ArrowInvalid as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{file} is neither a whole Parquet file nor CSV ({reason}); write it again."
         ) from None
-    header, body = (lines[0], lines[1:]) if lines else ([], [])
-    for row, line in enumerate(body):
-        if len(line) != len(header):
-            raise InputError(
-                f"{file}, row {row + 1} has {len(line)} cells in {len(header)} columns; write it "
-                "again, separated by commas."
-            )
-    return {name: [line[i] for line in body] for i, name in enumerate(header)}, {}
+    names = table.column_names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(
+            f"{file} has more than one column {twice[0]!r}; columns have names of their own."
+        )
+    return table
+
+
+def _read_csv(file: Path) -> pa.Table:
+    serial = pa_csv.ReadOptions(use_threads=False)  # what is wrong then comes with its row
+    with pa_csv.open_csv(file, serial) as opened:
+        names = opened.schema.names
+    strings = pa_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+    return pa_csv.read_csv(file, serial, None, strings)
 
 
 def _read_reference(file: Path) -> dict[str, dict[str, str]]:
     """What the reference says of each assay, by id and by file name."""
-    columns, _ = read_columns(file)
-    ids = _column(file, columns, "DMS_id")
-    nothing = [""] * len(ids)
-    names = columns.get("DMS_filename", nothing)
-    facts = {
-        "assay": ids,
-        "target_sequence": _column(file, columns, "target_seq"),
-        "uniprot_id": columns.get("UniProt_ID", nothing),
-        "selection_type": columns.get("coarse_selection_type", nothing),
-    }
-    rows = [dict(zip(facts, row, strict=True)) for row in zip(*facts.values(), strict=True)]
-    return dict(zip(names, rows, strict=True)) | dict(zip(ids, rows, strict=True))
+    table = read_table(file)
+    ids = _column(file, table, "DMS_id")
+    columns = {"assay": ids, "target_sequence": _column(file, table, "target_seq")}
+    for name, theirs in (("uniprot_id", "UniProt_ID"), ("selection_type", "coarse_selection_type")):
+        if theirs in table.column_names:
+            columns[name] = table[theirs].to_pylist()
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    found = dict(zip(ids, rows, strict=True))
+    if "DMS_filename" in table.column_names:
+        found |= dict(zip(table["DMS_filename"].to_pylist(), rows, strict=True))
+    return found
 
 
 def _look_up(file: Path, reference: Mapping[str, dict[str, str]]) -> dict[str, str]:
@@ -256,26 +258,27 @@ def _look_up(file: Path, reference: Mapping[str, dict[str, str]]) -> dict[str, s
     )
 
 
-def _column(file: Path, columns: Mapping[str, Sequence[Any]], *names: str) -> Sequence[Any]:
+def _column(file: Path, table: pa.Table, *names: str) -> list[Any]:
     for name in names:
-        if name in columns:
-            return columns[name]
+        if name in table.column_names:
+            return list(table[name].to_pylist())
+    there = ", ".join(table.column_names)[:200]
     raise InputError(
-        f"{file} needs a column {' or '.join(names)}, but has {', '.join(columns)[:200] or 'none'};"
-        " rename one."
+        f"{file} needs a column {' or '.join(names)}, but has {there or 'none'}; rename one."
     )
 
 
 def _read_target(
-    file: Path, facts: Mapping[str, str], columns: Mapping[str, Sequence[Any]], rows: list[int]
+    file: Path, facts: Mapping[str, str], table: pa.Table, rows: list[int]
 ) -> np.ndarray:
     """The protein's residues, [L] uint8."""
     letters = facts.get("target_sequence", "")
     try:
         if letters:
             return encode_residues(letters)
-        if "mutated_sequence" in columns and rows:
-            return _revert_all(file, columns["mutant"], columns["mutated_sequence"], rows)
+        if "mutated_sequence" in table.column_names and rows:
+            mutants, sequences = table["mutant"].to_pylist(), table["mutated_sequence"].to_pylist()
+            return _revert_all(file, mutants, sequences, rows)
     except SequenceError as error:
         raise InputError(f"{file}: the target sequence is none ({error})") from None
     raise InputError(

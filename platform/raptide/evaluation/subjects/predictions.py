@@ -7,16 +7,17 @@ A table is CSV or Parquet with `mutant`, perhaps `assay`, and columns of numbers
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from raptide.errors import InputError
-from raptide.evaluation.datasets.assays import Assay, read_columns
+from raptide.evaluation.datasets.assays import Assay, read_table
 from raptide.evaluation.requests import Kind, Readings, Request
 from raptide.evaluation.subjects.subject import Ask
 
@@ -34,11 +35,19 @@ class Predictions:
     layers = 0
     kinds: frozenset[Kind] = frozenset({"scores"})
 
-    def __init__(self, name: str, scores: Mapping[tuple[str, str], float]) -> None:
+    def __init__(self, name: str, columns: Mapping[str, tuple[dict[str, int], np.ndarray]]) -> None:
+        """
+        Args:
+            columns: by assay, the place of each variant and the scores by place.
+        """
         self.name = name
-        lines = (f"{assay} {mutant} {scores[assay, mutant]!r}" for assay, mutant in sorted(scores))
-        self.digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-        self._scores = scores
+        self._columns = columns
+        digest = hashlib.sha256()
+        for assay, (places, scores) in sorted(columns.items()):
+            mutants = sorted(places)
+            digest.update("\n".join([assay, *mutants]).encode())
+            digest.update(scores[[places[mutant] for mutant in mutants]].tobytes())
+        self.digest = digest.hexdigest()
 
     def scores(self, assay: Assay) -> np.ndarray | None:
         """Of all its variants, [n] float64; None if the table has none of them.
@@ -46,7 +55,9 @@ class Predictions:
         Raises:
             InputError: it has some, but not all.
         """
-        found = [self._scores.get((assay.name, mutant), math.nan) for mutant in assay.mutants]
+        places, scores = self._columns.get(assay.name, ({}, np.empty(0)))
+        padded = np.append(scores, np.nan)
+        found = padded[[places.get(mutant, -1) for mutant in assay.mutants]]
         lacking = np.isnan(found)
         if lacking.all():
             return None
@@ -56,7 +67,7 @@ class Predictions:
                 f"{lacking.sum():,} have no number, {assay.mutants[int(lacking.argmax())]} among "
                 "them; score them, or take them out of the assay."
             )
-        return np.array(found)
+        return found
 
     @contextmanager
     def read(self, ask: Ask) -> Iterator[Readings]:
@@ -70,39 +81,71 @@ def read_predictions(files: Sequence[Path]) -> list[Predictions]:
     """The columns of some tables; those of one name are one subject.
 
     Raises:
-        InputError: a table has no `mutant` or no column of scores, or a cell is no number.
+        InputError: a table has no `mutant` or no column of scores, a cell is no number, or two
+            tables score one assay under one name.
     """
-    found: dict[str, dict[tuple[str, str], float]] = {}
+    found: dict[str, dict[str, tuple[dict[str, int], np.ndarray]]] = {}
     for file in files:
-        columns, _ = read_columns(file)
-        names = [name for name in columns if name not in NO_SCORES]
-        if "mutant" not in columns or not names:
+        table = read_table(file)
+        names = [name for name in table.column_names if name not in NO_SCORES]
+        if "mutant" not in table.column_names or not names:
+            there = ", ".join(table.column_names)[:200]
             raise InputError(
-                f"{file} needs a column mutant and columns of scores, but has "
-                f"{', '.join(columns)[:200] or 'none'}; add them."
+                f"{file} needs a column mutant and columns of scores, but has {there or 'none'}; "
+                "add them."
             )
-        assays = columns.get("assay", [file.name.split(".")[0]] * len(columns["mutant"]))
-        mutants = [_in_order(str(mutant)) for mutant in columns["mutant"]]
-        keys = list(zip(assays, mutants, strict=True))
+        rows = _rows_by_assay(file, table)
         for name in names:
-            scores = found.setdefault(name, {})
-            for row, (key, cell) in enumerate(zip(keys, columns[name], strict=True)):
-                scores[key] = _number(file, row, name, cell)
-    return [Predictions(name, scores) for name, scores in found.items()]
+            numbers = _numbers(file, name, table[name])
+            for assay, (places, chosen) in rows.items():
+                if assay in found.setdefault(name, {}):
+                    raise InputError(
+                        f"{file} scores {assay} as {name!r}, which another table has done; rename "
+                        "the column, or leave one out."
+                    )
+                found[name][assay] = (places, numbers[chosen])
+    return [Predictions(name, columns) for name, columns in found.items()]
+
+
+def _rows_by_assay(file: Path, table: pa.Table) -> dict[str, tuple[dict[str, int], np.ndarray]]:
+    """By assay, its variants' places among its rows, and these rows."""
+    mutants = [_in_order(str(mutant)) for mutant in table["mutant"].to_pylist()]
+    if "assay" not in table.column_names:
+        places = {mutant: row for row, mutant in enumerate(mutants)}
+        return {file.name.split(".")[0]: (places, np.arange(len(mutants)))}
+    rows: dict[str, list[int]] = {}
+    for row, assay in enumerate(table["assay"].to_pylist()):
+        rows.setdefault(str(assay), []).append(row)
+    return {
+        assay: ({mutants[row]: place for place, row in enumerate(mine)}, np.array(mine))
+        for assay, mine in rows.items()
+    }
 
 
 def _in_order(mutant: str) -> str:
     """As assays spell it: upper case, positions rising."""
     parts = [part.strip().upper() for part in mutant.split(":")]
-    return ":".join(sorted(parts, key=lambda part: int("0" + part[1:-1].strip("-")) if part else 0))
+    return ":".join(sorted(parts, key=lambda part: int("".join(filter(str.isdigit, part)) or 0)))
 
 
-def _number(file: Path, row: int, name: str, cell: Any) -> float:
-    """NaN for an empty cell: what is not scored is told once all tables are read."""
+def _numbers(file: Path, name: str, column: pa.ChunkedArray) -> np.ndarray:
+    """A column as float64; NaN for an empty cell, which is told of once all tables are read."""
+    if pa.types.is_string(column.type):
+        column = pc.if_else(pc.equal(column, ""), None, column)
     try:
-        return float(cell) if cell not in ("", None) else math.nan
-    except (TypeError, ValueError):
-        raise InputError(
-            f"{file}, row {row + 1}: {name!r} must hold numbers, but {cell!r} stands there; mend "
-            "it, or leave the column out."
-        ) from None
+        return np.array(pc.cast(column, pa.float64()).fill_null(np.nan).to_numpy())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        cells = column.to_pylist()
+    row = next(row for row, cell in enumerate(cells) if not _is_number(cell))
+    raise InputError(
+        f"{file}, row {row + 1}: {name!r} must hold numbers, but {cells[row]!r} stands there; mend "
+        "it, or leave the column out."
+    )
+
+
+def _is_number(cell: Any) -> bool:
+    try:
+        pa.scalar(cell).cast(pa.float64())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return False
+    return True

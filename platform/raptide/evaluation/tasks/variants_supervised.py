@@ -66,9 +66,19 @@ class Features(NamedTuple):
     """What variants are described by, n of them."""
 
     embeddings: dict[str, np.ndarray]
-    """[n, D] each, by name."""
+    """[n, D] each, by name; none for a subject of letters."""
+    letters: Letters
     score: np.ndarray | None
     """Zero-shot, [n] float64."""
+
+
+class Letters(NamedTuple):
+    """One-hot letters by position, less those of the protein."""
+
+    table: np.ndarray
+    """[n, D]; columns that are the same in all variants left out."""
+    own: float
+    """Squared length of what each variant has besides, that no other one has."""
 
 
 class VariantsSupervised:
@@ -180,21 +190,19 @@ class VariantsSupervised:
         score = None
         if self._scores(subject):
             score = score_assay(assay, "wt-marginals", self.settings.window, readings)
-        if "mean" not in subject.kinds:
-            return Features({"letters": one_hot(assay)}, score)
         rows: dict[str, list[np.ndarray]] = {}
         for variant in range(len(assay.mutants)):
             for name, request in self._ask(assay, variant, subject).items():
                 vectors = np.atleast_2d(readings.get(request))
                 rows.setdefault(name, []).append(vectors.mean(0))
-        return Features({name: np.stack(each) for name, each in rows.items()}, score)
+        embeddings = {name: np.stack(each) for name, each in rows.items()}
+        return Features(embeddings, one_hot(assay), score)
 
     def _regress(
         self, assay: Assay, subject: Subject, readings: Readings
     ) -> dict[str, list[float]]:
         """Spearman of every split, by metric."""
         features = self._describe(assay, subject, readings)
-        letters = one_hot(assay)
         found: dict[str, list[float]] = {}
         for split in range(self.settings.splits):
             order = order_by_hash(assay.name, assay.mutants, f"split {split}")
@@ -205,21 +213,25 @@ class VariantsSupervised:
                 for name, values in _compare(assay.scores[rest], fits).items():
                     found.setdefault(name + end, []).extend(values)
                 if features.score is not None:
-                    fit = _fit_augmented(assay, letters, features.score, learned, rest)
+                    fit = _fit_augmented(assay, features.letters, features.score, learned, rest)
                     value = _spearman(assay.scores[rest], fit.predictions[:, 0])
                     found.setdefault(f"augmented-spearman{end}", []).append(value)
         return found
 
 
-def one_hot(assay: Assay) -> np.ndarray:
-    """Letters by position, less those of the protein, [n, D]; columns that are all 0 left out."""
+def one_hot(assay: Assay) -> Letters:
+    """What regression on the letters of whole sequences comes down to."""
     variant, position, wild_type, mutant = assay.changes
-    codes = np.concatenate([position * 20 + mutant, position * 20 + wild_type])
+    codes = np.concatenate([position * 20 + wild_type, position * 20 + mutant])
+    single = len(variant) == len(assay.mutants)
+    if single:  # then each new letter is one variant's own
+        codes = codes[: len(variant)]
     known, columns = np.unique(codes, return_inverse=True)
     table = np.zeros((len(assay.mutants), len(known)), np.float32)
-    table[variant, columns[: len(variant)]] = 1
-    table[variant, columns[len(variant) :]] = -1
-    return table
+    table[variant, columns[: len(variant)]] = -1
+    if not single:
+        table[variant, columns[len(variant) :]] = 1
+    return Letters(table, 1.0 if single else 0.0)
 
 
 def _cut(assay: Assay, window: int) -> tuple[int, int]:
@@ -239,6 +251,9 @@ def _fit_embeddings(
     orders = [order_by_hash(assay.name, mutants, f"shuffle {each}") for each in range(shuffles)]
     scores = assay.scores[learned]
     targets = np.stack([scores, *(scores[order] for order in orders)], 1)
+    if not features.embeddings:
+        table, own = features.letters
+        return {"letters": fit_ridge(table[learned], targets, table[rest], own=own)}
     return {
         name: fit_ridge(table[learned], targets, table[rest])
         for name, table in features.embeddings.items()
@@ -246,10 +261,11 @@ def _fit_embeddings(
 
 
 def _fit_augmented(
-    assay: Assay, letters: np.ndarray, score: np.ndarray, learned: np.ndarray, rest: np.ndarray
+    assay: Assay, letters: Letters, score: np.ndarray, learned: np.ndarray, rest: np.ndarray
 ) -> Fit:
     free = (score[learned, None], score[rest, None])
-    return fit_ridge(letters[learned], assay.scores[learned, None], letters[rest], free)
+    table, own = letters
+    return fit_ridge(table[learned], assay.scores[learned, None], table[rest], free, own)
 
 
 def _compare(truth: np.ndarray, fits: Mapping[str, Fit]) -> dict[str, list[float]]:
