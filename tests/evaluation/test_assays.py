@@ -1,10 +1,9 @@
 """Scans as files: both forms, what is left out, and what is refused."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import scans
+from conftest import ROOT
 
 from raptide.errors import InputError
 from raptide.evaluation.datasets.assays import find_files, read_assay, read_assays
@@ -134,8 +133,8 @@ def test_two_files_of_one_name_are_refused(tmp_path):
 
 
 def test_the_shipped_scans_open():
-    folder = Path(__file__).resolve().parents[2] / "jobs/benchmarks/tiny/variants"
-    assays = {each.name: each for each in read_assays(find_files(f"{folder}/*.parquet"))}
+    files = find_files(f"{ROOT}/jobs/benchmarks/tiny/variants/*.parquet")
+    assays = {each.name: each for each in read_assays(files)}
     assert {name: len(each.mutants) for name, each in assays.items()} == {
         "PABP_YEAST": 1188,
         "DLG4_RAT": 1577,

@@ -5,6 +5,9 @@ import gzip
 import numpy as np
 import pytest
 import scans
+import torch
+from conftest import ROOT
+from draws import random_sequence, random_weights
 
 from raptide.alphabet import STANDARD
 from raptide.errors import InputError
@@ -14,6 +17,9 @@ from raptide.evaluation.subjects.predictions import read_predictions
 from raptide.evaluation.tasks.marginals import cut_pieces, overlapping_windows
 from raptide.evaluation.tasks.shuffles import order_by_hash
 from raptide.evaluation.tasks.variants import Variants, VariantsSettings
+from raptide.inference.engine import Engine
+from raptide.inference.scoring import log_softmax
+from raptide.model.formats.detect import write_weights
 
 METRICS = ("spearman", "ndcg", "top10", "auc", "mcc")
 
@@ -123,6 +129,30 @@ def test_multiple_substitutions_add_up(tmp_path):
     assert scan.scores == pytest.approx([one, two, one + two, one + two + three], abs=1e-12)
 
 
+def test_scores_are_the_engines(tmp_path):
+    """A model read place by place against its own way of scoring variants."""
+    write_weights(tmp_path / "model", random_weights(layers=2, width=32, heads=2))
+    engine = Engine.load(tmp_path / "model", device="cpu", dtype="fp32")
+    target = random_sequence(60)
+    mutants = [m for m in scans.all_singles(target) if m[-1] in "AW"][::3]
+    mutants += [f"{mutants[0]}:{mutants[-1]}"]
+    scans.write_parquet(tmp_path / "a.parquet", target, mutants, np.arange(len(mutants)))
+    columns = [engine.tokens.index(letter) for letter in STANDARD]
+
+    def answer(request):
+        if request.reading.method == "masked-marginals":
+            return engine.masked_log_p([(request.sequence, request.places)])[0][:, columns]
+        return log_softmax(engine.logits([request.sequence])[0])[list(request.places)][:, columns]
+
+    with torch.inference_mode():
+        outcome, _ = scans.measure(
+            make_task(tmp_path / "a.parquet"), scans.Planted({"marginals": answer})
+        )
+    for prefix, method in (("", "wt-marginals"), ("masked-marginals/", "masked-marginals")):
+        found = scans.sample_of(outcome, f"{prefix}spearman", "a").scores
+        assert found == pytest.approx(engine.score_variants(target, mutants, method), abs=1e-5)
+
+
 def test_blosum_scores_by_its_entries(tmp_path):
     matrix = read_matrix()
     assert np.array_equal(matrix, matrix.T)
@@ -137,7 +167,7 @@ def test_blosum_scores_by_its_entries(tmp_path):
 
 
 def test_real_scans_have_the_published_order_of_blosum():
-    task = make_task("jobs/benchmarks/tiny/variants/*.parquet")
+    task = make_task(ROOT / "jobs/benchmarks/tiny/variants/*.parquet")
     _, values = scans.measure(task, Blosum())
     assert values["spearman", "PABP_YEAST"] == pytest.approx(0.297, abs=5e-4)
     assert values["spearman", "DLG4_RAT"] == pytest.approx(0.216, abs=5e-4)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from raptide.alphabet import STANDARD
 from raptide.evaluation.datasets.assays import Assay, find_files, read_assays
@@ -47,9 +48,9 @@ class VariantsSettings(TaskSettings):
     """A path or glob of scans, as `datasets/assays.py` reads them."""
     reference: str | None = None
     """ProteinGym's DMS_substitutions.csv."""
-    methods: tuple[VariantMethod, ...] = ("wt-marginals", "masked-marginals")
+    methods: tuple[VariantMethod, ...] = Field(("wt-marginals", "masked-marginals"), min_length=1)
     """The first one's metrics have no prefix."""
-    window: int = 1022
+    window: int = Field(1022, ge=2)
     """Residues that are looked at at once of a longer protein, by the marginals."""
 
 
@@ -118,10 +119,10 @@ class Variants:
                         yield piece.request
 
     def measure(self, subject: Subject, readings: Readings) -> Outcome:
-        outcome = Outcome()
         if isinstance(subject, Predictions):
             found = {assay.name: subject.scores(assay) for assay in self.assays}
-            self._measure("", {k: v for k, v in found.items() if v is not None}, outcome)
+            return self.measure_scores({k: v for k, v in found.items() if v is not None})
+        outcome = Outcome()
         for index, method in enumerate(self.methods(subject)):
             scores = {each.name: self._score(each, method, readings) for each in self.assays}
             self._measure(f"{method}/" if index else "", scores, outcome)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from raptide.errors import InputError
 from raptide.evaluation.datasets.assays import Assay, find_files, read_assays
@@ -55,10 +56,10 @@ class VariantsSupervisedSettings(TaskSettings):
     """ProteinGym's DMS_substitutions.csv."""
     layer: int = -1
     """That embeddings come of; negative counts from the last."""
-    splits: int = 5
-    most_variants: int = 2000
+    splits: int = Field(5, ge=1)
+    most_variants: int = Field(2000, ge=FEWEST_VARIANTS)
     """Of an assay; more are drawn from by hash."""
-    window: int = 1022
+    window: int = Field(1022, ge=2)
     """Residues of a longer protein that are embedded, if all variants lie within as many."""
 
 
