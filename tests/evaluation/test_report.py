@@ -16,6 +16,7 @@ from raptide.evaluation.report.charts import MOST_POINTS, Series, line_chart, sc
 from raptide.evaluation.report.content import Comparison, Control, SubjectEntry
 from raptide.evaluation.report.page import render_page, write_page
 from raptide.evaluation.report.pictures import LEVELS, MOST_CELLS, heatmap, palette, png, to_levels
+from raptide.evaluation.report.sections import emergence
 from raptide.evaluation.report.style import DARK, LIGHT, STYLE
 from raptide.evaluation.report.tasks import Album, pictures
 from raptide.evaluation.report.words import main_lines, plain_statement, standing, verdict
@@ -104,8 +105,9 @@ def test_names_are_text_wherever_they_stand():
     assert not {"script", "img"} & {tag for tag, _ in made.elements}
     assert "".join(made.text).count(HOSTILE) > 20
     plain = Page(render_page(small_content()))
-    count = {tag for tag, _ in plain.elements}
-    assert {tag for tag, _ in made.elements} == count
+    assert {tag for tag, _ in made.elements} == {tag for tag, _ in plain.elements}
+    attributes = {name for _, attrs in plain.elements for name in attrs}
+    assert {name for _, attrs in made.elements for name in attrs} == attributes
 
 
 def test_text_that_is_no_unicode_is_still_written(tmp_path):
@@ -176,7 +178,7 @@ def test_a_baseline_that_is_not_beaten_is_said_in_words(html):
 
 @pytest.mark.parametrize(
     ("value", "higher", "beaten"),
-    [(0.53, True, True), (0.52, True, False), (0.47, False, True), (0.48, False, False)],
+    [(0.526, True, True), (0.524, True, False), (0.474, False, True), (0.476, False, False)],
 )
 def test_a_baseline_is_beaten_by_a_whole_interval_alone(value, higher, beaten):
     content = small_content()
@@ -361,3 +363,17 @@ def test_the_truth_fills_the_lower_triangle():
     drawn = heatmap(Heatmap("h", zeros, truth=ones))
     image = base64.b64decode(re.search(r"base64,([^\"]+)", drawn)[1])
     np.testing.assert_array_equal(decode(image)[2], np.tri(3, k=-1) * 63)
+
+
+def test_what_emerges_goes_from_blind_on_the_left_to_sharp_on_the_right():
+    (run,) = small_content().emergence
+    drawn = emergence(run)
+    (line,) = re.findall(r'aria-label="q8: .*?<path d="([^"]*)" class="line"', drawn)
+    places = [tuple(map(float, place.split())) for place in re.split("[ML]", line)[1:]]
+    assert len(places) == 3
+    assert places == sorted(places)  # as ECE falls with the steps
+    assert [y for _, y in places] == sorted((y for _, y in places), reverse=True)  # up on a screen
+    blind = dataclasses.replace(
+        run, moments=[dataclasses.replace(each, ece=math.nan) for each in run.moments]
+    )
+    assert "q8 over step" in emergence(blind)
