@@ -45,12 +45,12 @@ def log_evaluation(output: Path, content: ReportContent) -> None:
         else:  # not exercised without a network
             run.use_artifact(used)
         run.log_artifact(_written(content, output))
-        run.log({"numbers": _numbers(content, model)} | main_metrics(content, model))
+        run.log({"numbers": _numbers(content, model)} | metrics_of_tasks(content, model))
         run.finish()
     wandb.teardown()  # its service ends here, and not at some moment of this process's end
 
 
-def main_metrics(content: ReportContent, model: SubjectEntry) -> dict[str, float]:
+def metrics_of_tasks(content: ReportContent, model: SubjectEntry) -> dict[str, float]:
     """Main metrics of a model under the names that they have in W&B."""
     metrics: dict[str, float] = {}
     for row in content.rows:

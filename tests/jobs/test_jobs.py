@@ -1,5 +1,6 @@
 """The jobs in an empty folder; as processes of their own where that is what is tested."""
 
+import io
 import json
 import os
 import re
@@ -20,6 +21,8 @@ from in_process import job_in_process
 
 from raptide import Corpus, Engine
 from raptide.data.fasta import read_fasta
+from raptide.evaluation.results import COLUMNS
+from raptide.evaluation.tasks import KINDS
 from raptide.model.config import ModelSettings
 from raptide.model.formats.detect import write_weights
 from raptide.model.formats.weights import Weights
@@ -121,9 +124,83 @@ def test_the_demo_goes_the_whole_way(demo):
     assert summary["heldout_ece"] < summary["unigram_ece"] < summary["uniform_ece"] == 25
     assert summary["heldout_ece_masked_only"] < summary["unigram_ece_masked_only"]
     assert summary["http_library_max_abs_diff"] < 1e-5
-    assert set(summary["phase_seconds"]) == {"corpus", "pretraining", "serving"}
+    phases = {"corpus", "pretraining", "serving", "evaluation"}
+    assert set(summary["phase_seconds"]) == phases
     assert summary["versions"]["ray"] == "2.60.0"
     assert "Try next" in output
+
+
+def test_the_demo_ends_with_an_evaluation_and_its_report(demo):
+    folder, output = demo
+    there = folder / "runs/demo/evaluation"
+    table = pq.read_table(there / "results.parquet")
+    assert table.column_names == list(COLUMNS)
+    rows = table.to_pylist()
+    assert json.loads((there / "results.json").read_text())[3]["value"] == rows[3]["value"]
+    assert {row["kind"] for row in rows} == set(KINDS)
+    for kind, baselines in {
+        "perplexity": {"uniform", "unigram", "2-gram", "3-gram", "4-gram"},
+        "secondary-structure": {"one-hot", "random-weights"},
+        "contacts": {"separation", "random-weights"},
+        "homology": {"kmer", "phmmer", "random-weights"},
+        "variants": {"blosum62", "unigram", "random-weights"},
+        "variants-supervised": {"one-hot", "random-weights"},
+        "space": {"random-weights"},
+    }.items():
+        mine = [row for row in rows if row["kind"] == kind]
+        assert {row["model"] for row in mine if row["baseline"]} == baselines, kind
+        assert {row["model"] for row in mine if not row["baseline"]} == {"runs/demo"}
+        assert any(row["metric"].startswith("control/") for row in mine), kind
+        assert all(row["n"] > 0 and len(row["dataset_digest"]) == 64 for row in mine)
+    page = (there / "report.html").read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert "http://" not in page.split("<main")[0]
+    assert "controls came out at chance" in output
+    assert sorted(path.name for path in there.iterdir()) == [
+        *("cache", "report.html", "results.json", "results.parquet")
+    ]
+    assert not list((there / "cache").glob("read-*"))
+
+
+def test_an_evaluation_given_again_computes_nothing(demo, cluster):
+    folder, _ = demo
+    before = (folder / "runs/demo/evaluation/results.parquet").read_bytes()
+    options = ["--model", folder / "bundle", "--benchmark", ROOT / "jobs/benchmarks/tiny.yaml"]
+    options += ["--output", folder / "runs/demo/evaluation"]
+    done = job_in_process("evaluate_model.py", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "Nothing was left to compute" in done.stdout
+    after = pq.read_table(folder / "runs/demo/evaluation/results.parquet").to_pylist()
+    for one, other in zip(pq.read_table(io.BytesIO(before)).to_pylist(), after, strict=True):
+        if one["model"] == "runs/demo":  # weights count, not where they lie
+            one = {**one, "model": str(folder / "bundle")}
+        assert repr(one) == repr(other)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "options", "message"),
+    [
+        ("name: b\ntasks: []", [], "tasks"),
+        ("name: b\ntasks: [{kind: magic}]", [], "has kind 'magic'; give one of perplexity"),
+        ("name: b\ntasks: [{kind: space, nane: x}]", [], "nane"),
+        ("name: b\ntasks: [{kind: space}, {kind: space}]", [], "2 tasks called 'space'"),
+        ("name: b\ntasks: [{kind: homology, domains: no.parquet}]", [], "no.parquet"),
+        ("name: b\ntasks: [{kind: variants, assays: 'no/*.csv'}]", [], "no/"),
+        ("name: b\ntasks: [{kind: space}]", ["--tasks", "magic"], "no task 'magic'; it has space"),
+        ("name: b\ntasks: [{kind: space}]", ["--repeats", "."], "at least two models"),
+        ("name: b\ntasks: [{kind: space}]", ["--predictions", "no.csv"], "no.csv"),
+    ],
+)
+def test_a_mistake_in_a_benchmark_is_one_line(
+    bundle, cluster, tmp_path, benchmark, options, message
+):
+    (tmp_path / "b.yaml").write_text(benchmark)
+    arguments = ["--model", bundle, "--benchmark", "b.yaml", "--output", "out", *options]
+    done = job_in_process("evaluate_model.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "out/results.parquet").exists()
 
 
 def test_after_the_demo_nothing_is_left_running(demo):

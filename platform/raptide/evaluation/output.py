@@ -44,7 +44,7 @@ from raptide.evaluation.report.references import match_references, read_referenc
 from raptide.evaluation.results import COLUMNS
 from raptide.evaluation.run import Finding, Findings, dataset_digest, rows_of
 from raptide.evaluation.subjects.model import ModelSubject
-from raptide.storage import Storage
+from raptide.storage import PARTIAL, Storage
 
 PARQUET, JSON, REPORT = "results.parquet", "results.json", "report.html"
 PACKAGES = ("raptide", "torch", "numpy", "scipy", "scikit-learn", "ray")
@@ -67,6 +67,7 @@ def write_output(folder: Path, content: ReportContent) -> None:
     for name, data in files.items():
         storage.write(name, partial(_put, data))
     write_page(content, folder / REPORT)
+    storage.delete(PARTIAL)
 
 
 def _put(data: bytes, file: Any) -> None:

@@ -157,16 +157,17 @@ class ReportContent:
 
 
 def distinguish(content: ReportContent) -> ReportContent:
-    """The same with a piece of their digests behind names that several subjects have.
+    """The same with a piece of their digests behind names that several subjects of a task have.
 
     Random weights of several shapes are such. What is known of a name alone goes to its first.
     """
-    names = Counter(each.name for each in content.subjects)
-    if max(names.values(), default=0) < 2:
+    asked = {(row["task"], row["model"], row["weights"]) for row in content.rows}
+    several = {name for (_, name), n in Counter(each[:2] for each in asked).items() if n > 1}
+    if not several:
         return content
 
     def label(name: str, weights: str) -> str:
-        return f"{name} ({weights[:SHORT_DIGEST]})" if names[name] > 1 else name
+        return f"{name} ({weights[:SHORT_DIGEST]})" if name in several else name
 
     first: dict[str, str] = {}
     for each in content.subjects:

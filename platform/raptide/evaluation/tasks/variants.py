@@ -26,6 +26,7 @@ from raptide.evaluation.requests import Reading, Readings, Request
 from raptide.evaluation.results import Figure, Heatmap, Lines, Measure, Role
 from raptide.evaluation.samples import Sample, mean_of
 from raptide.evaluation.subjects.blosum import Blosum
+from raptide.evaluation.subjects.ngrams import natural_unigram
 from raptide.evaluation.subjects.predictions import Predictions
 from raptide.evaluation.subjects.subject import Subject
 from raptide.evaluation.tasks.marginals import cut_pieces, score_assay
@@ -89,7 +90,7 @@ class Variants:
         return [*self._files, *([self._reference] if self._reference else [])]
 
     def baselines(self) -> Sequence[Subject]:
-        return [Blosum()]
+        return [Blosum(), natural_unigram()]
 
     def methods(self, subject: Subject) -> list[VariantMethod]:
         """Those that a subject is asked for."""
