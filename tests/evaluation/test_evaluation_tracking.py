@@ -6,7 +6,7 @@ import pytest
 from evaluated import OTHER, TRAINED, small_content
 from offline_wandb import read_runs, records
 
-from evaluation_tracking import log_evaluation, main_metrics
+from evaluation_tracking import log_evaluation, metrics_of_tasks
 from raptide.evaluation.report.page import write_page
 
 
@@ -22,7 +22,7 @@ def logged(tmp_path_factory):
     return folder, output
 
 
-def test_each_model_is_a_run_with_its_main_metrics(logged):
+def test_each_model_is_a_run_with_its_metrics_of_tasks(logged):
     folder, _ = logged
     runs = {run[1]["weights"]: run for run in read_runs(folder / "wandb")}
     assert len(runs) == 2
@@ -62,6 +62,6 @@ def test_what_is_no_number_has_no_curve():
     content = small_content()
     for row in content.rows:
         row["low"] = float("nan")
-    metrics = main_metrics(content, content.models[0])
+    metrics = metrics_of_tasks(content, content.models[0])
     assert metrics["bench/variants/test/spearman"] == 0.4
     assert not [name for name in metrics if name.endswith("/low")]
