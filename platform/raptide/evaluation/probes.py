@@ -25,14 +25,17 @@ from torch import nn
 POOL_ROWS = 16_384
 """Rows that are held and mixed at once; more only where one item has more."""
 
-BATCH_ROWS = 1024
-STEPS = 1500
+LEAST_BATCH, MOST_BATCH = 128, 1024
+"""Rows of a batch: a small part of all, within these."""
+BATCHES = 32
+"""In a pass, at least, unless batches would be too small."""
+STEPS = 1000
 """Updates at least, unless that takes more than `MOST_TURNS` passes over the data."""
-LEAST_TURNS, MOST_TURNS = 2, 40
+LEAST_TURNS, MOST_TURNS = 2, 60
 PATIENCE = 5
 """Passes without a lower validation loss after which training ends."""
 
-RATE = 3e-3
+RATE = 1e-2
 HIDDEN = 64
 """Width of the hidden layer."""
 
@@ -155,12 +158,13 @@ def fit_probe(
     with one_thread():
         scale = scale or scale_of(train)
         module = _Network(scale.whitening, num_classes, hidden)
-        turns = min(max(-(-STEPS * BATCH_ROWS // train.rows), LEAST_TURNS), MOST_TURNS)
-        steps = turns * -(-train.rows // BATCH_ROWS)
+        batch = min(max(train.rows // BATCHES, LEAST_BATCH), MOST_BATCH)
+        turns = min(max(-(-STEPS * batch // train.rows), LEAST_TURNS), MOST_TURNS)
+        steps = turns * -(-train.rows // batch)
         optimizer = torch.optim.Adam(module.parameters(), lr=RATE)
         best, kept, since, step = float("inf"), _state(module), 0, 0
         for turn in range(turns):
-            for features, classes in _batches(train, scale, turn):
+            for features, classes in _batches(train, scale, batch, turn):
                 optimizer.param_groups[0]["lr"] = RATE * max(1 - step / steps, 0.0)
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(module(features), classes).backward()
@@ -217,7 +221,7 @@ def _state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _batches(
-    source: Source, scale: Scale, turn: int
+    source: Source, scale: Scale, batch: int, turn: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """All rows once: items in random order, rows mixed within a pool of items."""
     rng = np.random.default_rng([0, turn])
@@ -227,19 +231,19 @@ def _batches(
         pool.append(rows)
         held += len(rows[1])
         if held >= POOL_ROWS:
-            yield from _mixed(pool, scale, rng)
+            yield from _mixed(pool, scale, batch, rng)
             pool, held = [], 0
     if held:
-        yield from _mixed(pool, scale, rng)
+        yield from _mixed(pool, scale, batch, rng)
 
 
 def _mixed(
-    pool: list[tuple[np.ndarray, np.ndarray]], scale: Scale, rng: np.random.Generator
+    pool: list[tuple[np.ndarray, np.ndarray]], scale: Scale, batch: int, rng: np.random.Generator
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     features = torch.from_numpy(scale.apply(np.concatenate([each for each, _ in pool])))
     classes = torch.from_numpy(np.concatenate([each for _, each in pool]))
     order = torch.from_numpy(rng.permutation(len(classes)))
-    for rows in order.tensor_split(-(-len(order) // BATCH_ROWS)):
+    for rows in order.tensor_split(-(-len(order) // batch)):
         yield features[rows], classes[rows]
 
 
@@ -295,7 +299,7 @@ class PairProbe:
             product, total = torch.from_numpy(self.product), torch.from_numpy(self.sum)
             alone = scaled @ total
             both = (scaled * product) @ scaled.T
-            return ((both + both.T) / 2 + alone[:, None] + alone[None]).numpy()
+            return ((both + both.T) / 2 + (alone[:, None] + alone[None])).numpy()
 
 
 def draw_pairs(pairs: Pairs, seed: int) -> Pairs:
