@@ -11,10 +11,13 @@ from small_runs import (
     evaluations,
     losses,
     make_recipe,
+    metrics,
     run_to_the_end,
 )
 
 from raptide.errors import CheckpointError, CheckpointUnsaved, ConfigError
+from raptide.evaluation.beside import RunBenchmark
+from raptide.evaluation.emergence import read_emergence
 from raptide.inference.engine import Engine
 from raptide.training.checkpoints.checkpoint import Storage, find_bundle, newest_checkpoint
 from raptide.training.trainer import prepare_run
@@ -33,8 +36,11 @@ def stored(corpus, bucket, tmp_path_factory):
     """Half of the shared run, in the bucket, evaluated beside the training."""
     tree = make_recipe(corpus, steps=STEPS // 2)
     tree["checkpoint"] |= {"storage": bucket, "keep": 1, "keep_best": 1}
-    tree["evaluation"]["asynchronous"] = True
-    return tree, run_to_the_end(as_recipe(tree), tmp_path_factory.mktemp("stored") / "run")
+    folder = tmp_path_factory.mktemp("stored")
+    (folder / "space.yaml").write_text("name: space\ntasks: [{kind: space}]")
+    tree["evaluation"] |= {"asynchronous": True, "benchmark": str(folder / "space.yaml")}
+    bench = RunBenchmark(tree["evaluation"]["benchmark"], str(folder / "run"))
+    return tree, run_to_the_end(as_recipe(tree), folder / "run", bench=bench)
 
 
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(whole, stored):
@@ -57,11 +63,32 @@ def listed(storage):
 def test_evaluation_beside_the_training_finds_what_the_workers_find(whole, stored):
     found = [evaluations(run.folder) for run in (whole, stored[1])]
     assert found[1].keys() == {EVERY, 2 * EVERY}
-    for step, metrics in found[1].items():
-        assert metrics.keys() == found[0][step].keys()
-        assert any(name.startswith("eval/ece_length/") for name in metrics)
-        for name, value in metrics.items():
+    for step, found_metrics in found[1].items():
+        assert found_metrics.keys() == found[0][step].keys()
+        assert any(name.startswith("eval/ece_length/") for name in found_metrics)
+        for name, value in found_metrics.items():
             assert value == pytest.approx(found[0][step][name], abs=1e-4), name
+
+
+def test_checkpoints_are_asked_a_benchmark_the_last_one_too(stored):
+    tree, run = stored
+    curve = {
+        line["eval/step"]: {name: value for name, value in line.items() if "bench/" in name}
+        for line in metrics(run.folder)
+        if "eval/step" in line
+    }
+    assert curve.keys() == {EVERY, 2 * EVERY}
+    bench = RunBenchmark(tree["evaluation"]["benchmark"], str(run.folder))
+    for step, found in curve.items():
+        assert found.keys() == {"bench/space/letters-silhouette"}, step
+    ((value, low, high, higher),) = bench(run.bundle, 1).values()
+    assert found["bench/space/letters-silhouette"] == value
+    assert low <= value <= high
+    assert higher
+    emergence = read_emergence(run.folder)
+    assert [moment.step for moment in emergence.moments] == [EVERY, 2 * EVERY]
+    assert emergence.moments[-1].tokens == run.tokens
+    assert emergence.moments[-1].ece == run.heldout_ece.masked_only
 
 
 def test_a_run_goes_on_from_a_bucket_past_a_damaged_checkpoint(whole, stored, capsys):

@@ -14,7 +14,7 @@ from small_runs import EVERY, as_recipe, evaluations, make_recipe
 
 from raptide.training.checkpoints.checkpoint import Storage, awaiting_evaluation, prune
 from raptide.training.trainer import prepare_run
-from raptide.training.watching.heldout import Evaluations
+from raptide.training.watching.heldout import Ece, Evaluation, Evaluations
 from raptide.training.watching.progress import BoardActor
 from raptide.training.watching.validation import MOST_CPUS, RunEvaluations, free_resources
 
@@ -121,6 +121,31 @@ def test_evaluations_that_fail_or_hang_or_die_are_counted_and_let_go(whole, make
 
 def warned(board):
     return ray.get(board.read.remote())[1]
+
+
+def evaluation(ece, value, low, high, *, higher=True):
+    return Evaluation(Ece(ece, ece), 0.1, {}, {"contacts/p@l/long": (value, low, high, higher)})
+
+
+def test_what_falls_while_the_loss_does_not_is_told():
+    so_far = Evaluations()
+    for step, ece, value in ((1, 15.0, 0.20), (2, 14.0, 0.30), (3, 13.5, 0.28)):
+        found = evaluation(ece, value, value - 0.03, value + 0.03)
+        assert so_far.collapses(found) == [], step
+        so_far = so_far.after(found.ece, step, found.bench)
+    so_far = Evaluations.of_manifest(json.loads(json.dumps(so_far.to_manifest())))
+    assert so_far.collapses(evaluation(14.5, 0.1, 0.08, 0.12)) == [], "the loss shows it, too"
+    assert so_far.collapses(evaluation(13.0, 0.25, 0.2, 0.28)) == [], "intervals overlap"
+    (sentence,) = so_far.collapses(evaluation(13.0, 0.1, 0.08, 0.12))
+    assert "contacts/p@l/long has become worse (0.300 to 0.100)" in sentence
+    assert "held-out ECE has not (14.000 to 13.000)" in sentence
+
+
+def test_where_lower_is_better_a_rise_is_told():
+    found = evaluation(15.0, 17.0, 16.5, 17.5, higher=False)
+    so_far = Evaluations().after(found.ece, 1, found.bench)
+    assert so_far.collapses(evaluation(14.0, 16.0, 15.0, 17.0, higher=False)) == []
+    assert len(so_far.collapses(evaluation(14.0, 19.0, 18.0, 20.0, higher=False))) == 1
 
 
 @ray.remote
