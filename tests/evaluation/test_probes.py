@@ -35,9 +35,9 @@ def linear_world(rows, width=8, num_classes=4, together=0.0):
     """Features, classes drawn from a softmax of them, and the true probabilities."""
     rng = generator()
     hidden = rng.normal(size=(rows, width))
-    logits = hidden @ rng.normal(size=(width, num_classes))
+    logits = hidden @ rng.normal(size=(width, num_classes)) * 0.7
     classes = (logits + rng.gumbel(size=logits.shape)).argmax(-1)
-    mixing = np.eye(width) + together * rng.normal(size=(width, 1))
+    mixing = np.eye(width) + together * np.linspace(0.5, 1.5, width)[:, None]
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     return (hidden @ mixing * 7 + 3).astype(np.float32), classes, probabilities
 

@@ -43,7 +43,7 @@ SCALE_ROWS, SCALE_ROWS_EACH = 20_000, 20
 """Rows by which features are standardised: so many, or so many for each feature."""
 LEAST_SPREAD = 1e-6
 """Standard deviation below which a feature counts as constant."""
-LEAST_VARIANCE = 1e-3
+LEAST_VARIANCE = 1e-4
 """Added to the variances of standardised features along their axes, which are 1 on average."""
 
 MOST_TOUCHING = 64
