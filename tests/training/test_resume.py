@@ -94,6 +94,7 @@ FREE = {
     "cluster.hang_timeout_s": 5.0,
     "checkpoint.when_unsaved": "stop",
     "evaluation.asynchronous": True,
+    "evaluation.benchmark": "b.yaml",
     "evaluation.timeout_s": 60.0,
     "evaluation.patience": 5,
     "tracking.mode": "disabled",
@@ -157,7 +158,8 @@ def test_the_weights_of_a_mixture_cannot_change():
 
 @pytest.mark.parametrize("field", FREE)
 def test_what_is_read_anew_is_not_refused(whole, corpus, field):
-    recipe = changed(make_recipe(corpus), {field: FREE[field]})
+    others = {"evaluation.benchmark": {"evaluation.asynchronous": True}}.get(field, {})
+    recipe = changed(make_recipe(corpus), {**others, field: FREE[field]})
     prepare_run(recipe, whole.folder, resume=True)
 
 

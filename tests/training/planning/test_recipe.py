@@ -36,7 +36,7 @@ def test_every_recipe_parses_and_deepspeed_takes_its_configuration(path, monkeyp
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_memory_that_a_recipe_states_is_the_estimate(path):
     stated = re.search(r"about ([\d.]+)\s+GB a GPU", path.read_text().replace("\n#", ""))
-    if path.stem == "demo":
+    if path.stem in ("demo", "swissprot"):
         assert stated is None
         return
     recipe = load_settings(Recipe, path)
@@ -95,3 +95,13 @@ def test_workers_are_a_number_or_two_in_an_override_too():
     demo = ROOT / "jobs/recipes/demo.yaml"
     for text, workers in (("3", (3, 3)), ("[1, 4]", (1, 4))):
         assert load_settings(Recipe, demo, [f"cluster.workers={text}"]).cluster.workers == workers
+
+
+def test_a_benchmark_needs_evaluation_beside_the_training():
+    tree = {"name": "x", "corpus": "c", "evaluation": {"benchmark": "b.yaml"}}
+    tree |= {"stream": {"batch_rows": 2}, "training": {"steps": 1, "micro_batch_rows": 1}}
+    tree |= {"model": {"layers": 1, "width": 8, "heads": 2}, "cluster": {"workers": 1}}
+    with pytest.raises(ConfigError, match="benchmark needs asynchronous: true"):
+        parse_settings(Recipe, tree, source="test")
+    tree["evaluation"]["asynchronous"] = True
+    assert parse_settings(Recipe, tree, source="test").evaluation.benchmark == "b.yaml"
