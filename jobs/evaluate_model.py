@@ -62,7 +62,9 @@ def main() -> None:
         precision = choose_precision(args.precision)
         reader = BulkReader(BulkSettings(workers=args.workers, threads=threads), progress_bar)
         subjects = [
-            ModelSubject(name, model, precision, reader, scratch_of(cache, model, precision))
+            ModelSubject(
+                *(name, model, precision, reader, scratch_of(cache, model, precision)), say=say
+            )
             for name, model in models.items()
         ]
         print_costs(tasks, subjects)

@@ -78,7 +78,7 @@ class Benchmark:
 
 def _task(tree: dict[str, Any], base: Path, place: str) -> TaskSettings:
     kind = tree.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         known = ", ".join(KINDS)
         raise ConfigError(f"{place} has kind {kind!r}; give one of {known}.")
     located = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +48,8 @@ class ModelSubject:
     """A folder of this subject's own; gone after reading."""
     fits: Fits = field(default_factory=dict)
     baseline: bool = False
+    say: Callable[[str], None] = lambda line: None
+    """Told what room the answers take, before anything is computed."""
 
     @property
     def digest(self) -> str:
@@ -95,6 +97,7 @@ class ModelSubject:
 
     def _refuse_small_disk(self, items: Sequence[Item]) -> None:
         need, free = self.scratch_bytes(items), shutil.disk_usage(self.scratch).free
+        self.say(f"{self.name}: answers take {need / 1e9:.2f} GB in {self.scratch} for a while")
         if need > free:
             raise ConfigError(
                 f"Answers of {self.name} take {need / 1e9:.1f} GB in {self.scratch}, which has "
@@ -119,5 +122,5 @@ def random_weights(like: ModelSubject, scratch: Path) -> ModelSubject:
         partial.rename(folder)
     return ModelSubject(
         *("random-weights", Model.find(folder), like.precision, like.reader),
-        *(scratch / f"read-{name}", like.fits, True),
+        *(scratch / f"read-{name}", like.fits, True, like.say),
     )
