@@ -41,6 +41,7 @@ class Item:
         """That are computed; maps of attention cost as if they were some passes."""
         length = len(self.sequence) + 2
         total = length * any(reading.kind in EMBEDDED for reading, _ in self.wants)
+        total += length * any(reading.kind == "masked" for reading, _ in self.wants)
         for reading, places in self.wants:
             total += length * _passes(reading, len(self.sequence), len(places))
         return max(total, 1)
@@ -57,7 +58,7 @@ def _passes(reading: Reading, length: int, places: int) -> int:
         return length
     if reading.kind == "marginals" and reading.method == "masked-marginals":
         return places
-    return 0 if reading.kind in EMBEDDED or reading.kind == "letters" else 1
+    return 1 if reading.kind == "marginals" else 0
 
 
 def stored_shape(request: Request, width: int) -> tuple[int, ...]:

@@ -5,9 +5,9 @@ Shape letters: see evaluation/requests.py; V tokens of the alphabet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -95,22 +95,25 @@ class ItemReader:
         self._forward = Forward(engine.model, _device_of(engine), engine.max_batch_tokens)
 
     def read(self, items: list[Item]) -> list[np.ndarray]:
-        """All numbers of each item in one row, [item.floats] fp32."""
-        vectors = self._embed(items)
+        """All numbers of each item in one row, [item.floats] fp32.
+
+        Passes of all items share batches, whatever they are for.
+        """
+        passes = _Passes(
+            self._embed(items), self._logits(items), self._masked_alone(items), self._pseudo(items)
+        )
         return [
-            np.concatenate([self._answer(request, vectors).ravel() for request in item.requests()])
+            np.concatenate([self._answer(request, passes).ravel() for request in item.requests()])
             for item in items
         ]
 
     def _embed(self, items: list[Item]) -> dict[tuple[str, int], np.ndarray]:
         """Vectors of all residues of those items that want some, by sequence and layer."""
-        asked = [
-            item for item in items if any(reading.kind in EMBEDDED for reading, _ in item.wants)
-        ]
-        layers = sorted({r.layer for item in asked for r, _ in item.wants if r.kind in EMBEDDED})
-        if not asked:
+        wanted = _wanted(items, lambda reading: reading.kind in EMBEDDED)
+        layers = sorted({request.reading.layer for request in wanted})
+        sequences = list(dict.fromkeys(request.sequence for request in wanted))
+        if not sequences:
             return {}
-        sequences = [item.sequence for item in asked]
         found = self._engine.embed(sequences, layers, "residue", "window")
         return {
             (sequence, layer): vectors if len(layers) == 1 else vectors[place]
@@ -118,47 +121,84 @@ class ItemReader:
             for place, layer in enumerate(layers)
         }
 
-    def _answer(self, request: Request, vectors: dict[tuple[str, int], np.ndarray]) -> np.ndarray:
+    def _logits(self, items: list[Item]) -> dict[tuple[str, bool], np.ndarray]:
+        """Logits of whole sequences, [L, V], by sequence and whether it is corrupted."""
+        mask = self._engine.model.settings.alphabet.mask
+        shown: dict[tuple[str, bool], np.ndarray] = {}
+        for request in _wanted(items, _is_one_pass):
+            sequence, corrupted = request.sequence, request.reading.kind == "masked"
+            if (sequence, corrupted) not in shown:
+                residues = encode_residues(sequence)
+                chosen = choose_residues(sequence)
+                tokens = chosen.corrupt(residues, mask) if corrupted else residues
+                shown[sequence, corrupted] = tokens
+        return dict(zip(shown, self._forward.logits(list(shown.values())), strict=True))
+
+    def _masked_alone(self, items: list[Item]) -> dict[Request, np.ndarray]:
+        """Log probabilities at places that are masked one at a time, [P, V]."""
+        wanted = _wanted(items, lambda reading: reading.method == "masked-marginals")
+        pieces = [(encode_residues(each.sequence), np.array(each.places)) for each in wanted]
+        rows: list[list[np.ndarray]] = [[] for _ in pieces]
+        for index, row in self._forward.masked_log_p(pieces):
+            rows[index].append(row)
+        return dict(zip(wanted, map(np.stack, rows), strict=True))
+
+    def _pseudo(self, items: list[Item]) -> dict[str, float]:
+        """Pseudo log likelihoods, nats."""
+        wanted = _wanted(items, lambda reading: reading.kind == "pseudo")
+        sequences = [request.sequence for request in wanted]
+        means: Any = []
+        if wanted:
+            means = self._engine.score_sequences(sequences, "pseudo-ppl", "window")
+        return {each: mean * len(each) for each, mean in zip(sequences, means, strict=True)}
+
+    def _answer(self, request: Request, passes: _Passes) -> np.ndarray:
         reading, sequence, places = request
         match reading.kind:
             case "residues":
-                return vectors[sequence, reading.layer]
+                return passes.vectors[sequence, reading.layer]
             case "mean":
-                return vectors[sequence, reading.layer].mean(0)
+                return passes.vectors[sequence, reading.layer].mean(0)
             case "sites":
-                return vectors[sequence, reading.layer][list(places)]
+                return passes.vectors[sequence, reading.layer][list(places)]
             case "contacts":
                 return self._contacts(sequence, reading.method)
             case "masked":
-                return self._masked(sequence, reading.method)
+                chosen = choose_residues(sequence)
+                log_p = log_softmax(passes.logits[sequence, True][chosen.places])
+                return score_masked(log_p, chosen, encode_residues(sequence), reading.method)
             case "marginals":
-                return self._log_p(sequence, places, reading.method)[:, STANDARD_IDS]
+                alone = passes.masked_alone.get(request)
+                if alone is None:
+                    alone = log_softmax(passes.logits[sequence, False][list(places)])
+                return alone[:, STANDARD_IDS]
             case "pseudo":
-                (mean,) = self._engine.score_sequences([sequence], "pseudo-ppl", "window")
-                return np.array([mean * len(sequence)], np.float32)
+                return np.array([passes.pseudo[sequence]], np.float32)
             case _:
                 return letter_vectors(self._engine)
 
     def _contacts(self, sequence: str, method: str) -> np.ndarray:
-        (residues,) = _encode([sequence])
-        maps = self._forward.corrected_maps(residues)
+        maps = self._forward.corrected_maps(encode_residues(sequence))
         scores = self._heads[method].probabilities(maps).cpu().numpy()
         return scores[np.triu_indices(len(scores), 1)]
 
-    def _masked(self, sequence: str, method: str) -> np.ndarray:
-        chosen = choose_residues(sequence)
-        (residues,) = _encode([sequence])
-        alphabet = self._engine.model.settings.alphabet
-        (logits,) = self._forward.logits([chosen.corrupt(residues, alphabet.mask)])
-        return score_masked(_log_softmax(logits[chosen.places]), chosen, residues, method)
 
-    def _log_p(self, sequence: str, places: Sequence[int], method: str) -> np.ndarray:
-        (residues,) = _encode([sequence])
-        if method == "masked-marginals":
-            rows = self._forward.masked_log_p([(residues, np.array(places))])
-            return np.stack([row for _, row in rows])
-        (logits,) = self._forward.logits([residues])
-        return _log_softmax(logits[list(places)])
+class _Passes(NamedTuple):
+    """What forward passes gave for some items."""
+
+    vectors: dict[tuple[str, int], np.ndarray]
+    logits: dict[tuple[str, bool], np.ndarray]
+    masked_alone: dict[Request, np.ndarray]
+    pseudo: dict[str, float]
+
+
+def _wanted(items: list[Item], which: Callable[[Reading], bool]) -> list[Request]:
+    return [each for item in items for each in item.requests() if which(each.reading)]
+
+
+def _is_one_pass(reading: Reading) -> bool:
+    unmasked = reading.kind == "marginals" and reading.method != "masked-marginals"
+    return reading.kind == "masked" or unmasked
 
 
 def letter_vectors(engine: Engine) -> np.ndarray:
@@ -169,18 +209,15 @@ def letter_vectors(engine: Engine) -> np.ndarray:
     return table.detach().float().cpu().numpy()[STANDARD_IDS]
 
 
-def _encode(sequences: list[str]) -> list[np.ndarray]:
-    return [encode_residues(sequence) for sequence in sequences]
-
-
 def _device_of(engine: Engine) -> Any:
     return engine.model.embed.weight.device
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    from raptide.inference.scoring import log_softmax
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """As the engine takes it; imported late, since workers have no torch."""
+    from raptide.inference import scoring
 
-    return log_softmax(logits)
+    return scoring.log_softmax(logits)
 
 
 def fit_head(
