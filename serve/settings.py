@@ -75,6 +75,9 @@ class GatewaySettings(Settings):
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
     """Bytes of a request; reading stops there."""
 
+    max_body_s: float = Field(30.0, gt=0.0)
+    """Seconds in which a request's body has to come."""
+
     timeout_s: float = Field(120.0, gt=0.0)
     """Seconds a request may take, waiting included; X-Raptide-Timeout-S may ask for less."""
 

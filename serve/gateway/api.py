@@ -32,6 +32,9 @@ from serve.gateway.refusals import invalid
 from serve.gateway.schemas import ErrorResponse
 from serve.gateway.service import Query, Service, Whole
 
+LONGEST_ID = 128
+"""Characters of a request's id that are kept; a client may send any number."""
+
 READY_S = 10.0
 """Seconds a replica may take to show that it is ready."""
 
@@ -64,15 +67,17 @@ def build_api(service: Service, keys: KeyRing) -> ASGIApp:
     _add_operations(api, service)
     if keys:
         _ask_for_keys(api)
-    if origins := service.settings.cors_origins:
-        api.add_middleware(
-            CORSMiddleware,
-            allow_origins=origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "Accept", "X-Raptide-Timeout-S"],
-            expose_headers=["X-Raptide-Model", "X-Raptide-Weights", "X-Raptide-Step"],
-        )
-    return Guard(api, keys, service.settings.max_body_bytes, service.metrics)
+    settings = service.settings
+    guard = Guard(api, keys, settings.max_body_bytes, settings.max_body_s, service.metrics)
+    if not settings.cors_origins:
+        return guard
+    return CORSMiddleware(  # around the guard: a page may read refusals, too
+        guard,
+        allow_origins=settings.cors_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type", "Accept", "X-Raptide-Timeout-S"],
+        expose_headers=["X-Raptide-Model", "X-Raptide-Weights", "X-Raptide-Step", "Retry-After"],
+    )
 
 
 def _add_calls(api: FastAPI, service: Service) -> None:
@@ -90,7 +95,9 @@ def _add_calls(api: FastAPI, service: Service) -> None:
         if body.layers is not None and not body.layers:
             raise invalid("layers", "`layers` needs at least one layer; the last one is -1.")
         layers = (-1,) if body.layers is None else tuple(body.layers)
-        ask = Ask("embed", pooling=body.pooling, layers=layers)
+        ask = Ask("embed", pooling=body.pooling or "mean", layers=layers)
+        if body.dimensions is not None:
+            await service.refuse_other_width(body.model, body.dimensions)
         query = _accept(service, request, body.model, ask, body.input, "input", timeout_s)
         return await _arrays(service, request, query, "embedding", body.encoding_format)
 
@@ -123,7 +130,7 @@ def _add_calls(api: FastAPI, service: Service) -> None:
         body: schemas.ScanRequest, request: Request, timeout_s: Timeout = None
     ) -> Response:
         """A row for each residue, a column for each standard one in alphabetical order."""
-        ask = Ask("scan", method=body.method)
+        ask = Ask("scan", method=body.method or "wt-marginals")
         query = _accept(service, request, body.model, ask, body.sequence, "sequence", timeout_s)
         columns = {"columns": list(STANDARD)}
         return await _arrays(service, request, query, "values", body.encoding_format, columns)
@@ -171,12 +178,19 @@ def _add_operations(api: FastAPI, service: Service) -> None:
     )
     async def models() -> Response:
         """The models being served, and where their weights come from."""
-        data = []
-        for name in service.names:
-            described = await service.describe(name)
-            fixed = {"id": name, "object": "model", "created": 0, "owned_by": "raptide"}
-            data.append({**fixed, **described})
+        data = [await _describe(service, name) for name in service.names]
         return JSONResponse({"object": "list", "data": data})
+
+    @api.get(
+        "/v1/models/{model}",
+        summary="One model and its lineage",
+        tags=["model"],
+        response_model=schemas.Model,
+        responses={status: REFUSED[status] for status in (401, 404, 422, 500, 503)},
+    )
+    async def model(model: str) -> Response:
+        """One of the models being served."""
+        return JSONResponse(await _describe(service, service.name_of(model)))
 
     @api.get("/healthz", summary="Liveness", tags=["operations"], response_model=schemas.Status)
     async def healthz() -> dict[str, str]:
@@ -194,6 +208,11 @@ def _add_operations(api: FastAPI, service: Service) -> None:
         """A replica of every model has just computed an embedding, past the queue."""
         await service.probe(READY_S)
         return {"status": "ready"}
+
+
+async def _describe(service: Service, name: str) -> dict[str, Any]:
+    fixed = {"id": name, "object": "model", "created": 0, "owned_by": "raptide"}
+    return {**fixed, **await service.describe(name)}
 
 
 def _ask_for_keys(api: FastAPI) -> None:
@@ -254,7 +273,7 @@ def _accept(
         param,
         timeout_s=timeout_s,
         variants=variants,
-        request_id=request.headers.get("X-Request-Id", ""),
+        request_id=request.headers.get("X-Request-Id", "")[:LONGEST_ID],
     )
     service.admit(request.state.key, query.residues)
     request.state.books.model = query.model
@@ -267,7 +286,7 @@ async def _arrays(
     request: Request,
     query: Query,
     field: str,
-    encoding: str,
+    encoding: str | None,
     extra: dict[str, Any] | None = None,
 ) -> Response:
     """Arrays as the client wants them."""
@@ -282,7 +301,7 @@ async def _arrays(
     tree = {
         "object": "list",
         "model": query.model,
-        "data": rows(whole.arrays, field, encoding),
+        "data": rows(whole.arrays, field, encoding or "float"),
         **(extra or {}),
         "usage": usage(query.residues),
     }

@@ -5,6 +5,7 @@ Plain ASGI, so that a body is refused while it streams in, and nothing is paid f
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import traceback
@@ -27,11 +28,17 @@ class Guard:
     """An ASGI application around another one."""
 
     def __init__(
-        self, app: ASGIApp, keys: KeyRing, max_body_bytes: int, metrics: GatewayMetrics
+        self,
+        app: ASGIApp,
+        keys: KeyRing,
+        max_body_bytes: int,
+        max_body_s: float,
+        metrics: GatewayMetrics,
     ) -> None:
         self._app = app
         self._keys = keys
         self._max_body_bytes = max_body_bytes
+        self._max_body_s = max_body_s
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,17 +51,21 @@ class Guard:
         headers = {name.lower(): value for name, value in scope["headers"]}
         scope["state"] = {"key": None, "books": books}
         try:
+            body = b""
             # OPTIONS computes nothing: browsers ask by it, without a key, whether they may ask.
+            # What takes no key has no use for a body either, and must not wait for one.
             if scope["method"] != "OPTIONS" and not _path(scope).startswith(OPEN):
                 given = headers.get(b"authorization", b"").decode("latin-1")
                 scope["state"]["key"] = self._keys.check(given)
-            body = await self._read(headers, receive)
+                body = await self._read(headers, receive)
             await self._app(scope, _replay(body, receive), books.send)
         except Refusal as refusal:
             books.kind = refusal.kind
             await refusal.response()(scope, receive, books.send)
         except Exception as error:
             self._report(error)
+            if books.complete:  # the application has answered it, and lets it be seen here
+                return
             if books.status is not None:
                 # An answer that breaks off must not look whole; its text may repeat what was sent.
                 raise RuntimeError("The answer broke off.") from None
@@ -64,10 +75,30 @@ class Guard:
             books.close()
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        """The whole body, or a refusal as soon as it is known to be too large."""
+        """The whole body, or a refusal as soon as it is known to be too large or too slow."""
         announced = headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > self._max_body_bytes:
             raise self._too_large()
+        if (coding := headers.get(b"content-encoding", b"identity").lower()) != b"identity":
+            shown = coding[:20].decode("ascii", "replace")
+            raise invalid(
+                "body",
+                f"A body is read as it is, but {shown!r} was sent; send it "
+                "uncompressed, without Content-Encoding.",
+                415,
+            )
+        try:
+            async with asyncio.timeout(self._max_body_s):
+                return await self._gather(receive)
+        except TimeoutError:
+            raise invalid(
+                "body",
+                f"A body has to come within {self._max_body_s:g} s, but this one "
+                "did not; send less at once, or faster.",
+                408,
+            ) from None
+
+    async def _gather(self, receive: Receive) -> bytes:
         body = bytearray()
         while True:
             message = await receive()
@@ -103,6 +134,8 @@ class _Books:
         self._metrics = metrics
         self._started = time.monotonic()
         self.status: int | None = None
+        self.complete = False
+        """Whether the whole answer has gone out."""
         self.kind: str | None = None
         """The type of the error, if it is one."""
         self.model = ""
@@ -112,6 +145,8 @@ class _Books:
         if message["type"] == "http.response.start":
             self.status = message["status"]
         await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.complete = True
 
     def close(self) -> None:
         seconds = time.monotonic() - self._started

@@ -6,7 +6,8 @@ The endpoint knows only hashes, one key a line, in a file or in the variable RAP
     team-a       sha256:9f86d081884c7d659a2f...     2000000
     notebook     sha256:60303ae22b998861bce3...
 
-To revoke a key, delete its line: gateways read the file again when it has changed, within a second.
+To revoke a key, delete its line: gateways read the file again when it has changed, within a second,
+and believe that a key is gone once it has been gone for two more.
 Keys are 256 random bits, so one round of SHA-256 is enough to keep them.
 """
 
@@ -28,6 +29,7 @@ ENVIRONMENT = "RAPTIDE_API_KEYS"
 NAME = re.compile(r"[A-Za-z0-9._-]+")
 LINE = re.compile(rf"({NAME.pattern})\s+sha256:([0-9a-f]{{64}})(?:\s+([1-9][0-9]*))?")
 LOOK_AGAIN_S = 1.0
+SETTLE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class KeyRing:
         self._fixed = parse_keys(os.environ.get(ENVIRONMENT, ""), ENVIRONMENT)
         self._looked = 0.0
         self._seen: object = None
+        self._fewer: tuple[object, float] | None = None
+        """A file that lacks keys it had, and since when it has been so."""
         self._filed: list[Key] = []
         self._read()
 
@@ -94,15 +98,15 @@ class KeyRing:
 
     def _read(self) -> None:
         """Read the file if it has changed. One that cannot be read or parsed later on changes
-        nothing but is retried: a half-written file must not lock everybody out."""
+        nothing but is retried, and one that lacks keys it had counts once it has stayed so for
+        SETTLE_S: a half-written file must not lock everybody out."""
         if self._file is None:
             return
         try:
             status = self._file.stat()
             seen = (status.st_mtime_ns, status.st_size, status.st_ino)
             if seen != self._seen:
-                self._filed = parse_keys(self._file.read_text(), str(self._file))
-                self._seen = seen
+                self._take(parse_keys(_text_of(self._file), str(self._file)), seen)
         except OSError as error:
             if self._seen is None:
                 raise ConfigError(
@@ -112,6 +116,26 @@ class KeyRing:
         except ConfigError:
             if self._seen is None:
                 raise
+
+    def _take(self, found: list[Key], seen: object) -> None:
+        now = time.monotonic()
+        if self._seen is not None and not set(self._filed) <= set(found):
+            if self._fewer is None or self._fewer[0] != seen:
+                self._fewer = seen, now
+            if now - self._fewer[1] < SETTLE_S:
+                return
+        self._fewer, self._filed, self._seen = None, found, seen
+
+
+def _text_of(file: Path) -> str:
+    """Raises ConfigError where it is no text."""
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"{file} must hold keys as UTF-8 text, but does not; `python -m serve.keys NAME` makes "
+            "a line for it."
+        ) from None
 
 
 def parse_keys(text: str, source: str) -> list[Key]:

@@ -1,7 +1,7 @@
 """Errors as clients see them: a status and `{"error": {"type", "message", "param"}}`.
 
 type             status
-invalid_request  400 404 405 413 415 422   put it right
+invalid_request  400 404 405 408 413 415 422   put it right
 authentication   401                       give a valid key
 overloaded       429                       the queue is full: Retry-After says when
 rate_limit       429                       the key's residues per minute are used up, likewise
@@ -100,6 +100,10 @@ def register(api: FastAPI) -> None:
         answer.headers.update(error.headers or {})
         return answer
 
+    @api.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
+        return _answer(request, internal())  # the guard writes down where it happened
+
     @api.exception_handler(RequestValidationError)
     async def misfit(request: Request, error: RequestValidationError) -> JSONResponse:
         return _answer(request, invalid(*describe(error.errors()[0])))
@@ -115,6 +119,11 @@ def describe(problem: Any) -> tuple[str, str]:
     """The field that one of pydantic's complaints is about, and a sentence without its value."""
     if problem["type"] == "json_invalid":
         return "body", f"`body`: broken JSON ({problem['ctx']['error']})."
+    if problem["type"] == "string_type" and isinstance(problem.get("input"), int):
+        field = str(problem["loc"][1])
+        return field, f"`{field}`: proteins are sent as letters, but token ids were given."
+    if problem["type"] == "model_attributes_type":
+        return "body", "`body`: send JSON, with Content-Type: application/json."
     # The last parts of a place may be pydantic's names for the branches of a union.
     field = str([*problem["loc"], "body"][1])
     message = problem["msg"].removeprefix("Value error, ").rstrip(".")

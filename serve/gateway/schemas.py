@@ -32,7 +32,7 @@ class Request(BaseModel):
 
 
 class ArrayRequest(Request):
-    encoding_format: Encoding = Field(
+    encoding_format: Encoding | None = Field(
         "float", description="base64 holds little-endian float32 and is far cheaper to read"
     )
 
@@ -41,7 +41,7 @@ class EmbeddingsRequest(ArrayRequest):
     """As OpenAI's, with `input` holding protein sequences."""
 
     input: Sequence | Several = Field(examples=[EXAMPLE])
-    pooling: Pooling = Field(
+    pooling: Pooling | None = Field(
         "mean", description="mean over residues, the first token, or one vector a residue"
     )
     layers: list[Annotated[int, Field(ge=-256, le=256)]] | None = Field(
@@ -49,6 +49,9 @@ class EmbeddingsRequest(ArrayRequest):
         description="0 is the embedding, i the output of layer i, -1 the last; default: [-1]",
         json_schema_extra={"minItems": 1, "maxItems": 256},
         examples=[[-1]],
+    )
+    dimensions: int | None = Field(
+        None, ge=1, description="The model's width, or another is refused; vectors are never cut"
     )
     user: str | None = Field(None, description="Taken, as OpenAI clients may send it; not used")
 
@@ -76,7 +79,7 @@ class ScanRequest(ArrayRequest):
     """Every single substitution of one sequence."""
 
     sequence: Sequence = Field(examples=[EXAMPLE[0]])
-    method: ScanMethod = "wt-marginals"
+    method: ScanMethod | None = "wt-marginals"
 
 
 class SequencesRequest(ArrayRequest):

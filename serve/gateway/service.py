@@ -37,6 +37,11 @@ DESCRIBE_S = 30.0
 LEARN_S = 5.0
 """How long after an update the cache may answer for the weights before it."""
 
+PROBED_S = 2.0
+"""How long a probe's outcome holds."""
+
+MOST_LAYERS = 256
+
 ATTEMPTS = 5
 """How often a request is begun again because an update came between its runs."""
 
@@ -93,6 +98,8 @@ class Service:
         self._newest: dict[str, tuple[str, float]] = {}
         """The weights each model answered with last, and when."""
         self._rates: dict[str, Rate] = {}
+        self._probed: asyncio.Future[None] | None = None
+        self._probed_at = 0.0
 
     @property
     def names(self) -> list[str]:
@@ -102,8 +109,38 @@ class Service:
         """What a model is and where its weights come from, as one of its replicas says."""
         return await self._dispatchers[name].describe(DESCRIBE_S)
 
+    def name_of(self, model: str | None) -> str:
+        """The name of a model, the first by default.
+
+        Raises:
+            Refusal: there is none such.
+        """
+        return self._choose(model).name
+
+    async def refuse_other_width(self, model: str | None, width: int) -> None:
+        """Raises Refusal where a model's vectors have another number of values."""
+        name = self.name_of(model)
+        own = (await self.describe(name))["width"]
+        if width != own:
+            raise invalid(
+                "dimensions",
+                f"Vectors of {name} have {own} values and are never cut, but {width} were asked "
+                f"for; leave `dimensions` out, or give {own}.",
+            )
+
     async def probe(self, timeout_s: float) -> None:
-        """Every model that always has a replica has just computed something, past its queue."""
+        """Every model that always has a replica has just computed something, past its queue.
+
+        Whoever asks within PROBED_S shares one computation: probes take no key.
+        """
+        now = time.monotonic()
+        probed = self._probed
+        if probed is None or (probed.done() and now - self._probed_at > PROBED_S):
+            self._probed_at = now
+            probed = self._probed = asyncio.ensure_future(self._probe(timeout_s))
+        await asyncio.shield(probed)
+
+    async def _probe(self, timeout_s: float) -> None:
         always = [m for m in self._models.values() if m.max_replicas is None or m.min_replicas]
         await asyncio.gather(*(self._dispatchers[m.name].probe(timeout_s) for m in always))
 
@@ -125,6 +162,12 @@ class Service:
         """
         started = time.monotonic()
         chosen = self._choose(model)
+        if len(set(ask.layers)) < len(ask.layers) or len(ask.layers) > MOST_LAYERS:
+            raise invalid(
+                "layers",
+                f"`layers` names each layer once, and at most {MOST_LAYERS}, but "
+                f"{len(ask.layers):,} were given, {len(set(ask.layers)):,} of them different.",
+            )
         sequences = self._read(given, param)
         relative = False
         if variants is not None:

@@ -171,7 +171,36 @@ def test_health_readiness_and_docs(client):
     assert client.get("/docs").status_code == 200
     paths = client.get("/openapi.json").json()["paths"]
     calls = {"embeddings", "scores", "scan", "contacts", "logits", "models"}
-    assert {f"/v1/{call}" for call in calls} | {"/healthz", "/readyz"} == set(paths)
+    others = {"/v1/models/{model}", "/healthz", "/readyz"}
+    assert {f"/v1/{call}" for call in calls} | others == set(paths)
+
+
+def test_null_means_the_default_in_every_optional_field(client):
+    plain = client.post("/v1/embeddings", json={"input": "MKTAYI"}).json()
+    nulls = ("model", "encoding_format", "dimensions", "pooling", "layers", "user")
+    asked = client.post("/v1/embeddings", json={"input": "MKTAYI"} | dict.fromkeys(nulls))
+    assert asked.status_code == 200, asked.text
+    assert asked.json() == plain
+    scan = {"sequence": "MKTAYI", "method": None, "encoding_format": None, "model": None}
+    assert client.post("/v1/scan", json=scan).status_code == 200
+
+
+def test_dimensions_are_the_models_or_refused(client):
+    width = len(client.post("/v1/embeddings", json={"input": "MK"}).json()["data"][0]["embedding"])
+    same = client.post("/v1/embeddings", json={"input": "MK", "dimensions": width})
+    assert same.status_code == 200
+    other = client.post("/v1/embeddings", json={"input": "MK", "dimensions": width // 2})
+    assert other.status_code == 422
+    assert other.json()["error"]["param"] == "dimensions"
+    assert f"{width} values and are never cut" in other.json()["error"]["message"]
+
+
+def test_one_model_can_be_asked_for_by_its_name(client):
+    (listed,) = client.get("/v1/models").json()["data"]
+    assert client.get(f"/v1/models/{listed['id']}").json() == listed
+    unknown = client.get("/v1/models/other")
+    assert unknown.status_code == 404
+    assert "'other' was asked for" in unknown.json()["error"]["message"]
 
 
 def test_web_pages_from_elsewhere_are_not_let_in_by_default(client):
@@ -193,6 +222,10 @@ def test_web_pages_from_elsewhere_are_not_let_in_by_default(client):
         ("embeddings", {"input": "MK", "pool": "x"}, 422, "pool", "`pool`"),
         ("embeddings", {"input": "MK", "layers": [3]}, 422, "layers", "layers 0 to 2"),
         ("embeddings", {"input": "MK", "layers": []}, 422, "layers", "at least one layer"),
+        ("embeddings", {"input": "MK", "layers": [1, 1]}, 422, "layers", "each layer once"),
+        ("embeddings", {"input": "MK", "layers": [-1] * 30_000}, 422, "layers", "30,000 were"),
+        ("embeddings", {"input": [5, 6, 7]}, 422, "input", "letters, but token ids"),
+        ("embeddings", {"input": [[5, 6], [7]]}, 422, "input", "`input`"),
         ("embeddings", {}, 422, "input", "`input`: field required"),
         ("embeddings", {"input": "MK", "model": "other"}, 404, "model", "serves 'raptide'"),
         ("scores", {"sequences": ["A" * 400]}, 422, "sequences", "160,800 tokens to compute"),
@@ -223,6 +256,19 @@ def test_a_bad_request_gets_one_sentence(client, path, body, status, param, mess
     assert error["param"] == param
     assert "\n" not in error["message"]
     assert re.search(message, error["message"]), error["message"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "message"),
+    [
+        ({"Content-Type": "text/plain"}, 422, "Content-Type: application/json"),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, 415, "uncompressed"),
+    ],
+)
+def test_what_is_no_plain_json_is_told_how_to_be_sent(client, headers, status, message):
+    answer = client.post("/v1/embeddings", content=b'{"input": "MK"}', headers=headers)
+    assert answer.status_code == status
+    assert message in answer.json()["error"]["message"]
 
 
 def test_broken_json_is_refused(client):

@@ -16,6 +16,7 @@ from serve.gateway.keys import KeyRing, Rate, make_key, parse_keys
 @pytest.fixture
 def at_once(monkeypatch):
     monkeypatch.setattr(keys, "LOOK_AGAIN_S", 0.0)
+    monkeypatch.setattr(keys, "SETTLE_S", 0.0)
     monkeypatch.delenv(keys.ENVIRONMENT, raising=False)
 
 
@@ -53,6 +54,26 @@ def test_keys_are_found_and_revoked_while_the_file_changes(tmp_path, at_once):
     file.write_text("")
     assert ring.find(second) is None
     assert ring, "without any key left, keys are still asked for"
+
+
+@pytest.mark.parametrize("cut", ["", "# empty so far\n", "one line", "not UTF-8"])
+def test_a_file_that_is_being_rewritten_locks_nobody_out(tmp_path, at_once, monkeypatch, cut):
+    monkeypatch.setattr(keys, "SETTLE_S", 0.3)
+    (first, line), (second, other), (third, more) = map(make_key, "abc")
+    file = tmp_path / "keys"
+    file.write_text(f"{line}\n{other}\n")
+    ring = KeyRing(file)
+    assert ring.find(first)
+    half = {"one line": f"{line}\n".encode(), "not UTF-8": b"\xff\xfe\x00"}
+    file.write_bytes(half.get(cut, cut.encode()))
+    assert ring.find(second).name == "b", "what is half written may be whole in a moment"
+    file.write_text(f"{line}\n{other}\n{more}\n")
+    assert ring.find(third).name == "c", "what has grown counts at once"
+    file.write_text(f"{line}\n")
+    assert ring.find(second)
+    time.sleep(0.4)
+    assert ring.find(second) is None, "what stays away was revoked"
+    assert ring.find(first)
 
 
 def test_keys_come_from_the_environment_too(tmp_path, at_once, monkeypatch):

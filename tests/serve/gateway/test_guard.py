@@ -1,0 +1,162 @@
+"""The guard by itself: bodies that never end, answers that break, pages that may read refusals."""
+
+import asyncio
+import time
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+from starlette.middleware.cors import CORSMiddleware
+
+from serve.gateway import refusals
+from serve.gateway.guard import Guard
+from serve.gateway.keys import KeyRing, make_key
+
+
+class Counter:
+    def __init__(self):
+        self.seen = []
+
+    def inc(self, value=1, tags=None):
+        self.seen.append(tags)
+
+    observe = inc
+
+
+@pytest.fixture
+def metrics():
+    names = ("requests", "errors", "request", "residues")
+    return SimpleNamespace(**{name: Counter() for name in names})
+
+
+@pytest.fixture
+def ring(tmp_path):
+    key, line = make_key("a")
+    (tmp_path / "keys").write_text(line)
+    return KeyRing(tmp_path / "keys"), {"Authorization": f"Bearer {key}"}
+
+
+@pytest.fixture
+def app():
+    api = FastAPI()
+    refusals.register(api)
+
+    @api.get("/healthz")
+    @api.post("/healthz")
+    async def health():
+        return {"status": "ok"}
+
+    @api.post("/v1/echo")
+    async def echo(body: dict):
+        return body
+
+    @api.post("/v1/fails")
+    async def fails():
+        raise ZeroDivisionError("MKTAYI is secret")
+
+    @api.post("/v1/breaks")
+    async def breaks():
+        async def parts():
+            yield b"half"
+            raise ZeroDivisionError("MKTAYI is secret")
+
+        return StreamingResponse(parts())
+
+    return api
+
+
+def ask(app, path, content=b"{}", headers=None, method="POST"):
+    async def call():
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            kind = {"Content-Type": "application/json"}
+            return await client.request(
+                method, path, content=content, headers=kind | (headers or {})
+            )
+
+    return asyncio.run(call())
+
+
+async def endless():
+    yield b"{"
+    await asyncio.sleep(60)
+
+
+def test_a_body_that_never_ends_holds_nobody_for_longer_than_allowed(app, ring, metrics):
+    keys, headers = ring
+    guard = Guard(app, keys, 1000, 0.2, metrics)
+    began = time.monotonic()
+    answer = ask(guard, "/v1/echo", endless(), headers)
+    assert answer.status_code == 408
+    assert "within 0.2 s" in answer.json()["error"]["message"]
+    assert time.monotonic() - began < 30
+    assert metrics.errors.seen == [{"type": "invalid_request"}]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_health_waits_for_no_body_and_takes_no_key(app, ring, metrics, method):
+    guard = Guard(app, ring[0], 1000, 50.0, metrics)
+    began = time.monotonic()
+    answer = ask(guard, "/healthz", endless(), method=method)
+    assert answer.json() == {"status": "ok"}
+    assert time.monotonic() - began < 30
+
+
+def test_what_nobody_foresaw_is_our_own_500_counted_once_and_repeats_nothing(
+    app, ring, metrics, caplog
+):
+    keys, headers = ring
+    answer = ask(Guard(app, keys, 1000, 5.0, metrics), "/v1/fails", headers=headers)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "internal"
+    assert metrics.errors.seen == [{"type": "internal"}]
+    assert [tags["status"] for tags in metrics.requests.seen] == ["500"]
+    lines = [record.getMessage() for record in caplog.records if "failed with" in record.msg]
+    assert len(lines) == 1
+    assert "ZeroDivisionError" in lines[0]
+    assert "test_guard.py" in lines[0]
+    assert "MKTAYI" not in caplog.text
+
+
+def test_an_answer_that_breaks_off_does_not_look_whole(app, ring, metrics):
+    keys, headers = ring
+
+    async def call():
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        waiting = [{"type": "http.request", "body": b"", "more_body": False}]
+
+        async def receive():
+            return waiting.pop() if waiting else await asyncio.sleep(60)
+
+        raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        scope = {"type": "http", "method": "POST", "path": "/v1/breaks", "headers": raw}
+        scope |= {"query_string": b"", "http_version": "1.1", "scheme": "http"}
+        with pytest.raises(RuntimeError, match="broke off"):
+            await Guard(app, keys, 1000, 5.0, metrics)(scope, receive, send)
+        return sent
+
+    sent = asyncio.run(call())
+    assert sent[-1].get("more_body") is True
+
+
+def test_a_page_that_is_let_in_may_read_refusals_and_asks_without_a_key(app, ring, metrics):
+    guard = Guard(app, ring[0], 1000, 5.0, metrics)
+    page = CORSMiddleware(
+        guard,
+        allow_origins=["https://lab.example"],
+        allow_methods=["POST"],
+        allow_headers=["Authorization"],
+    )
+    origin = {"Origin": "https://lab.example"}
+    refused = ask(page, "/v1/echo", headers=origin)
+    assert refused.status_code == 401
+    assert refused.headers["Access-Control-Allow-Origin"] == "https://lab.example"
+    asked = {**origin, "Access-Control-Request-Method": "POST"}
+    asked |= {"Access-Control-Request-Headers": "authorization"}
+    assert ask(page, "/v1/echo", headers=asked, method="OPTIONS").status_code == 200
