@@ -119,7 +119,7 @@ def describe(problem: Any) -> tuple[str, str]:
     """The field that one of pydantic's complaints is about, and a sentence without its value."""
     if problem["type"] == "json_invalid":
         return "body", f"`body`: broken JSON ({problem['ctx']['error']})."
-    if problem["type"] == "string_type" and isinstance(problem.get("input"), int):
+    if problem["type"] == "string_type" and _are_numbers(problem.get("input")):
         field = str(problem["loc"][1])
         return field, f"`{field}`: proteins are sent as letters, but token ids were given."
     if problem["type"] == "model_attributes_type":
@@ -128,3 +128,10 @@ def describe(problem: Any) -> tuple[str, str]:
     field = str([*problem["loc"], "body"][1])
     message = problem["msg"].removeprefix("Value error, ").rstrip(".")
     return field, f"`{field}`: {message[:1].lower()}{message[1:]}."
+
+
+def _are_numbers(given: Any) -> bool:
+    """Whether OpenAI's other way of asking was tried: ids of tokens, or lists of them."""
+    if isinstance(given, list) and given:
+        return _are_numbers(given[0])
+    return isinstance(given, int)

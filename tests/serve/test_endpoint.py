@@ -225,7 +225,7 @@ def test_web_pages_from_elsewhere_are_not_let_in_by_default(client):
         ("embeddings", {"input": "MK", "layers": [1, 1]}, 422, "layers", "each layer once"),
         ("embeddings", {"input": "MK", "layers": [-1] * 30_000}, 422, "layers", "30,000 were"),
         ("embeddings", {"input": [5, 6, 7]}, 422, "input", "letters, but token ids"),
-        ("embeddings", {"input": [[5, 6], [7]]}, 422, "input", "`input`"),
+        ("embeddings", {"input": [[5, 6], [7]]}, 422, "input", "letters, but token ids"),
         ("embeddings", {}, 422, "input", "`input`: field required"),
         ("embeddings", {"input": "MK", "model": "other"}, 404, "model", "serves 'raptide'"),
         ("scores", {"sequences": ["A" * 400]}, 422, "sequences", "160,800 tokens to compute"),
