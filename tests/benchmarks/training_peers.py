@@ -18,7 +18,8 @@ from transformers import EsmConfig, EsmForMaskedLM
 
 from raptide.alphabet import ESM_33, FIRST_RESIDUE
 from raptide.data.corpus import Corpus
-from raptide.data.streaming.stream import Source, StreamPlan, StreamSettings, prepare_rows
+from raptide.data.streaming.batch import StreamSettings
+from raptide.data.streaming.stream import Source, StreamPlan, prepare_rows
 from raptide.model.config import ModelSettings
 from raptide.model.transformer import Esm
 from raptide.training.batches import micro_batches

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from raptide.alphabet import ESM_33
-from raptide.data.streaming.rows import PackedRows
+from raptide.data.streaming.batch import PackedRows
 from raptide.training.batches import micro_batches, share_bounds
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from raptide.alphabet import ESM_33
-from raptide.data.streaming.rows import PackedRows
-from raptide.data.streaming.stream import Cursor, GlobalBatch
+from raptide.data.streaming.batch import Cursor, GlobalBatch, PackedRows
 from raptide.model.config import ModelSettings
 from raptide.model.transformer import Esm
 from raptide.training.batches import share_bounds

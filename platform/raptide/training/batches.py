@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from raptide.alphabet import Alphabet
-from raptide.data.streaming.rows import PackedRows
+from raptide.data.streaming.batch import PackedRows
 from raptide.model.packed import Packed
 
 NO_TARGET = -1

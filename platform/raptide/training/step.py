@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raptide.data.streaming.stream import GlobalBatch
+from raptide.data.streaming.batch import GlobalBatch
 from raptide.training.batches import empty_micro_batch, micro_batches
 
 

@@ -15,8 +15,9 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from raptide.alphabet import ALPHABETS
 from raptide.cluster import on_this_node
+from raptide.data.streaming.batch import Cursor, GlobalBatch
 from raptide.data.streaming.feeder import BatchReader, FeederActor
-from raptide.data.streaming.stream import Cursor, GlobalBatch, StreamPlan
+from raptide.data.streaming.stream import StreamPlan
 from raptide.errors import CheckpointUnsaved, OutOfMemory, RaptideError
 from raptide.model.formats.detect import write_weights
 from raptide.model.formats.weights import Weights

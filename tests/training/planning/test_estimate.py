@@ -9,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raptide.alphabet import ESM_33
 from raptide.config import parse_settings
-from raptide.data.streaming.rows import PackedRows
-from raptide.data.streaming.stream import Cursor, GlobalBatch
+from raptide.data.streaming.batch import Cursor, GlobalBatch, PackedRows
 from raptide.model.config import ModelSettings
 from raptide.model.packed import Packed
 from raptide.model.transformer import Esm, count_parameters

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_serializer, field_validator, model_validator
 
 from raptide.config import Settings
-from raptide.data.streaming.stream import StreamSettings
+from raptide.data.streaming.batch import StreamSettings
 from raptide.model.config import ModelSettings
 
 LINEAR_UNTIL, LINEAR_END = 0.9, 0.1

@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
 from raptide.alphabet import ALPHABETS, Alphabet, count_letters
+from raptide.data.streaming.batch import PackedRows
 from raptide.data.streaming.letters import count_training
-from raptide.data.streaming.rows import PackedRows, pack_block
+from raptide.data.streaming.rows import pack_block
 from raptide.data.streaming.stream import StreamPlan
 from raptide.errors import CorpusError
 from raptide.model.packed import Packed
