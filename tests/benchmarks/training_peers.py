@@ -69,7 +69,7 @@ def bare_loop(corpus: Corpus, settings: ModelSettings, rows: int) -> Step:
     def step() -> int:
         start = next(starts)
         (micro,) = micro_batches(packed, [(start, start + rows)], ESM_33, CPU)
-        model(micro.packed, micro.targets_T).mean().backward()
+        model(micro.packed, micro.targets).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -8,9 +8,9 @@ import torch
 
 from raptide.data.streaming.batch import GlobalBatch
 from raptide.model.config import ModelSettings
-from raptide.model.packed import Packed
+from raptide.model.packed import Packed, Targets
 from raptide.model.transformer import Esm, count_parameters
-from raptide.training.planning.recipe import Recipe
+from raptide.training.planning.recipe import Recipe, TrainingSettings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,16 +28,19 @@ class WorkerMemory:
     """Adam's two moments, and the fp32 weights beside rounded ones."""
     activations: float
     """What the forward pass of one micro-batch keeps for the backward pass."""
+    buckets: float
+    """Room for the gradients that travel, and at stage 3 for the weights that are fetched."""
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return sum(asdict(self).values())
 
 
 def worker_memory(recipe: Recipe, workers: int) -> WorkerMemory:
     """What ZeRO leaves on each worker (Rajbhandari et al., SC 2020), and the activations.
 
-    Not counted: DeepSpeed's buckets, fragmentation, and what CUDA itself takes.
+    Not counted: fragmentation, what CUDA itself takes, and the fp32 gradients of a worker's share
+    of the weights during the update, for which the activations have made room by then.
     """
     training = recipe.training
     stage = training.zero_stage
@@ -51,7 +54,26 @@ def worker_memory(recipe: Recipe, workers: int) -> WorkerMemory:
         gradients=stored * parameters / held_by[1],
         optimizer=0 if training.offload_optimizer else moments * parameters / held_by[2],
         activations=tokens * _kept_bytes(recipe),
+        buckets=_num_buckets(recipe) * stored * bucket_elements(recipe),
     )
+
+
+def bucket_elements(recipe: Recipe) -> int:
+    """Elements of a bucket, for which DeepSpeed makes room whether there is so much or not."""
+    return min(recipe.training.bucket_elements, count_parameters(recipe.model))
+
+
+def overlaps(training: TrainingSettings, device: str) -> bool:
+    """Whether gradients travel while the backward pass goes on; on CPUs it goes through them."""
+    return training.overlap_comm and device == "cuda"
+
+
+def _num_buckets(recipe: Recipe) -> int:
+    """Buckets that DeepSpeed holds in the backward pass (stage_1_and_2.py, stage3.py)."""
+    stage, on_gpus = recipe.training.zero_stage, recipe.cluster.device != "cpu"
+    if stage in (1, 2):
+        return 1 + overlaps(recipe.training, "cuda" if on_gpus else "cpu")
+    return 2 if stage == 3 else 0
 
 
 def _kept_bytes(recipe: Recipe) -> float:
@@ -90,8 +112,9 @@ def _saved_bytes(settings: ModelSettings, dtype: torch.dtype) -> int:
 
     alphabet = settings.alphabet
     tokens = torch.randint(4, 24, (sum(PROBE_SEQUENCES),))
-    targets = torch.where(torch.rand(len(tokens)) < 0.15, tokens, -1)
-    tokens[targets >= 0] = alphabet.mask
+    at = torch.nonzero(torch.rand(len(tokens)) < 0.15)[:, 0]
+    targets = Targets(at, tokens[at])
+    tokens[at] = alphabet.mask
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         model(Packed(tokens, PROBE_SEQUENCES), targets)
     return sum(saved.values())

@@ -223,8 +223,7 @@ class HeldoutEvaluator:
         right = torch.zeros(1, dtype=torch.float64, device=device)
         with torch.no_grad():
             for micro in micro_batches(self._rows, self._bounds, self._alphabet, device):
-                at = micro.targets_T >= 0
-                targets = micro.targets_T[at]
+                at, targets = micro.targets.at_N, micro.targets.true_N
                 logits = model(micro.packed)[at].float()
                 nats = cross_entropy(logits, targets, reduction="none").double()
                 nats = nats.clamp(max=LARGEST)  # infinite ones times 0 would be no number
