@@ -2,15 +2,17 @@
 # make demo      the whole way on one machine; INPUT=my.fasta takes your own proteins
 # make test      the suite but for what is marked thorough
 # make test-all  everything, and property tests with ten times as many examples
+# make test-gpu  what a GPU makes of it, in eight minutes; GPU_PYTHON needs torch, not the rest
 # make check     format, lint, types, layering
 # make clean     everything the other targets made
 
 PYTHON ?= python3
+GPU_PYTHON ?= $(PYTHON)
 VENV := .venv
 BIN := $(VENV)/bin
 INPUT ?=
 
-.PHONY: install demo test test-all check clean
+.PHONY: install demo test test-all test-gpu check clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +30,9 @@ test: install
 
 test-all: install
 	@exec $(BIN)/python -m pytest --hypothesis-profile thorough
+
+test-gpu:
+	@exec $(GPU_PYTHON) tests/gpu/gpu_run.py $(ARGS)
 
 check: install
 	$(BIN)/ruff format --check .

@@ -31,7 +31,7 @@ from raptide.config import load_settings
 from raptide.errors import ConfigError
 from raptide.evaluation.beside import RunBenchmark
 from raptide.training.planning.deepspeed_config import check_deepspeed
-from raptide.training.planning.estimate import describe_run
+from raptide.training.planning.overview import describe_run
 from raptide.training.planning.recipe import Recipe
 from raptide.training.planning.room import choose_device, describe_room, look_around
 from raptide.training.result import RESULT, RunResult

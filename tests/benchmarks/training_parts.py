@@ -25,14 +25,12 @@ from raptide.alphabet import ESM_33
 from raptide.cluster import ray_session
 from raptide.data.building.build import BuildSettings, build_corpus
 from raptide.data.corpus import Corpus
+from raptide.data.streaming.batch import Cursor, GlobalBatch, RowSettings, StreamSettings
 from raptide.data.streaming.feeder import BatchReader, Feeder
-from raptide.data.streaming.rows import RowSettings, pack_block
+from raptide.data.streaming.rows import pack_block
 from raptide.data.streaming.stream import (
-    Cursor,
-    GlobalBatch,
     Source,
     StreamPlan,
-    StreamSettings,
     _split_tables,
     _to_batch,
     _to_table,

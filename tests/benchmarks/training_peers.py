@@ -18,7 +18,8 @@ from transformers import EsmConfig, EsmForMaskedLM
 
 from raptide.alphabet import ESM_33, FIRST_RESIDUE
 from raptide.data.corpus import Corpus
-from raptide.data.streaming.stream import Source, StreamPlan, StreamSettings, prepare_rows
+from raptide.data.streaming.batch import StreamSettings
+from raptide.data.streaming.stream import Source, StreamPlan, prepare_rows
 from raptide.model.config import ModelSettings
 from raptide.model.transformer import Esm
 from raptide.training.batches import micro_batches
@@ -68,7 +69,7 @@ def bare_loop(corpus: Corpus, settings: ModelSettings, rows: int) -> Step:
     def step() -> int:
         start = next(starts)
         (micro,) = micro_batches(packed, [(start, start + rows)], ESM_33, CPU)
-        model(micro.packed, micro.targets_T).mean().backward()
+        model(micro.packed, micro.targets).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -17,6 +17,7 @@ from raptide.model.config import ModelSettings
 from raptide.model.contacts import corrected_maps
 from raptide.model.device import CPU_SIZES, token_chunks
 from raptide.model.formats.detect import read_weights, write_weights
+from raptide.model.packed import Targets
 from raptide.model.transformer import Esm
 
 
@@ -147,7 +148,7 @@ def test_compiled_layers_give_the_same_numbers():
     model = Esm(ModelSettings(layers=1, width=32, heads=4)).initialise(1).eval()
     packed = [pack(random_tokens(model.settings.alphabet, n)) for n in ((9, 30), (600, 7))]
     expected = [model(each) for each in packed]
-    model.compile_tokenwise()
+    model.compile_layers()
     for each, logits in zip(packed, expected, strict=True):
         torch.testing.assert_close(model(each), logits, atol=1e-5, rtol=1e-5)
 
@@ -178,13 +179,14 @@ def test_memory_does_not_grow_with_the_number_of_batch_sizes_seen():
 def test_the_loss_at_targets_is_the_cross_entropy_of_the_logits():
     model = SMALL["esm2"]
     packed = pack(random_tokens(model.settings.alphabet, seed=1))
-    targets = torch.full_like(packed.tokens_T, -1)
-    targets[::7] = packed.tokens_T[::7]
+    true = torch.full_like(packed.tokens_T, -1)
+    true[::7] = packed.tokens_T[::7]
     expected = torch.nn.functional.cross_entropy(
-        model(packed), targets, ignore_index=-1, reduction="none"
+        model(packed), true, ignore_index=-1, reduction="none"
     )[::7]
-    torch.testing.assert_close(model(packed, targets), expected)
-    none = model(packed, torch.full_like(targets, -1))
+    at = torch.arange(len(true))[::7]
+    torch.testing.assert_close(model(packed, Targets(at, true[at])), expected)
+    none = model(packed, Targets(at[:0], true[:0]))
     assert none.shape == (0,)
     none.sum().backward()
 

@@ -17,6 +17,7 @@ PARTS = [
     "data",
     "inference",
     "model",
+    "gpu",
     "client",
     "tests",
 ]

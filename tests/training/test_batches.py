@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from raptide.alphabet import ESM_33
-from raptide.data.streaming.rows import PackedRows
+from raptide.data.streaming.batch import PackedRows
 from raptide.training.batches import micro_batches, share_bounds
 
 
@@ -25,6 +25,7 @@ def test_micro_batches_hold_the_filled_tokens_and_their_targets():
     both, empty = micro_batches(rows, [(0, 2), (2, 2)], ESM_33, torch.device("cpu"))
     assert both.packed.tokens_T.tolist() == [0, 5, 32, 2, 0, 7, 2, 0, 8, 2]
     assert both.packed.lengths == (4, 3, 3)
-    assert both.targets_T.tolist() == [-1, -1, 6, -1, -1, 7, -1, -1, -1, -1]
+    assert both.targets.at_N.tolist() == [2, 5]
+    assert both.targets.true_N.tolist() == [6, 7]
     assert empty.packed.lengths == (2,)
-    assert (empty.targets_T == -1).all()
+    assert empty.targets.at_N.shape == empty.targets.true_N.shape == (0,)

@@ -85,6 +85,8 @@ FREE = {
     "training.offload_parameters": False,
     "training.compile": True,
     "training.zero3_keep_whole_below": 5,
+    "training.bucket_elements": 1000,
+    "training.overlap_comm": False,
     "cluster.device": "auto",
     "cluster.cpus_per_worker": 2,
     "cluster.worker_resources": {"trainer": 1.0},
@@ -204,7 +206,7 @@ NO_CORPUS = {
 def save_engine(engine, recipe, folder, workers):
     """A checkpoint of an engine after one update, as of so many workers."""
     nothing = empty_micro_batch(ESM_33, engine.device)
-    engine.backward(engine(nothing.packed, nothing.targets_T).sum())
+    engine.backward(engine(nothing.packed, nothing.targets).sum())
     engine.step()
     name = "step-00000001"
     engine.save_checkpoint(str(folder / name / ZERO), tag=ZERO_TAG, save_latest=False)

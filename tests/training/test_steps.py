@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from raptide.alphabet import ESM_33
-from raptide.data.streaming.rows import PackedRows
-from raptide.data.streaming.stream import Cursor, GlobalBatch
+from raptide.data.streaming.batch import Cursor, GlobalBatch, PackedRows
 from raptide.model.config import ModelSettings
 from raptide.model.transformer import Esm
-from raptide.training.batches import share_bounds
-from raptide.training.step import train_step
+from raptide.training.batches import cut_share, share_bounds
+from raptide.training.step import Stepper
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -58,7 +57,8 @@ def a_batch(rows):
 def run(batch, poisoned=()):
     bounds = share_bounds(len(batch.rows.tokens), 0, 1, 1, len(batch.rows.tokens))
     engine = PlainEngine(len(bounds), poisoned)
-    return train_step(engine, batch, bounds, 0.1, ESM_33, 1), engine
+    share = cut_share(bounds, ESM_33, engine.device, batch)
+    return Stepper(engine, 1).step(share, 0.1), engine
 
 
 def targets_of(batch, row):

@@ -20,8 +20,9 @@ from raptide.cluster import local_cpus, ray_session
 from raptide.data.corpus import Corpus, Split, sha256_of_file
 from raptide.data.fasta import SOUND, ReadingRules, read_fasta
 from raptide.data.fasta_text import FastaPart, split_fasta
+from raptide.data.streaming.batch import StreamSettings
 from raptide.data.streaming.rows import Sampling, draw_members
-from raptide.data.streaming.stream import Source, StreamSettings
+from raptide.data.streaming.stream import Source
 from raptide.errors import InputError, plain_errors
 from raptide.evaluation.ngrams import FORMAT_VERSION, SHAPE, NgramCounts, count_grams
 

@@ -96,7 +96,7 @@ class Engine:
         weights = read_weights(path)
         model = weights.build().to(target, torch.bfloat16 if dtype == "bf16" else torch.float32)
         if compilation_pays(target):
-            model.compile_tokenwise()
+            model.compile_layers()
         return cls(model, dict(weights.lineage), target, max_batch_tokens)
 
     @property

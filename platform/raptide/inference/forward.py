@@ -16,6 +16,7 @@ from raptide.inference.batching import plan_batches
 from raptide.inference.windows import Window, cut_windows, window_around
 from raptide.methods import Pooling
 from raptide.model.contacts import corrected_maps
+from raptide.model.device import send
 from raptide.model.packed import Packed
 from raptide.model.transformer import Esm
 
@@ -108,7 +109,7 @@ class Forward:
         with torch.inference_mode():
             packed = self._pack(list(rows))
             (final_TD,) = self.model.represent(packed, [self.model.settings.layers])
-            logits = self.model.predict(final_TD[flat.to(self._device)]).float()
+            logits = self.model.predict(final_TD[send(flat, self._device)]).float()
             table = torch.log_softmax(logits, -1).cpu().numpy()
         return zip(indices, table, strict=True)
 
@@ -150,7 +151,7 @@ class Forward:
         return results
 
     def _pack(self, rows: list[np.ndarray]) -> Packed:
-        tokens = torch.from_numpy(np.concatenate(rows)).to(self._device, non_blocking=True)
+        tokens = send(torch.from_numpy(np.concatenate(rows)), self._device)
         return Packed(tokens.long(), tuple(len(row) for row in rows))
 
 

@@ -1,7 +1,7 @@
 """Everything that is chosen by device, in one place.
 
-Of what is chosen for CUDA nothing is exercised by the tests, which need no GPU; compilation itself
-is, on CPUs.
+The tests need no GPU: the branch that is chosen for CUDA is run with a kernel for CPUs, compiled
+and traced; CUDA itself is exercised by `make test-gpu` alone.
 """
 
 from __future__ import annotations
@@ -18,9 +18,28 @@ def multiplies_bf16_faster(device: torch.device) -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def has_varlen_attention(q_THK: torch.Tensor) -> bool:
-    """Whether one kernel attends within all sequences of a batch at once."""
-    return q_THK.is_cuda and q_THK.dtype != torch.float32
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU's on a device, without waiting for what that still has to do.
+
+    A GPU takes it from pinned memory, which torch keeps until the copy is done.
+    """
+    if device.type == "cuda" and not tensor.is_cuda:  # not exercised without a GPU
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+WIDEST_HEAD, HEAD_STEP = 256, 8
+"""Values of a head that the kernel over all sequences takes: at most, and a multiple of."""
+
+
+def takes_heads(head_width: int) -> bool:
+    """Whether one kernel can attend within all sequences of a batch with such heads."""
+    return head_width % HEAD_STEP == 0 and head_width <= WIDEST_HEAD
+
+
+def has_varlen_attention(x_TD: torch.Tensor, head_width: int) -> bool:
+    """Whether one kernel attends within all sequences of a batch at once: flash attention."""
+    return x_TD.is_cuda and x_TD.dtype != torch.float32 and takes_heads(head_width)
 
 
 def compilation_pays(device: torch.device) -> bool:

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import gelu, linear, pad
 from torch.utils.checkpoint import checkpoint
 
-from raptide.model.attention import attend, attend_with_bias, attention_maps
+from raptide.model.attention import Extra, attend, attend_at_once, attention_maps
 from raptide.model.config import ModelSettings
 from raptide.model.contacts import ContactHead
-from raptide.model.device import token_chunks
-from raptide.model.packed import Packed
+from raptide.model.device import has_varlen_attention, token_chunks
+from raptide.model.packed import Packed, Spans, Targets
 
 FIRST_POSITION = 2
 """Position index of a sequence's first token: the padding index (1) plus one, as in fairseq."""
@@ -58,13 +59,27 @@ class Attention(nn.Module):
         return (rotate(q, *rotation), rotate(k, *rotation), v) if rotation else (q, k, v)
 
     def forward(
-        self, q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, packed: Packed
+        self,
+        q_THK: torch.Tensor,
+        k_THK: torch.Tensor,
+        v_THK: torch.Tensor,
+        where: Packed | Spans,
     ) -> torch.Tensor:
-        """Mix the values within each sequence, [T, D]; `out_proj` is still to come."""
-        if self.has_bias_kv:
-            bias_k, bias_v = (b.view(self.heads, -1) for b in (self.bias_k, self.bias_v))
-            return attend_with_bias(q_THK, k_THK, v_THK, packed, bias_k, bias_v).flatten(1)
-        return attend(q_THK, k_THK, v_THK, packed).flatten(1)
+        """Mix the values within each sequence, [T, D]; `out_proj` is still to come.
+
+        Args:
+            where: the sequences, to be taken one by one, or their spans, to be taken at once.
+        """
+        if isinstance(where, Spans):
+            return attend_at_once(q_THK, k_THK, v_THK, where, self.extra).flatten(1)
+        return attend(q_THK, k_THK, v_THK, where.lengths, self.extra).flatten(1)
+
+    @property
+    def extra(self) -> Extra | None:
+        """What every sequence attends to besides itself (ESM-1)."""
+        if not self.has_bias_kv:
+            return None
+        return self.bias_k.view(self.heads, -1), self.bias_v.view(self.heads, -1)
 
 
 class Layer(nn.Module):
@@ -78,10 +93,20 @@ class Layer(nn.Module):
         self.ffn_norm = nn.LayerNorm(settings.width, eps)
         self.fc1 = nn.Linear(settings.width, settings.ffn_width)
         self.fc2 = nn.Linear(settings.ffn_width, settings.width)
+        self.head_width = settings.head_width
 
     def forward(self, x_TD: torch.Tensor, packed: Packed, rotation: Rotation) -> torch.Tensor:
+        if has_varlen_attention(x_TD, self.head_width):
+            spans = packed.spans_with_extra if self.attention.has_bias_kv else packed.spans
+            return self.at_once(x_TD, spans, *rotation)
         mixed_TD = self.attention(*tokenwise(self.before_mixing, x_TD, *rotation), packed)
         (x_TD,) = tokenwise(self.after_mixing, x_TD, mixed_TD)
+        return x_TD
+
+    def at_once(self, x_TD: torch.Tensor, spans: Spans, *rotation: torch.Tensor) -> torch.Tensor:
+        """The whole layer on tensors alone, so that it can be compiled in one piece."""
+        mixed_TD = self.attention(*self.before_mixing(x_TD, *rotation), spans)
+        (x_TD,) = self.after_mixing(x_TD, mixed_TD)
         return x_TD
 
     def before_mixing(
@@ -98,12 +123,25 @@ class Layer(nn.Module):
     def maps(self, x_TD: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         """Attention of every token (rows) to every token of one sequence, [H, T, T] fp32."""
         q, k, _ = self.before_mixing(x_TD, *rotation)
-        attention = self.attention
-        bias_k = attention.bias_k.view(attention.heads, -1) if attention.has_bias_kv else None
-        return attention_maps(q, k, bias_k)
+        extra = self.attention.extra
+        return attention_maps(q, k, None if extra is None else extra[0])
 
-    def compile_tokenwise(self) -> None:
-        """Fuse what surrounds the matrix products; the first batches then take a minute."""
+    def compile_parts(self) -> None:
+        """Fuse what surrounds the matrix products; the first batches then take a minute.
+
+        Where one kernel attends within all sequences the whole layer is one graph around it;
+        elsewhere the parts before and after attention are. Nothing is compiled again as lengths
+        vary, nor from layer to layer.
+        """
+        whole = torch.compile(self.at_once, dynamic=True)
+
+        def at_once(x_TD: torch.Tensor, spans: Spans, *rotation: torch.Tensor) -> torch.Tensor:
+            for each in (x_TD, *spans, *rotation):
+                if isinstance(each, torch.Tensor):  # else lengths that are equal once are held so
+                    torch._dynamo.maybe_mark_dynamic(each, 0)
+            return whole(x_TD, spans, *rotation)
+
+        self.at_once = at_once  # type: ignore[method-assign]
         self.before_mixing = torch.compile(self.before_mixing, dynamic=True)  # type: ignore
         self.after_mixing = torch.compile(self.after_mixing, dynamic=True)  # type: ignore
 
@@ -135,6 +173,17 @@ class Esm(nn.Module):
         if with_head:
             self._add_head()
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Esm:
+        """What `to` and its like call; the angles follow to another device, in their own type."""
+        super()._apply(fn, recurse)
+        if self.settings.traits.positions == "rotary":
+            self.inv_freq = self.inv_freq.to(self.embed.weight.device)
+        return self
+
+    def frequencies(self) -> torch.Tensor | None:
+        """Rotary frequencies on the CPU, [K / 2] fp32; None for other positions."""
+        return self.inv_freq.cpu() if self.settings.traits.positions == "rotary" else None
+
     def _add_head(self) -> None:
         settings = self.settings
         width, vocabulary = settings.width, len(settings.alphabet)
@@ -158,18 +207,17 @@ class Esm(nn.Module):
                 parameter.normal_(0.0, 0.02, generator=generator)
         return self
 
-    def forward(self, packed: Packed, targets_T: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [T, V]; with `targets_T` (int64, -1 for no target) the loss at each target.
+    def forward(self, packed: Packed, targets: Targets | None = None) -> torch.Tensor:
+        """Logits [T, V]; with `targets` the loss at each, [N] fp32, in nats.
 
-        The loss is the cross entropy over the whole vocabulary in nats, fp32, one value for each
-        target in order; only their positions go through the head.
+        The loss is the cross entropy over the whole vocabulary; only the targets' places go
+        through the head.
         """
         final_TD = self.represent(packed, [self.settings.layers])[-1]
-        if targets_T is None:
+        if targets is None:
             return self.predict(final_TD)
-        at = torch.nonzero(targets_T >= 0)[:, 0]
-        logits = self.predict(final_TD[at]).float()
-        return nn.functional.cross_entropy(logits, targets_T[at], reduction="none")
+        logits = self.predict(final_TD.index_select(0, targets.at_N)).float()
+        return nn.functional.cross_entropy(logits, targets.true_N, reduction="none")
 
     def represent(self, packed: Packed, layers: Iterable[int]) -> list[torch.Tensor]:
         """Representations [T, D] after the given layers, in their order.
@@ -210,11 +258,11 @@ class Esm(nn.Module):
             yield layer.maps(x_TD, rotation)
             x_TD = layer(x_TD, packed, rotation)
 
-    def compile_tokenwise(self) -> None:
+    def compile_layers(self) -> None:
         """Fuse what surrounds the matrix products (torch.compile); see device.py for where."""
         for layer in self.layers:
             assert isinstance(layer, Layer)
-            layer.compile_tokenwise()
+            layer.compile_parts()
 
     def predict(self, x_ND: torch.Tensor) -> torch.Tensor:
         """Final representations to logits over the vocabulary, [N, V]; needs the head."""
@@ -252,8 +300,7 @@ class Esm(nn.Module):
     def _rotation(self, packed: Packed, dtype: torch.dtype) -> Rotation:
         if self.settings.traits.positions != "rotary":
             return ()
-        inv_freq = self.inv_freq.to(packed.tokens_T.device)
-        angle = packed.position_T[:, None, None].float() * inv_freq
+        angle = packed.position_T[:, None, None].float() * self.inv_freq
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -264,6 +311,8 @@ def tokenwise(
     total = len(inputs[0])
     outputs: tuple[torch.Tensor, ...] = ()
     for start, stop, size in token_chunks(inputs[0]):
+        if size == total:  # a slice of all would cost its own kernels on the way back
+            return function(*inputs)
         parts = function(*(_padded(each[start:stop], size) for each in inputs))
         if stop - start == total:
             return tuple(part[:total] for part in parts)

@@ -9,10 +9,8 @@ import numpy as np
 import torch
 
 from raptide.alphabet import Alphabet
-from raptide.data.streaming.rows import PackedRows
-from raptide.model.packed import Packed
-
-NO_TARGET = -1
+from raptide.data.streaming.batch import GlobalBatch, PackedRows
+from raptide.model.packed import Packed, Targets
 
 
 @dataclass(frozen=True)
@@ -20,8 +18,27 @@ class MicroBatch:
     """Packed rows of one forward pass, flattened."""
 
     packed: Packed
-    targets_T: torch.Tensor
-    """The true token where a residue was chosen, else -1, [T] int64."""
+    targets: Targets
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device, without waiting for it."""
+        return MicroBatch(self.packed.to(device), self.targets.to(device))
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that it holds on its device."""
+        packed, targets = self.packed, self.targets
+        boundaries = (packed.lengths_B, packed.cu_seqlens)
+        return packed.tokens_T, *boundaries, targets.at_N, targets.true_N
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one worker computes of a global batch."""
+
+    batch: GlobalBatch
+    micro: tuple[MicroBatch, ...]
+    """Equally many on every worker, or the collectives would wait forever."""
 
 
 def share_bounds(
@@ -37,12 +54,19 @@ def share_bounds(
     return [(min(s, num_rows), min(s + micro_rows, num_rows)) for s in starts]
 
 
+def cut_share(
+    bounds: list[tuple[int, int]], alphabet: Alphabet, device: torch.device, batch: GlobalBatch
+) -> Share:
+    """A worker's share of a batch, on its device."""
+    return Share(batch, tuple(micro_batches(batch.rows, bounds, alphabet, device)))
+
+
 def micro_batches(
     rows: PackedRows, bounds: list[tuple[int, int]], alphabet: Alphabet, device: torch.device
 ) -> Iterator[MicroBatch]:
     """The micro-batches within `bounds`, also those without a row.
 
-    Every worker must run equally many forward passes, or the collectives would wait forever.
+    What is asked is looked up here, on the host, so that the device never has to.
     """
     for start, end in bounds:
         if start == end:
@@ -51,24 +75,22 @@ def micro_batches(
         fills = [int(segments.sum()) for segments in rows.segments[start:end]]
         tokens = _join(rows.tokens[start:end], fills)
         true = _join(rows.targets[start:end], fills)
-        targets = np.where(true == alphabet.pad, NO_TARGET, true)
+        at = np.flatnonzero(true != alphabet.pad)
         lengths = tuple(np.concatenate(rows.segments[start:end]).tolist())
-        yield _micro_batch(tokens, targets, lengths, device)
+        yield _micro_batch(tokens, lengths, at, true[at]).to(device)
 
 
 def empty_micro_batch(alphabet: Alphabet, device: torch.device) -> MicroBatch:
     """One sequence of no residues without a target: a pass that changes nothing."""
-    tokens = np.array([alphabet.cls, alphabet.eos], np.int64)
-    return _micro_batch(tokens, np.full(2, NO_TARGET), (2,), device)
+    tokens, none = np.array([alphabet.cls, alphabet.eos], np.int64), np.empty(0, np.int64)
+    return _micro_batch(tokens, (2,), none, none).to(device)
 
 
 def _micro_batch(
-    tokens: np.ndarray, targets: np.ndarray, lengths: tuple[int, ...], device: torch.device
+    tokens: np.ndarray, lengths: tuple[int, ...], at: np.ndarray, true: np.ndarray
 ) -> MicroBatch:
-    return MicroBatch(
-        Packed(torch.from_numpy(tokens).to(device, non_blocking=True), lengths),
-        torch.from_numpy(targets).to(device, non_blocking=True),
-    )
+    targets = Targets(torch.from_numpy(at), torch.from_numpy(true))
+    return MicroBatch(Packed(torch.from_numpy(tokens), lengths), targets)
 
 
 def _join(matrix: np.ndarray, fills: list[int]) -> np.ndarray:

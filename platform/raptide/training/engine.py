@@ -34,7 +34,7 @@ def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoi
     model = build_model(recipe, device, saved)
     model.checkpoint_activations = recipe.training.checkpoint_activations
     if recipe.training.compile:
-        model.compile_tokenwise()
+        model.compile_layers()
     config = deepspeed_config(
         recipe,
         workers=workers,

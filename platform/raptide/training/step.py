@@ -9,8 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raptide.data.streaming.stream import GlobalBatch
-from raptide.training.batches import empty_micro_batch, micro_batches
+from raptide.training.batches import Share
 
 
 @dataclass(frozen=True)
@@ -30,45 +29,64 @@ class StepResult:
     """Rank 0 asks all ranks to end the run."""
 
 
-def train_step(
-    engine: Any,
-    batch: GlobalBatch,
-    bounds: list[tuple[int, int]],
-    rate: float,
-    alphabet: Any,
-    workers: int,
-    *,
-    look: bool = False,
-    stop: bool = False,
-) -> StepResult:
-    """One update on a global batch.
+class Stepper:
+    """Updates a model on one global batch after the other."""
 
-    The loss of a micro-batch is a sum, scaled so that the whole step is the mean over the targets
-    of the global batch, whatever the number of workers: DeepSpeed divides gradients by workers and
-    by accumulation, which the factor takes back. A micro-batch whose loss is not finite gives way
-    to an empty one: every worker goes on with equally many passes, and the update leaves it out.
+    def __init__(self, engine: Any, workers: int) -> None:
+        """
+        Args:
+            engine: DeepSpeed's, or what does the same for a model: it is called, goes back and
+                steps, and has `module`, `optimizer` and `device`.
+        """
+        self._engine, self._workers = engine, workers
+        self._finite = torch.ones((), dtype=torch.bool, device=engine.device)
+        for parameter in engine.module.parameters():
+            parameter.register_hook(self._only_if_finite)
 
-    What rank 0 asks of the others, `look` and `stop`, travels with the loss.
-    """
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-    targets = max(batch.num_targets, 1)
-    factor = workers * len(bounds) / targets
-    total = torch.zeros(4, dtype=torch.float64, device=engine.device)
-    for micro in micro_batches(batch.rows, bounds, alphabet, engine.device):
-        losses = engine(micro.packed, micro.targets_T)
-        loss = losses.sum()
-        if not torch.isfinite(loss):
-            total[1] += len(losses)
-            nothing = empty_micro_batch(alphabet, engine.device)
-            loss = engine(nothing.packed, nothing.targets_T).sum()
-        else:
-            total[0] += loss.detach()
-        engine.backward(loss * factor)
-        engine.step()
-    total[2], total[3] = float(look), float(stop)
-    dist.all_reduce(total)
-    nats, left_out, look_sum, stop_sum = total.tolist()
-    kept = targets - left_out
-    loss = nats / kept if kept > 0 else math.nan
-    return StepResult(loss, int(left_out), look_sum > 0, stop_sum > 0)
+    def _only_if_finite(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Before anything adds it up: a pass whose loss is no number gives nothing."""
+        return torch.where(self._finite, gradient, 0.0)
+
+    def step(
+        self, share: Share, rate: float, *, look: bool = False, stop: bool = False
+    ) -> StepResult:
+        """One update.
+
+        The loss of a micro-batch is a sum, scaled so that the whole step is the mean over the
+        targets of the global batch, whatever the number of workers: DeepSpeed divides gradients by
+        workers and by accumulation, which the factor takes back. A micro-batch whose loss is not
+        finite is left out of the update.
+
+        What rank 0 asks of the others, `look` and `stop`, travels with the loss.
+        """
+        total = self.launch(share, rate, look=look, stop=stop)
+        nats, left_out, look_sum, stop_sum = total.tolist()
+        kept = max(share.batch.num_targets, 1) - left_out
+        loss = nats / kept if kept > 0 else math.nan
+        return StepResult(loss, int(left_out), look_sum > 0, stop_sum > 0)
+
+    def launch(self, share: Share, rate: float, *, look: bool, stop: bool) -> torch.Tensor:
+        """Everything but reading what came of it: nothing here waits for the device.
+
+        Returns over all workers the nats, the targets left out, and who asks to look and to stop,
+        [4] float64.
+        """
+        engine = self._engine
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        factor = self._workers * len(share.micro) / max(share.batch.num_targets, 1)
+        found = torch.zeros(2, dtype=torch.float64, device=engine.device)
+        for micro in share.micro:
+            loss = engine(micro.packed, micro.targets).sum()
+            self._finite = torch.isfinite(loss.detach())
+            kept = torch.where(self._finite, loss, 0.0)
+            left_out = torch.where(self._finite, 0.0, float(len(micro.targets.at_N)))
+            found += torch.stack([kept.detach(), left_out])
+            engine.backward(kept * factor)
+            engine.step()
+        asked = found.new_full((2,), float(look))
+        asked[1:].fill_(float(stop))
+        total = torch.cat([found, asked])
+        if self._workers > 1:
+            dist.all_reduce(total)
+        return total

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from raptide.alphabet import ALPHABETS
 from raptide.cluster import on_this_node
+from raptide.data.streaming.batch import Cursor
 from raptide.data.streaming.feeder import BatchReader, FeederActor
-from raptide.data.streaming.stream import Cursor, GlobalBatch, StreamPlan
+from raptide.data.streaming.stream import StreamPlan
 from raptide.errors import CheckpointUnsaved, OutOfMemory, RaptideError
 from raptide.model.formats.detect import write_weights
 from raptide.model.formats.weights import Weights
-from raptide.training.batches import share_bounds
+from raptide.training.ahead import SharesAhead
+from raptide.training.batches import Share, cut_share, share_bounds
 from raptide.training.checkpoints.checkpoint import (
     MODEL,
     SavedCheckpoint,
@@ -38,7 +40,8 @@ from raptide.training.planning.estimate import (
     ran_out_of_memory,
 )
 from raptide.training.planning.recipe import Recipe, learning_rate
-from raptide.training.step import train_step
+from raptide.training.process import collect_garbage, garbage_by_hand, prepare_process
+from raptide.training.step import Stepper
 from raptide.training.watching.audit import AuditWriter
 from raptide.training.watching.heldout import Evaluations, HeldoutEvaluator, heldout_rows
 from raptide.training.watching.metrics import loss_metrics, memory_gb, speed_metrics
@@ -73,9 +76,8 @@ class Run:
 def train_worker(config: dict[str, Any]) -> None:
     """The Ray Train loop function; `config["run"]` is a `Run`."""
     run: Run = config["run"]
-    os.environ["DS_ACCELERATOR"] = run.device
-    if not run.recipe.training.compile:  # else importing DeepSpeed loads all of Inductor
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    training = run.recipe.training
+    prepare_process(run.device, training.precision, compiles=training.compile)
     rank = ray.train.get_context().get_world_rank()
     attempt = broadcast_from_rank_zero(_begin_attempt(run) if rank == 0 else None)
     if attempt is None:  # Ray Train restarts after any error; this one no restart can mend
@@ -121,7 +123,6 @@ class Worker:
         watch = HangWatch(folder, self._rank, attempt, timeout_s)
         self._hang_watch = stack.enter_context(closing(watch))
         self._loss_watch = LossWatch(self._recipe.training.max_nonfinite_steps)
-        self._alphabet = ALPHABETS[run.plan.alphabet]
         self._bounds = share_bounds(
             self._recipe.stream.batch_rows,
             self._rank,
@@ -134,7 +135,7 @@ class Worker:
         self._hang_watch.progress()
         self._writer = self._prepare_saving(context.get_local_world_size())
         self._evaluations = self._prepare_evaluations(so_far)
-        self._reader = self._start_stream(cursor)
+        reader = self._start_stream(cursor)
         self._evaluator = HeldoutEvaluator(
             heldout_rows(run.plan, self._recipe.evaluation),
             run.plan,
@@ -147,6 +148,10 @@ class Worker:
         self._leaving: set[str] = set()
         self._save_at_once = False
         self._tracker = self._start_tracking(stack)
+        self._stepper = Stepper(self._engine, self._workers)
+        cut = partial(cut_share, self._bounds, ALPHABETS[run.plan.alphabet], self._engine.device)
+        self._shares = SharesAhead(reader.batches(self._steps_left), cut, self._engine.device)
+        stack.callback(self._shares.close)
         self._audit = None
         if self._recipe.tracking.audit:
             writer = AuditWriter(folder, self._rank, attempt)
@@ -158,7 +163,8 @@ class Worker:
         last_too = self._steps_left or self._run.bench is not None
         self._evaluations.take_up(self._step if last_too else self._step - 1)
         if self._steps_left:
-            self._train_steps()
+            with garbage_by_hand():
+                self._train_steps()
         self._finish()
 
     @property
@@ -171,8 +177,8 @@ class Worker:
         recipe = self._recipe
         self._hang_watch.progress()
         self._step_began = time.perf_counter()
-        for batch in self._reader.batches(self._steps_left):
-            metrics, stop = self._timed_step(batch)
+        for share in self._shares:
+            metrics, stop = self._timed_step(share)
             last = stop or self._step == recipe.training.steps
             evaluate = last or self._step % recipe.evaluation.every_steps == 0
             if evaluate and not recipe.evaluation.asynchronous:
@@ -183,13 +189,14 @@ class Worker:
             if last or self._save_at_once or self._step % recipe.checkpoint.every_steps == 0:
                 beside = evaluate and recipe.evaluation.asynchronous
                 beside = beside and (not last or self._run.bench is not None)
-                metrics |= self._save(batch.next_cursor, metrics["train/loss"], beside)
+                metrics |= self._save(share.batch.next_cursor, metrics["train/loss"], beside)
             if last:
                 self._writer.wait()
             self._log(metrics)
             if last:
                 return
             self._hang_watch.progress()
+            collect_garbage(self._step)
             self._step_began = time.perf_counter()
 
     def _load(self) -> tuple[Cursor, Evaluations]:
@@ -206,17 +213,13 @@ class Worker:
         self._step, self._tokens = saved.step, saved.manifest["tokens"]
         return saved.cursor, Evaluations.of_manifest(saved.manifest)
 
-    def _timed_step(self, batch: GlobalBatch) -> tuple[dict[str, float], bool]:
+    def _timed_step(self, share: Share) -> tuple[dict[str, float], bool]:
         """One step: its metrics, and whether the run should end with it."""
-        recipe = self._recipe
+        recipe, batch = self._recipe, share.batch
         rate = learning_rate(recipe.optimizer, self._step + 1, recipe.training.steps)
-        result = train_step(
-            self._engine,
-            batch,
-            self._bounds,
+        result = self._stepper.step(
+            share,
             rate,
-            self._alphabet,
-            self._workers,
             look=self._rank == 0 and time.monotonic() - self._looked > LOOK_EVERY_S,
             stop=self._rank == 0 and self._improves_no_more,
         )
@@ -232,7 +235,7 @@ class Worker:
             "train/spikes": self._loss_watch.spikes,
             "progress/tokens": self._tokens,
             "progress/epoch": batch.next_cursor.epoch,
-            **speed_metrics(recipe, batch, step_s, self._reader.last_wait_s, self._workers),
+            **speed_metrics(recipe, batch, step_s, self._shares.last_wait_s, self._workers),
             "system/memory_gb": memory_gb(self._run.device),
             "system/workers": self._workers,
             "system/restarts": self._attempt - 1,
@@ -312,7 +315,7 @@ class Worker:
         self._hang_watch.progress()
         started = time.perf_counter()
         run, recipe = self._run, self._recipe
-        inv_freq = getattr(self._engine.module, "inv_freq", None)
+        inv_freq = self._engine.module.frequencies()
         manifest = {
             "step": self._step,
             "tokens": self._tokens,

@@ -7,12 +7,11 @@ import pytest
 
 from raptide.alphabet import FIRST_RESIDUE
 from raptide.data.building.build import BuildSettings, build_corpus
+from raptide.data.streaming.batch import Cursor, StreamSettings
 from raptide.data.streaming.mixture import Mixture
 from raptide.data.streaming.stream import (
-    Cursor,
     Source,
     StreamPlan,
-    StreamSettings,
     describe_difference,
     global_batches,
     prepare_rows,

@@ -6,7 +6,8 @@ import pytest
 
 from raptide.alphabet import ESM_33, ESM_35
 from raptide.data.corpus import ClusterRows
-from raptide.data.streaming.rows import RowSettings, block_order, draw_members, pack_block
+from raptide.data.streaming.batch import RowSettings
+from raptide.data.streaming.rows import block_order, draw_members, pack_block
 from raptide.errors import ConfigError
 
 

@@ -10,15 +10,9 @@ from scipy.stats import chisquare
 
 from raptide.alphabet import ESM_33, decode_residues, decode_sequences
 from raptide.data.building.build import BuildSettings, build_corpus
+from raptide.data.streaming.batch import Cursor, StreamSettings
 from raptide.data.streaming.rows import draw_members
-from raptide.data.streaming.stream import (
-    Cursor,
-    Source,
-    StreamPlan,
-    StreamSettings,
-    global_batches,
-    prepare_rows,
-)
+from raptide.data.streaming.stream import Source, StreamPlan, global_batches, prepare_rows
 
 EPOCHS = 3
 

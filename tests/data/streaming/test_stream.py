@@ -7,13 +7,12 @@ import pytest
 import ray
 
 from raptide.alphabet import ESM_33
+from raptide.data.streaming.batch import Cursor, StreamSettings
 from raptide.data.streaming.feeder import BatchReader, Feeder, FeederActor
 from raptide.data.streaming.pace import REST_S, Pace
 from raptide.data.streaming.stream import (
-    Cursor,
     Source,
     StreamPlan,
-    StreamSettings,
     describe_difference,
     global_batches,
     prepare_rows,

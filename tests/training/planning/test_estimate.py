@@ -9,10 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raptide.alphabet import ESM_33
 from raptide.config import parse_settings
-from raptide.data.streaming.rows import PackedRows
-from raptide.data.streaming.stream import Cursor, GlobalBatch
+from raptide.data.streaming.batch import Cursor, GlobalBatch, PackedRows
 from raptide.model.config import ModelSettings
-from raptide.model.packed import Packed
+from raptide.model.packed import Packed, Targets
 from raptide.model.transformer import Esm, count_parameters
 from raptide.training.planning.estimate import (
     activation_bytes,
@@ -54,7 +53,8 @@ def forward(model, batch):
     tokens = torch.from_numpy(batch.rows.tokens[0].astype(np.int64))
     true = torch.from_numpy(batch.rows.targets[0].astype(np.int64))
     lengths = tuple(batch.rows.segments[0].tolist())
-    return model(Packed(tokens, lengths), torch.where(true == ESM_33.pad, -1, true)).sum()
+    at = torch.nonzero(true != ESM_33.pad)[:, 0]
+    return model(Packed(tokens, lengths), Targets(at, true[at])).sum()
 
 
 @pytest.mark.parametrize("family", ["esm1b", "esm2"])
@@ -127,6 +127,21 @@ def test_zero_divides_more_from_stage_to_stage():
         size * parameters for size in (4, 4, 8)
     )
     assert checkpoint_bytes(recipe_of()) == 18 * parameters
+
+
+def test_buckets_count_as_deepspeed_makes_them():
+    """Twice where one travels while the other fills, and at stage 3 for weights that come."""
+    bytes_of = {
+        (stage, overlap): worker_memory(
+            recipe_of(zero_stage=stage, overlap_comm=overlap, bucket_elements=1000), 8
+        ).buckets
+        for stage in range(4)
+        for overlap in (False, True)
+    }
+    assert [bytes_of[stage, False] for stage in range(4)] == [0, 2000, 2000, 4000]
+    assert [bytes_of[stage, True] for stage in range(4)] == [0, 4000, 4000, 4000]
+    whole = worker_memory(recipe_of(bucket_elements=10**9), 8)
+    assert whole.buckets == 2 * whole.weights, "no bucket is larger than the model"
 
 
 def test_peak_is_that_of_the_recipe_or_of_a_known_device():

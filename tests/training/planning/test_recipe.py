@@ -36,12 +36,27 @@ def test_every_recipe_parses_and_deepspeed_takes_its_configuration(path, monkeyp
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_memory_that_a_recipe_states_is_the_estimate(path):
     stated = re.search(r"about ([\d.]+)\s+GB a GPU", path.read_text().replace("\n#", ""))
-    if path.stem in ("demo", "swissprot"):
+    recipe = load_settings(Recipe, path)
+    if recipe.cluster.device != "cuda":
         assert stated is None
         return
-    recipe = load_settings(Recipe, path)
     estimate = worker_memory(recipe, recipe.cluster.max_workers).total / 1e9
     assert float(stated[1]) == pytest.approx(estimate, rel=0.1)
+
+
+def test_deepspeed_gets_what_keeps_gpus_busy(monkeypatch):
+    monkeypatch.setattr("deepspeed.runtime.config.dist.get_rank", lambda: 0)
+    recipe = load_settings(Recipe, ROOT / "jobs/recipes/esm2_t33_650m.yaml")
+    workers = recipe.cluster.max_workers
+    config = deepspeed_config(recipe, workers=workers, device="cuda")
+    parsed = DeepSpeedConfig(config, mpu=DataParallel(workers))
+    assert parsed.zero_config.reduce_bucket_size == 50_000_000
+    assert parsed.zero_config.overlap_comm
+    assert not parsed.timers_config.enabled, "it would wait for the GPU twice a micro-batch"
+    assert config["optimizer"]["params"]["torch_adam"], "DeepSpeed's own needs nvcc"
+    assert config["optimizer"]["params"]["fused"]
+    on_cpus = deepspeed_config(recipe, workers=workers, device="cpu")["zero_optimization"]
+    assert not on_cpus["overlap_comm"]
 
 
 def test_the_papers_batch_is_131072_tokens_on_128_gpus():

@@ -16,6 +16,7 @@ from small_runs import as_recipe, make_recipe
 from processes import free_port
 from raptide.cluster import DATA_CPUS, training_cpus
 from raptide.errors import ConfigError
+from raptide.model.config import ModelSettings
 from raptide.training.planning.room import (
     Nodes,
     Room,
@@ -54,6 +55,35 @@ def test_auto_never_takes_cpus_where_gpus_are_or_may_come(now, most, workers, de
         return
     with pytest.raises(ConfigError, match=device):
         choose_device(recipe_for(workers), room)
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "precision", "device", "refused"),
+    [
+        (60, 5, "bf16", "auto", "heads of 12 values .model.width 60 over 5 heads."),
+        (528, 2, "fp16", "cuda", "heads of 264 values"),
+        (60, 5, "fp32", "cuda", None),
+        (60, 5, "bf16", "cpu", None),
+        (480, 20, "bf16", "cuda", None),
+        (512, 2, "bf16", "auto", None),
+    ],
+)
+def test_heads_that_the_kernel_cannot_take_are_refused_when_planned_for_gpus(
+    width, heads, precision, device, refused
+):
+    recipe = recipe_for(1, device)
+    recipe = recipe.model_copy(
+        update={
+            "model": ModelSettings(layers=1, width=width, heads=heads),
+            "training": recipe.training.model_copy(update={"precision": precision}),
+        }
+    )
+    room = Room("the cluster", (HEAD, LARGE), None)
+    if refused is None:
+        assert choose_device(recipe, room) == ("cuda" if device == "auto" else device)
+        return
+    with pytest.raises(ConfigError, match=f"{refused}.* multiples of 8 up to 256"):
+        choose_device(recipe, room)
 
 
 def test_what_is_not_known_is_waited_for_on_request():

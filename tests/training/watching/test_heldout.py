@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from raptide.alphabet import ALPHABETS
-from raptide.data.streaming.stream import Source, StreamPlan, StreamSettings
+from raptide.data.streaming.batch import StreamSettings
+from raptide.data.streaming.stream import Source, StreamPlan
 from raptide.training.planning.recipe import EvaluationSettings
 from raptide.training.watching.heldout import Ece, HeldoutEvaluator, heldout_rows
 

@@ -14,7 +14,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError
 
-from raptide.data.streaming.stream import Cursor, GlobalBatch, StreamPlan, global_batches
+from raptide.data.streaming.batch import Cursor, GlobalBatch
+from raptide.data.streaming.stream import StreamPlan, global_batches
 from raptide.errors import StreamStalled, plain_errors
 
 MOST_A_CALL = 8
@@ -63,7 +64,7 @@ class Feeder:
         if self._failure is None:
             try:
                 with plain_errors():
-                    return next(self._batches)
+                    return next(self._batches).counted()
             except Exception as error:
                 self._failure = error
         raise self._failure  # the same for every reader

@@ -11,62 +11,18 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from raptide.alphabet import FIRST_RESIDUE, NUM_STANDARD, RESIDUES, Alphabet
-from raptide.config import Settings
 from raptide.data.corpus import ClusterRows
-
-Sampling = Literal["representatives", "members", "all"]
+from raptide.data.streaming.batch import PackedRows, RowSettings, Sampling
 
 BLOCK_ORDER, BLOCK_ROWS = 0, 1
 """What a Philox counter is used for: its last word."""
 
 MASK_SHARE, RANDOM_SHARE = 80, 90
 """Percent of the chosen residues up to which `<mask>`, then a random residue, takes their place."""
-
-
-class RowSettings(Settings):
-    """How sequences become packed rows."""
-
-    sampling: Sampling = "representatives"
-    """`representatives` reads the first member of each cluster (UR50/S), `members` draws one per
-    cluster and epoch (UR50/D), `all` reads every member (UR100)."""
-
-    row_tokens: int = Field(1024, ge=4)
-    """Tokens in a packed row, specials included."""
-
-    crop_tokens: int = Field(1024, ge=4)
-    """Tokens kept of a longer sequence, specials included; at most `row_tokens`."""
-
-    mask_fraction: float = Field(0.15, gt=0.0, lt=1.0)
-    """Share of residues chosen for prediction."""
-
-    @model_validator(mode="after")
-    def _crop_fits(self) -> RowSettings:
-        if self.crop_tokens > self.row_tokens:
-            raise ValueError(
-                f"crop_tokens ({self.crop_tokens}) must be at most row_tokens ({self.row_tokens})"
-            )
-        return self
-
-
-@dataclass(frozen=True)
-class PackedRows:
-    """R packed rows."""
-
-    tokens: np.ndarray
-    """Input tokens, masked, [R, row_tokens] uint8, padded at the end of each row."""
-
-    targets: np.ndarray
-    """The true token where a residue was chosen, `<pad>` elsewhere, [R, row_tokens] uint8."""
-
-    segments: list[np.ndarray]
-    """Lengths of each row's segments in order, R arrays of int32; their sum is the row's fill."""
 
 
 def philox(seed: int, epoch: int, block: int, purpose: int) -> np.random.Philox:

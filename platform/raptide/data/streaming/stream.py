@@ -23,13 +23,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from pydantic import Field
 
 from raptide.alphabet import ALPHABETS
 from raptide.data.corpus import Corpus
+from raptide.data.streaming.batch import (
+    Cursor,
+    GlobalBatch,
+    PackedRows,
+    Sampling,
+    StreamSettings,
+)
 from raptide.data.streaming.mixture import Mixture
 from raptide.data.streaming.pace import Pace, paced
-from raptide.data.streaming.rows import PackedRows, RowSettings, Sampling, block_order, pack_block
+from raptide.data.streaming.rows import block_order, pack_block
 from raptide.errors import CorpusError
 
 STREAM_VERSION = 1
@@ -44,59 +50,6 @@ SEED_STEP = 0x9E3779B97F4A7C15
 
 TASK_RESIDUES = 1 << 21
 """Residues one data task prepares, about: enough that a task is worth its overhead."""
-
-
-class StreamSettings(RowSettings):
-    """How a corpus becomes global batches."""
-
-    batch_rows: int = Field(128, ge=1)
-    """Packed rows in a global batch, over all workers."""
-
-    fraction: float = Field(1.0, gt=0.0, le=1.0)
-    """Share of the training blocks in use; subsets nest, since the order is a hash."""
-
-    seed: int = Field(1, ge=0, lt=2**63)
-    """Seeds the block order, the drawn members, the crops and the masks."""
-
-    lookahead_mb: int = Field(256, ge=16)
-    """Object-store memory, in MB, that rows prepared ahead may take; changes no batch."""
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """A place in the stream: the next packed row to be read."""
-
-    epoch: int = 0
-    block: int = 0
-    """Place within the epoch's block order."""
-
-    row: int = 0
-    """Packed row within that block; may be one past its last."""
-
-
-@dataclass(frozen=True)
-class GlobalBatch:
-    """`batch_rows` packed rows and the cursor behind them."""
-
-    rows: PackedRows
-    row_ids: np.ndarray
-    """(epoch, block, row) of each packed row, [R, 3] int64."""
-
-    next_cursor: Cursor
-
-    @property
-    def num_targets(self) -> int:
-        """Residues to predict, over all rows."""
-        return sum(int(np.count_nonzero(a != PAD)) for a in self.rows.targets)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all rows, padding left out."""
-        return sum(int(lengths.sum()) for lengths in self.rows.segments)
-
-
-PAD = ALPHABETS["esm-33"].pad
-assert all(alphabet.pad == PAD for alphabet in ALPHABETS.values())
 
 
 @dataclass(frozen=True)

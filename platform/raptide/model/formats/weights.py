@@ -44,8 +44,7 @@ class Weights:
     @classmethod
     def of(cls, model: Esm) -> Weights:
         """What a model in memory holds; nothing is copied."""
-        inv_freq = model.inv_freq if model.settings.traits.positions == "rotary" else None
-        return cls(model.settings, model.state_dict(), inv_freq, model.contact_head)
+        return cls(model.settings, model.state_dict(), model.frequencies(), model.contact_head)
 
     @property
     def has_head(self) -> bool:

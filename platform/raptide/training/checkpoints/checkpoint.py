@@ -27,7 +27,8 @@ import torch
 
 import raptide.storage
 from raptide.config import parse_settings
-from raptide.data.streaming.stream import Cursor, describe_difference
+from raptide.data.streaming.batch import Cursor
+from raptide.data.streaming.stream import describe_difference
 from raptide.errors import BundleError, CheckpointError
 from raptide.model.formats.detect import read_weights
 from raptide.model.formats.strangers import recognise

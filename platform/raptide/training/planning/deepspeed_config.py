@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from raptide.errors import ConfigError
+from raptide.training.planning.estimate import bucket_elements, overlaps
 from raptide.training.planning.recipe import Recipe
 
 
@@ -14,19 +15,23 @@ def deepspeed_config(
     """The configuration of one engine.
 
     Args:
-        device: "cpu" or "cuda"; DeepSpeed's own fused Adam exists only on the latter.
+        device: "cpu" or "cuda".
         load_universal: the engine will load a checkpoint converted to the universal format.
     """
     training, optimizer = recipe.training, recipe.optimizer
     accumulation = recipe.accumulation(workers)
-    zero: dict[str, Any] = {"stage": training.zero_stage}
+    zero: dict[str, Any] = {
+        "stage": training.zero_stage,
+        "reduce_bucket_size": bucket_elements(recipe),
+        "overlap_comm": overlaps(training, device),
+    }
     if training.zero_stage == 3:
+        zero["stage3_prefetch_bucket_size"] = bucket_elements(recipe)
         zero["stage3_param_persistence_threshold"] = training.zero3_keep_whole_below
     if training.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
     if training.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": device == "cuda"}
-    fused_by_torch = {"fused": True} if optimizer.fused and device == "cpu" else {}
     return {
         "train_micro_batch_size_per_gpu": training.micro_batch_rows,
         "gradient_accumulation_steps": accumulation,
@@ -39,8 +44,8 @@ def deepspeed_config(
                 "betas": [optimizer.beta1, optimizer.beta2],
                 "eps": optimizer.eps,
                 "weight_decay": optimizer.weight_decay,
-                "torch_adam": device == "cpu" or not optimizer.fused,
-                **fused_by_torch,
+                "torch_adam": True,  # DeepSpeed's own wants nvcc, or g++, on every node
+                **({"fused": True} if optimizer.fused else {}),
             },
         },
         "gradient_clipping": optimizer.clip_norm,
@@ -48,6 +53,8 @@ def deepspeed_config(
         "fp16": {"enabled": training.precision == "fp16"},
         "checkpoint": {"load_universal": load_universal},
         "steps_per_print": 2**31,
+        # It would wait for the GPU twice in every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }
 
 

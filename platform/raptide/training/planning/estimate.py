@@ -1,20 +1,16 @@
-"""What a run will take, before it takes it: memory, arithmetic, steps and epochs."""
+"""What a run will take, before it takes it: memory and arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 
-from raptide.alphabet import ALPHABETS
-from raptide.data.corpus import LENGTH_BIN, Corpus
-from raptide.data.streaming.stream import GlobalBatch, StreamPlan
+from raptide.data.streaming.batch import GlobalBatch
 from raptide.model.config import ModelSettings
-from raptide.model.packed import Packed
+from raptide.model.packed import Packed, Targets
 from raptide.model.transformer import Esm, count_parameters
-from raptide.training.planning.recipe import Recipe
+from raptide.training.planning.recipe import Recipe, TrainingSettings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,16 +28,19 @@ class WorkerMemory:
     """Adam's two moments, and the fp32 weights beside rounded ones."""
     activations: float
     """What the forward pass of one micro-batch keeps for the backward pass."""
+    buckets: float
+    """Room for the gradients that travel, and at stage 3 for the weights that are fetched."""
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return sum(asdict(self).values())
 
 
 def worker_memory(recipe: Recipe, workers: int) -> WorkerMemory:
     """What ZeRO leaves on each worker (Rajbhandari et al., SC 2020), and the activations.
 
-    Not counted: DeepSpeed's buckets, fragmentation, and what CUDA itself takes.
+    Not counted: fragmentation, what CUDA itself takes, and the fp32 gradients of a worker's share
+    of the weights during the update, for which the activations have made room by then.
     """
     training = recipe.training
     stage = training.zero_stage
@@ -55,7 +54,26 @@ def worker_memory(recipe: Recipe, workers: int) -> WorkerMemory:
         gradients=stored * parameters / held_by[1],
         optimizer=0 if training.offload_optimizer else moments * parameters / held_by[2],
         activations=tokens * _kept_bytes(recipe),
+        buckets=_num_buckets(recipe) * stored * bucket_elements(recipe),
     )
+
+
+def bucket_elements(recipe: Recipe) -> int:
+    """Elements of a bucket, for which DeepSpeed makes room whether there is so much or not."""
+    return min(recipe.training.bucket_elements, count_parameters(recipe.model))
+
+
+def overlaps(training: TrainingSettings, device: str) -> bool:
+    """Whether gradients travel while the backward pass goes on; on CPUs it goes through them."""
+    return training.overlap_comm and device == "cuda"
+
+
+def _num_buckets(recipe: Recipe) -> int:
+    """Buckets that DeepSpeed holds in the backward pass (stage_1_and_2.py, stage3.py)."""
+    stage, on_gpus = recipe.training.zero_stage, recipe.cluster.device != "cpu"
+    if stage in (1, 2):
+        return 1 + overlaps(recipe.training, "cuda" if on_gpus else "cpu")
+    return 2 if stage == 3 else 0
 
 
 def _kept_bytes(recipe: Recipe) -> float:
@@ -94,8 +112,9 @@ def _saved_bytes(settings: ModelSettings, dtype: torch.dtype) -> int:
 
     alphabet = settings.alphabet
     tokens = torch.randint(4, 24, (sum(PROBE_SEQUENCES),))
-    targets = torch.where(torch.rand(len(tokens)) < 0.15, tokens, -1)
-    tokens[targets >= 0] = alphabet.mask
+    at = torch.nonzero(torch.rand(len(tokens)) < 0.15)[:, 0]
+    targets = Targets(at, tokens[at])
+    tokens[at] = alphabet.mask
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         model(Packed(tokens, PROBE_SEQUENCES), targets)
     return sum(saved.values())
@@ -108,9 +127,8 @@ def step_flops(settings: ModelSettings, batch: GlobalBatch) -> float:
     alone; padding and recomputation do not count. A multiplication and its addition are two.
     """
     width, ffn = settings.width, settings.ffn_width
-    lengths = np.concatenate(batch.rows.segments).astype(np.float64)
-    matrices = 2 * settings.layers * (4 * width**2 + 2 * width * ffn) * lengths.sum()
-    attention = 4 * settings.layers * width * (lengths**2).sum()
+    matrices = 2 * settings.layers * (4 * width**2 + 2 * width * ffn) * batch.num_tokens
+    attention = 4 * settings.layers * width * batch.squared_lengths
     head = 2 * (width**2 + width * len(settings.alphabet)) * batch.num_targets
     return 3 * float(matrices + attention + head)
 
@@ -127,28 +145,6 @@ def peak_flops(recipe: Recipe, device: str) -> float | None:
         return None
     name = torch.cuda.get_device_name()  # not exercised without a GPU
     return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
-
-
-@dataclass(frozen=True)
-class EpochSize:
-    """What one epoch of a stream holds."""
-
-    sequences: float
-    tokens: float
-    """With specials and crops; estimated from the corpus's length histogram."""
-
-
-def epoch_size(plan: StreamPlan, corpus: Corpus) -> EpochSize:
-    """Sequences and tokens of one epoch, under the plan's sampling, fraction and crop."""
-    counts = corpus.manifest["counts"]["train"]
-    drawn = counts["sequences"] if plan.settings.sampling == "all" else counts["clusters"]
-    histogram = corpus.manifest["length_histogram"]["train"]
-    starts = np.array([int(start) for start in histogram])
-    shares = np.array(list(histogram.values())) / sum(histogram.values())
-    full = starts + LENGTH_BIN / 2 + ALPHABETS[plan.alphabet].num_specials
-    mean = float((np.minimum(full, plan.settings.crop_tokens) * shares).sum())
-    sequences = drawn * plan.settings.fraction
-    return EpochSize(sequences, sequences * mean)
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
@@ -187,73 +183,3 @@ def _what_to_lower(recipe: Recipe, memory: dict[str, float]) -> str:
     if training.zero_stage == 3 and not training.offload_parameters:
         return "resume with training.offload_parameters=true, or with more cluster.workers"
     return "use more cluster.workers with training.zero_stage=3, or GPUs with more memory"
-
-
-def describe_run(recipe: Recipe, plan: StreamPlan) -> str:
-    """The plan of a run, for people."""
-    stream, training = recipe.stream, recipe.training
-    model, step_tokens = recipe.model, stream.batch_rows * stream.row_tokens
-    tokens = training.steps * step_tokens
-    described = [
-        (
-            "model",
-            f"{model.family}, {model.layers} layers of {model.width}, "
-            f"{count_parameters(model):,} parameters, "
-            + (f"from {recipe.init_from}" if recipe.init_from else "fresh"),
-        ),
-        *_describe_corpora(plan, tokens),
-        (
-            "a step",
-            f"{stream.batch_rows} rows of {stream.row_tokens}: {step_tokens:,} tokens; "
-            + ", or ".join(
-                f"{workers} workers, {recipe.accumulation(workers)} times "
-                f"{training.micro_batch_rows} rows"
-                for workers in _sizes(recipe)
-            ),
-        ),
-        ("the run", f"{training.steps:,} steps, at most {tokens:,} tokens"),
-        *(("a worker", _describe_memory(recipe, workers)) for workers in _sizes(recipe)),
-        (
-            "checkpoints",
-            f"{training.steps // recipe.checkpoint.every_steps} of about "
-            f"{checkpoint_bytes(recipe) / 1e9:.2f} GB, the newest {recipe.checkpoint.keep} kept, "
-            f"in {recipe.checkpoint.storage or 'the run folder'}",
-        ),
-        (
-            "evaluations",
-            f"{training.steps // recipe.evaluation.every_steps} on {recipe.evaluation.blocks} "
-            "held-out blocks, "
-            + ("beside the training" if recipe.evaluation.asynchronous else "by the workers"),
-        ),
-        ("DeepSpeed", f"ZeRO {training.zero_stage}, {training.precision}, its own check passed"),
-    ]
-    return "\n".join(f"  {name:12} {what}" for name, what in described)
-
-
-def _sizes(recipe: Recipe) -> list[int]:
-    """The fewest and the most workers."""
-    return sorted(set(recipe.cluster.workers))
-
-
-def _describe_corpora(plan: StreamPlan, tokens: int) -> Iterator[tuple[str, str]]:
-    total = sum(source.weight for source in plan.sources)
-    for source in plan.sources:
-        corpus, share = source.open(), source.weight / total
-        epoch = epoch_size(plan, corpus)
-        mixed = f", {share:.1%} of the tokens" if len(plan.sources) > 1 else ""
-        yield "corpus", f"{source.path}, digest {source.digest[:16]}, every file verified{mixed}"
-        yield (
-            "an epoch",
-            f"{epoch.sequences:,.0f} sequences ({plan.settings.sampling}), about "
-            f"{epoch.tokens:,.0f} tokens; the run takes "
-            f"{tokens * share / max(epoch.tokens, 1):.2f} epochs",
-        )
-
-
-def _describe_memory(recipe: Recipe, workers: int) -> str:
-    memory = worker_memory(recipe, workers)
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in asdict(memory).items())
-    return (
-        f"{memory.total / 1e9:.2f} GB with {workers} workers ({parts}), and what DeepSpeed and the "
-        "device's own software take"
-    )

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_serializer, field_validator, model_validator
 
 from raptide.config import Settings
-from raptide.data.streaming.stream import StreamSettings
+from raptide.data.streaming.batch import StreamSettings
 from raptide.model.config import ModelSettings
 
 LINEAR_UNTIL, LINEAR_END = 0.9, 0.1
@@ -33,7 +33,7 @@ class OptimizerSettings(Settings):
     weight_decay: float = Field(0.0, ge=0.0)
 
     fused: bool = True
-    """Update all weights in one kernel: DeepSpeed's on GPUs, torch's on CPUs."""
+    """Update all weights in one kernel of torch's."""
 
     clip_norm: float = Field(1.0, ge=0.0)
     """Largest norm of the whole gradient; 0 never clips."""
@@ -67,6 +67,13 @@ class TrainingSettings(Settings):
     compile: bool = False
     """Fuse what surrounds the matrix products with torch.compile; the first steps take a minute
     more."""
+
+    bucket_elements: int = Field(50_000_000, ge=2)
+    """Elements of the gradients that the workers send each other at once, ZeRO 1 to 3. Small ones
+    leave more memory, large ones use the network better."""
+
+    overlap_comm: bool = True
+    """Send them while the backward pass goes on (GPUs), through a second bucket."""
 
     zero3_keep_whole_below: int = Field(100_000, ge=0)
     """Parameters with fewer elements stay whole on every worker (ZeRO 3)."""

@@ -20,6 +20,7 @@ import yaml
 
 from raptide.cluster import DATA_CPUS, joins_cluster, training_cpus
 from raptide.errors import ConfigError
+from raptide.model.device import HEAD_STEP, WIDEST_HEAD, takes_heads
 from raptide.training.planning.recipe import Recipe
 
 AUTOSCALER_OPTION = "--autoscaling-config="
@@ -129,10 +130,13 @@ def choose_device(recipe: Recipe, room: Room) -> str:
     What may come to a cluster is waited for; where that is not known, anything may.
 
     Raises:
-        ConfigError: there is too little room, or `auto` cannot tell whether GPUs will come.
+        ConfigError: there is too little room, `auto` cannot tell whether GPUs will come, or GPUs
+            cannot take the model's heads.
     """
     cluster = recipe.cluster
     device = _device_for(recipe, room) if cluster.device == "auto" else cluster.device
+    if device == "cuda":
+        refuse_heads(recipe)
     most = room.fits_at_most(worker_needs(recipe, device))
     if most is not None and most < cluster.min_workers:
         raise ConfigError(
@@ -142,6 +146,22 @@ def choose_device(recipe: Recipe, room: Room) -> str:
             "or take a larger cluster."
         )
     return device
+
+
+def refuse_heads(recipe: Recipe) -> None:
+    """Refuse what would train sequence by sequence on GPUs, many times slower.
+
+    Raises:
+        ConfigError: the attention kernel cannot take the model's heads.
+    """
+    model = recipe.model
+    if recipe.training.precision != "fp32" and not takes_heads(model.head_width):
+        raise ConfigError(
+            f"model.heads: heads of {model.head_width} values (model.width {model.width} over "
+            f"{model.heads} heads) cannot train on GPUs in {recipe.training.precision}, whose "
+            f"attention kernel takes multiples of {HEAD_STEP} up to {WIDEST_HEAD}; choose another "
+            "model.heads, or training.precision=fp32."
+        )
 
 
 def _device_for(recipe: Recipe, room: Room) -> str:

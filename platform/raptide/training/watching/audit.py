@@ -18,7 +18,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from raptide.data.streaming.stream import GlobalBatch
+from raptide.data.streaming.batch import GlobalBatch
 
 AUDIT, SUMMARY = "audit", "audit.json"
 

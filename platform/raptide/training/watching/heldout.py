@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
 from raptide.alphabet import ALPHABETS, Alphabet, count_letters
+from raptide.data.streaming.batch import PackedRows
 from raptide.data.streaming.letters import count_training
-from raptide.data.streaming.rows import PackedRows, pack_block
+from raptide.data.streaming.rows import pack_block
 from raptide.data.streaming.stream import StreamPlan
 from raptide.errors import CorpusError
 from raptide.model.packed import Packed
@@ -222,8 +223,7 @@ class HeldoutEvaluator:
         right = torch.zeros(1, dtype=torch.float64, device=device)
         with torch.no_grad():
             for micro in micro_batches(self._rows, self._bounds, self._alphabet, device):
-                at = micro.targets_T >= 0
-                targets = micro.targets_T[at]
+                at, targets = micro.targets.at_N, micro.targets.true_N
                 logits = model(micro.packed)[at].float()
                 nats = cross_entropy(logits, targets, reduction="none").double()
                 nats = nats.clamp(max=LARGEST)  # infinite ones times 0 would be no number

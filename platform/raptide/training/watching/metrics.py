@@ -7,7 +7,7 @@ import resource
 
 import torch
 
-from raptide.data.streaming.stream import GlobalBatch
+from raptide.data.streaming.batch import GlobalBatch
 from raptide.training.planning.estimate import step_flops
 from raptide.training.planning.recipe import Recipe
 from raptide.training.step import StepResult
