@@ -128,6 +128,27 @@ def test_only_what_an_evaluation_wrote_is_deleted(content, tmp_path):
     assert list(out.iterdir()) == []
 
 
+def test_a_cache_that_holds_other_things_or_is_in_use_is_not_deleted(content, tmp_path):
+    write_output(tmp_path / "out", content)
+    home = ResultCache(tmp_path / "home")
+    home.folder.mkdir()
+    (home.folder / "thesis.tex").write_text("keep")
+    with pytest.raises(ConfigError, match=r"thesis\.tex"):
+        clear_output(tmp_path / "out", home)
+    assert (home.folder / "thesis.tex").exists()
+    assert (tmp_path / "out/results.parquet").exists()
+    (home.folder / "thesis.tex").unlink()
+    for name in ("read-0123456789abcdef-fp32", "random-0123456789abcdef", "partial"):
+        (home.folder / name).mkdir()
+    for name in (f"{'a' * 40}.npz", f"ngrams-{'b' * 32}.safetensors"):
+        (home.folder / name).write_text("")
+    with home.turn("0123456789abcdef"), pytest.raises(ConfigError, match="at work"):
+        clear_output(tmp_path / "out", home)
+    assert len(list(home.folder.iterdir())) == 5
+    clear_output(tmp_path / "out", home)
+    assert not home.folder.exists()
+
+
 def test_a_runs_curve_is_read_past_a_torn_line(tmp_path):
     lines = [{"trainer/global_step": s, "progress/tokens": 100 * s} for s in (1, 2, 3, 4)]
     lines[2] |= {"eval/step": 2, "eval/ece_masked": 16.0, "bench/contacts/p@l/long": 0.1}

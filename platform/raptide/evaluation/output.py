@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import shlex
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -78,7 +77,7 @@ def clear_output(folder: Path, cache: ResultCache) -> None:
     """Delete what an evaluation wrote, and nothing else.
 
     Raises:
-        ConfigError: the folder holds other things.
+        ConfigError: the folder, or the cache, holds other things, or another process is at work.
     """
     known = {PARQUET, JSON, REPORT, "cache", "partial", "wandb"}
     others = sorted(path.name for path in folder.glob("*") if path.name not in known)
@@ -87,9 +86,9 @@ def clear_output(folder: Path, cache: ResultCache) -> None:
             f"{folder} holds {others[0]!r}, which no evaluation wrote, so nothing is deleted; "
             "choose another --output."
         )
+    cache.clear()
     for name in (PARQUET, JSON, REPORT):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(cache.folder, ignore_errors=True)
 
 
 def make_content(

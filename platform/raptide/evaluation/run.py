@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from raptide.evaluation.tasks.contacts import Contacts
 from raptide.evaluation.tasks.task import Task
 
 Say = Callable[[str], None]
+
+BUSY = "another evaluation is reading it into the same cache; waiting for its end"
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,13 @@ def evaluate(
         there = {id(task): cache.find(keys[id(task)]) for task in its_tasks}
         missing = [task for task in its_tasks if there[id(task)] is None]
         if missing:
-            _compute(subject, missing, keys, cache, findings, say)
+            with cache.turn(subject.digest, partial(say, f"{subject.name}: {BUSY}")):
+                there |= {id(task): cache.find(keys[id(task)]) for task in missing}
+                missing = [task for task in missing if there[id(task)] is None]
+                if missing:
+                    there |= _compute(subject, missing, keys, cache, findings, say)
         for task in its_tasks:
-            result = there[id(task)] or cache.find(keys[id(task)])
+            result = there[id(task)]
             assert result is not None
             findings.found.append(Finding(subject, task, result))
     return findings
@@ -112,7 +119,10 @@ def _compute(
     cache: ResultCache,
     findings: Findings,
     say: Say,
-) -> None:
+) -> dict[int, Result | None]:
+    """Results by the task's id."""
+    found: dict[int, Result | None] = {}
+
     def ask() -> Iterator[Request]:
         for task in tasks:
             yield from task.requests(subject)
@@ -132,8 +142,10 @@ def _compute(
             seconds = time.monotonic() - began
             result = Result(measured, outcome.notes, outcome.figures, seconds)
             cache.keep(keys[id(task)], result)
+            found[id(task)] = result
             findings.computed += 1
             say(f"{subject.name}: {task.settings.name} in {seconds:.1f} s{_main(result)}")
+    return found
 
 
 def _main(result: Result) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -116,11 +118,18 @@ def random_weights(like: ModelSubject, scratch: Path) -> ModelSubject:
     name = hashlib.sha256(f"{facts} {RANDOM_SEED}".encode()).hexdigest()[:16]
     folder = scratch / f"random-{name}"
     if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        write_weights(partial, Weights.of(Esm(settings).initialise(RANDOM_SEED)))
-        partial.rename(folder)
+        # Another process may make the same: each writes its own, and the first one's stays.
+        partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            write_weights(partial, Weights.of(Esm(settings).initialise(RANDOM_SEED)))
+            try:
+                partial.rename(folder)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return ModelSubject(
         *("random-weights", Model.find(folder), like.precision, like.reader),
-        *(scratch / f"read-{name}", like.fits, True, like.say),
+        *(scratch / f"read-{name}-{like.precision}", like.fits, True, like.say),
     )
