@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -76,6 +77,14 @@ def test_tables_hold_a_row_a_number(content, tmp_path):
         *("report.html", "results.json", "results.parquet")
     ]
     HTMLParser().feed((tmp_path / "out/report.html").read_text())
+
+
+def test_a_number_without_end_is_written_all_the_same(content, tmp_path):
+    """The ECE of a model that is sure of what is wrong."""
+    row = content.rows[0] | {"value": math.inf, "high": math.inf}
+    write_output(tmp_path / "out", replace(content, rows=[row, *content.rows[1:]]))
+    assert json.loads((tmp_path / "out/results.json").read_text())[0]["value"] is None
+    assert pq.read_table(tmp_path / "out/results.parquet")["value"][0].as_py() == math.inf
 
 
 def test_every_two_models_are_compared_number_by_number(content, findings):

@@ -173,6 +173,18 @@ def test_where_data_lie_and_what_a_task_is_called_makes_none(settings, model, tm
     assert evaluate([Toy(moved)], [model], cache).computed == 0
 
 
+def test_tests_that_trade_names_trade_results(settings, model, tmp_path):
+    cache = ResultCache(tmp_path / "cache")
+    one, two = settings.test.values()
+    swapped = settings.model_copy(update={"test": {"two": one, "one": two}})
+    for each in (settings, swapped):
+        findings = evaluate([Toy(each)], [model], cache, baselines=False)
+        rows = rows_of(findings, "1")
+        assert {row["dataset"]: row["n"] for row in rows} == {
+            name: len(Path(file).read_text().split()) for name, file in each.test.items()
+        }
+
+
 def test_subjects_are_asked_what_they_can_give(settings):
     task = Toy(settings)
     subject = Planted("p", 1.0)

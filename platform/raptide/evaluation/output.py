@@ -226,4 +226,5 @@ def _controls_of(found: Finding) -> Iterator[Control]:
 
 
 def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
+    """As JSON knows it, which has neither NaN nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

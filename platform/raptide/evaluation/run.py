@@ -157,7 +157,8 @@ def result_key(subject: Subject, task: Task, digest: str) -> str:
     """What a result is kept by: weights and dtype, the task's settings and code, its data."""
     settings = task.settings.model_dump(mode="json", exclude={"name"})
     for name in [each for each in settings if _is_path(settings[each])]:
-        settings[name] = sorted(settings[name]) if isinstance(settings[name], dict) else None
+        # Names in the order of their files, by which these are digested.
+        settings[name] = [*settings[name]] if isinstance(settings[name], dict) else None
     name = subject.name if subject.baseline else ""  # models are told apart by their weights
     return key_of(name, subject.digest, settings, task.version, digest)
 
