@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 from endpoints import make_bundle
 
+from evaluate_model import refuse_equal_repeats
 from raptide import ConfigError
 from raptide.bulk.work import Model
 from raptide.evaluation.cache import ResultCache
@@ -101,6 +102,22 @@ def test_every_two_models_are_compared_number_by_number(content, findings):
         assert (each.verdict == "no measured difference") == (not apart)
         assert not each.metric.startswith(("control/", "chance/"))
     assert {("space", "scans")} == {tuple(dict.fromkeys(c.task for c in content.comparisons))}
+
+
+def test_a_repeat_that_was_asked_as_a_model_is_compared(findings):
+    repeats = ["r1", "r2", "r3"]
+    content = make_content("small", findings, repeats, None, [], ["a", "r1"])
+    pairs = {(each.a, each.b) for each in content.comparisons}
+    assert pairs == {("a", "b"), ("a", "r1"), ("b", "r1")}
+    assert content.noise["space", "letters", "letters-silhouette"] is not None
+
+
+def test_repeats_of_the_same_weights_are_no_noise(tmp_path):
+    one, two = (Model.find(make_bundle(tmp_path / name, seed=1)) for name in ("one", "two"))
+    other = Model.find(make_bundle(tmp_path / "other", seed=2))
+    refuse_equal_repeats({"one": one, "other": other})
+    with pytest.raises(ConfigError, match="one and two have the same weights"):
+        refuse_equal_repeats({"one": one, "other": other, "two": two})
 
 
 def test_the_noise_floor_is_that_of_runs_that_differ_in_the_seed_alone(content):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from raptide.bulk.work import Model
+from raptide.errors import InputError
 from raptide.evaluation.cache import ResultCache
 from raptide.evaluation.requests import Reading, Request
 from raptide.evaluation.results import Measure
@@ -183,6 +184,35 @@ def test_tests_that_trade_names_trade_results(settings, model, tmp_path):
         assert {row["dataset"]: row["n"] for row in rows} == {
             name: len(Path(file).read_text().split()) for name, file in each.test.items()
         }
+
+
+def test_data_that_go_while_models_are_read_keep_the_digest_they_had(settings, model, tmp_path):
+    class Loses(Toy):
+        def measure(self, subject, readings):
+            for file in self.files():
+                file.unlink()
+            return super().measure(subject, readings)
+
+    cache = ResultCache(tmp_path / "cache")
+    whole = rows_of(evaluate([Toy(settings)], [model], cache, baselines=False), "1")
+    task = Loses(settings)
+    task.version = 2
+    rows = rows_of(evaluate([task], [model], cache, baselines=False), "1")
+    assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in whole]
+
+
+class Column(Planted):
+    baseline, kinds = False, frozenset({"scores"})
+
+
+def test_predictions_that_fit_nothing_are_refused(settings, model, tmp_path):
+    cache, task = ResultCache(tmp_path / "cache"), Toy(settings)
+    with pytest.raises(InputError, match="no task that was chosen is of kind variants"):
+        evaluate([task], [model], cache, others=[Column("esm", 1.0)])
+    task.needs = ("mean|scores",)
+    evaluate([task], [model], cache, others=[Column("esm", 1.0)], baselines=False)
+    with pytest.raises(InputError, match="'model' names a model and a column"):
+        evaluate([task], [model], cache, others=[Column("model", 1.0)])
 
 
 def test_subjects_are_asked_what_they_can_give(settings):

@@ -97,12 +97,14 @@ def make_content(
     repeats: Sequence[str],
     references: Path | None,
     command: list[str],
+    compared: Sequence[str] = (),
 ) -> ReportContent:
     """All that the report says.
 
     Args:
         repeats: names of the models that differ in the seed alone.
         references: a file of published numbers.
+        compared: names of repeats that are compared with other models all the same.
 
     Raises:
         ConfigError: that file is none.
@@ -115,7 +117,7 @@ def make_content(
         subjects=_subjects(findings),
         tasks=_tasks(findings),
         rows=rows,
-        comparisons=list(_comparisons(findings, repeats)),
+        comparisons=list(_comparisons(findings, {*repeats} - {*compared})),
         noise=_noise(findings, repeats),
         controls=list(_controls(findings)),
         references=match_references(read_references(references), rows) if references else [],
@@ -142,7 +144,8 @@ def _tasks(findings: Findings) -> list[TaskEntry]:
         name = task.settings.name
         if name not in entries:
             files = [
-                DatasetEntry(p.stem, dataset_digest(task, p.stem), p.name) for p in task.files()
+                DatasetEntry(p.stem, dataset_digest(task, p.stem, findings.digests), p.name)
+                for p in task.files()
             ]
             entries[name] = TaskEntry(
                 name, task.settings.kind, task.main_metric, task.how, datasets=files
@@ -154,9 +157,11 @@ def _tasks(findings: Findings) -> list[TaskEntry]:
     return list(entries.values())
 
 
-def _comparisons(findings: Findings, repeats: Sequence[str]) -> Iterator[Comparison]:
-    """Of all pairs of models, number by number."""
-    models = [f for f in findings.found if not f.subject.baseline and f.subject.name not in repeats]
+def _comparisons(findings: Findings, left_out: set[str]) -> Iterator[Comparison]:
+    """Of all pairs of models but those left out, number by number."""
+    models = [
+        f for f in findings.found if not f.subject.baseline and f.subject.name not in left_out
+    ]
     for a, b in combinations(models, 2):
         if a.task is not b.task:
             continue
