@@ -54,6 +54,7 @@ def main() -> None:
     benchmark = Benchmark.load(args.benchmark, args.tasks)
     cache = ResultCache((args.cache or output / CACHE).absolute())
     models = {str(path): Model.find(find_bundle(path)) for path in (*args.model, *args.repeats)}
+    refuse_equal_repeats({name: models[name] for name in map(str, args.repeats)})
     if args.replace:
         clear_output(output, cache)
     threads = args.threads or max(model.threads for model in models.values())
@@ -71,7 +72,8 @@ def main() -> None:
         predictions = read_predictions(args.predictions)
         findings = evaluate(tasks, subjects, cache, say, not args.no_baselines, predictions)
     repeats = [str(path) for path in args.repeats]
-    content = make_content(benchmark.name, findings, repeats, REFERENCES, sys.argv)
+    compared = [str(path) for path in args.model]
+    content = make_content(benchmark.name, findings, repeats, REFERENCES, sys.argv, compared)
     write_output(output, content)
     print(describe(content))
     print_times(findings)
@@ -131,9 +133,21 @@ def read_arguments() -> argparse.Namespace:
     )
     group.add_argument("--track", action="store_true", help="log tables and files to W&B")
     args = parser.parse_args()
-    if len(args.repeats) == 1:
+    if len(set(args.repeats)) == 1:
         raise ConfigError("--repeats needs at least two models that differ in the seed alone.")
     return args
+
+
+def refuse_equal_repeats(repeats: dict[str, Model]) -> None:
+    """Raises ConfigError where two of them have the same weights: no seed made a difference."""
+    names: dict[str, str] = {}
+    for name, model in repeats.items():
+        if model.digest in names:
+            raise ConfigError(
+                f"--repeats takes models that differ in the seed, but {names[model.digest]} and "
+                f"{name} have the same weights; leave one out."
+            )
+        names[model.digest] = name
 
 
 def scratch_of(cache: ResultCache, model: Model, precision: Precision) -> Path:

@@ -1,6 +1,8 @@
 """Scans as files: both forms, what is left out, and what is refused."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scans
 from conftest import ROOT
@@ -130,6 +132,33 @@ def test_two_files_of_one_name_are_refused(tmp_path):
     two = scans.write_parquet(tmp_path / "b.parquet", TARGET, ["K2A"], [1.0], assay="a")
     with pytest.raises(InputError, match="another 'a'"):
         read_assays([one, two])
+
+
+def test_what_parquet_may_hold_in_place_of_text(tmp_path):
+    def write(name, metadata=None, **columns):
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path)
+        return path
+
+    columns = {"mutant": ["K2A", "T3G"], "score": [1.0, 2.0]}
+    for cell in (None, ""):
+        path = write("none", **columns, mutated_sequence=[cell, "MKGAYIAKQR"])
+        with pytest.raises(InputError, match=r"none\.parquet"):
+            read_assay(path)
+    path = write("null", **columns, mutated_sequence=["MATAYIAKQR", None])
+    with pytest.raises(InputError, match="row 2: mutated_sequence must be text, but None"):
+        read_assay(path)
+    path = write("int", **columns, mutated_sequence=[1, 2])
+    with pytest.raises(InputError, match="row 1: mutated_sequence must be text, but 1"):
+        read_assay(path)
+    path = write("bytes", {b"\xff": b"\xfe", "target_sequence": TARGET}, **columns)
+    assert read_assay(path).mutants == ["K2A", "T3G"]
+
+
+def test_no_assay_is_called_as_their_mean(tmp_path):
+    path = scans.write_parquet(tmp_path / "all.parquet", TARGET, ["K2A"], [1.0])
+    with pytest.raises(InputError, match="'all' is what the mean over assays is called"):
+        read_assays([path])
 
 
 def test_the_shipped_scans_open():

@@ -46,6 +46,22 @@ def test_paths_are_relative_to_the_file_wherever_one_stands(tmp_path, monkeypatc
     assert task.files() == [tmp_path / "there/tiny/domains.parquet"]
 
 
+def test_a_folder_may_be_called_as_a_glob(tmp_path):
+    folder = tmp_path / "données [v1]*"
+    shutil.copytree(FOLDER / "tiny", folder / "tiny")
+    shutil.copy(FOLDER / "tiny.yaml", folder)
+    for path in (folder / "tiny.yaml", write_absolute(folder / "absolute.yaml")):
+        (task,) = Benchmark.load(path, ["variants"]).make(tmp_path)
+        assert task.files()
+
+
+def write_absolute(path):
+    path.write_text(
+        f"name: a\ntasks: [{{kind: variants, assays: '{FOLDER}/tiny/variants/*.parquet'}}]"
+    )
+    return path
+
+
 def test_tasks_are_chosen_by_name_or_kind(tmp_path):
     text = "name: b\ntasks: [{kind: space}, {kind: space, name: other}]"
     (tmp_path / "b.yaml").write_text(text)

@@ -148,3 +148,10 @@ def test_memory_does_not_grow_with_a_file(tmp_path):
     tracemalloc.stop()
     assert len(chains) == 40
     assert held < 40 * 2000  # a byte a residue, of 14
+
+
+def test_a_column_that_stands_there_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.csv"
+    path.write_text("id,id,sequence,ss8\na,b,MKT,CCC\n")
+    with pytest.raises(InputError, match="more than one column `id`"):
+        Chains(path, ("ss8",))

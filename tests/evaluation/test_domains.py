@@ -92,3 +92,10 @@ def test_what_is_no_table_of_domains_is_refused(tmp_path):
     (tmp_path / "nothing.csv").write_text("")
     with pytest.raises(InputError):
         read_domains(tmp_path / "nothing.csv")
+
+
+def test_a_column_that_stands_there_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.csv"
+    path.write_text("id,id,scop_class,sequence\na,b,a.1.1.1,MKT\n")
+    with pytest.raises(InputError, match="more than one column 'id'"):
+        read_domains(path)

@@ -6,18 +6,24 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 from draws import random_sequence
 
-from raptide import ConfigError, Engine
+from raptide import ConfigError, Engine, RaptideError
 from raptide.alphabet import STANDARD, encode_residues
 from raptide.bulk.places import BulkSettings
 from raptide.bulk.work import Model
+from raptide.errors import InputError
 from raptide.evaluation.masks import choose_residues
 from raptide.evaluation.requests import Reading, Request
 from raptide.evaluation.subjects.items import Item, gather
 from raptide.evaluation.subjects.model import ModelSubject, random_weights
 from raptide.evaluation.subjects.readers import BulkReader, HereReader
 from raptide.inference.contact_fit import fit_contacts
+from raptide.model.config import ModelSettings
+from raptide.model.formats.detect import write_weights
+from raptide.model.formats.weights import Weights
+from raptide.model.transformer import Esm
 
 LAST = 2
 
@@ -194,3 +200,55 @@ def test_random_weights_have_the_models_shape_and_nothing_else(bundle, tmp_path)
     theirs, ours = (Engine.load(each.model.path).model for each in (control, model))
     assert theirs.settings == ours.settings
     assert not np.allclose(theirs.embed.weight.detach().float(), ours.embed.weight.detach().float())
+
+
+def save(folder, model):
+    write_weights(folder, Weights.of(model))
+    return folder
+
+
+def test_contacts_of_chains_longer_than_the_model_takes_are_refused_at_once(examples, tmp_path):
+    shape = ModelSettings(family="esm1b", layers=2, width=32, heads=4, max_positions=42)
+    bundle = save(tmp_path / "short", Esm(shape).initialise(1))
+
+    def read(fit_on, length):
+        subject = subject_of(bundle, HereReader(), tmp_path, fit_on)
+        request = Request(Reading("contacts", method="fit"), random_sequence(length))
+        with subject.read(lambda: iter([request])) as readings:
+            return readings.get(request).shape
+
+    assert read(examples[:1], 40) == (40, 40)
+    remedy = "takes 40 residues at most, but one has {}; give the task `most_residues: 40`"
+    with pytest.raises(InputError, match=remedy.format(41)):
+        read(examples[:1], 41)
+    with pytest.raises(InputError, match=remedy.format(50)):
+        read(examples, 40)
+    assert not (tmp_path / "scratch").exists()
+
+
+@pytest.mark.parametrize("kind", ["residues", "masked", "marginals", "contacts", "letters"])
+def test_weights_that_have_diverged_give_a_sentence_and_no_number(kind, examples, tmp_path):
+    model = Esm(ModelSettings(layers=2, width=32, heads=4)).initialise(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    subject = subject_of(save(tmp_path / "nan", model), HereReader(), tmp_path, examples)
+    places = (0,) if kind == "marginals" else ()
+    method = {"contacts": "fit", "marginals": "wt-marginals"}.get(kind, "")
+    request = Request(Reading(kind, 1, method), "" if kind == "letters" else "MKTAYI", places)
+    with (
+        pytest.raises(InputError, match=r"NaN or inf.*diverged.*earlier checkpoint"),
+        subject.read(lambda: iter([request])),
+    ):
+        pass
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence(bundle, tmp_path):
+    (tmp_path / "scratch").write_text("a file where the folder would be")
+    subject = subject_of(bundle, HereReader(), tmp_path, [])
+    ask = [Request(Reading("mean", 0), "MKT")]
+    with (
+        pytest.raises(RaptideError, match=r"cannot be kept in .*scratch.*--cache"),
+        subject.read(lambda: iter(ask)),
+    ):
+        pass

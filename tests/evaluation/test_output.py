@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from conftest import ROOT
 from endpoints import make_bundle
 
+from evaluate_model import refuse_equal_repeats
 from raptide import ConfigError
 from raptide.bulk.work import Model
 from raptide.evaluation.cache import ResultCache
@@ -78,6 +80,14 @@ def test_tables_hold_a_row_a_number(content, tmp_path):
     HTMLParser().feed((tmp_path / "out/report.html").read_text())
 
 
+def test_a_number_without_end_is_written_all_the_same(content, tmp_path):
+    """The ECE of a model that is sure of what is wrong."""
+    row = content.rows[0] | {"value": math.inf, "high": math.inf}
+    write_output(tmp_path / "out", replace(content, rows=[row, *content.rows[1:]]))
+    assert json.loads((tmp_path / "out/results.json").read_text())[0]["value"] is None
+    assert pq.read_table(tmp_path / "out/results.parquet")["value"][0].as_py() == math.inf
+
+
 def test_every_two_models_are_compared_number_by_number(content, findings):
     pairs = {(each.a, each.b) for each in content.comparisons}
     assert pairs == {("a", "b")}, "repeats are no models to compare"
@@ -92,6 +102,22 @@ def test_every_two_models_are_compared_number_by_number(content, findings):
         assert (each.verdict == "no measured difference") == (not apart)
         assert not each.metric.startswith(("control/", "chance/"))
     assert {("space", "scans")} == {tuple(dict.fromkeys(c.task for c in content.comparisons))}
+
+
+def test_a_repeat_that_was_asked_as_a_model_is_compared(findings):
+    repeats = ["r1", "r2", "r3"]
+    content = make_content("small", findings, repeats, None, [], ["a", "r1"])
+    pairs = {(each.a, each.b) for each in content.comparisons}
+    assert pairs == {("a", "b"), ("a", "r1"), ("b", "r1")}
+    assert content.noise["space", "letters", "letters-silhouette"] is not None
+
+
+def test_repeats_of_the_same_weights_are_no_noise(tmp_path):
+    one, two = (Model.find(make_bundle(tmp_path / name, seed=1)) for name in ("one", "two"))
+    other = Model.find(make_bundle(tmp_path / "other", seed=2))
+    refuse_equal_repeats({"one": one, "other": other})
+    with pytest.raises(ConfigError, match="one and two have the same weights"):
+        refuse_equal_repeats({"one": one, "other": other, "two": two})
 
 
 def test_the_noise_floor_is_that_of_runs_that_differ_in_the_seed_alone(content):
@@ -126,6 +152,27 @@ def test_only_what_an_evaluation_wrote_is_deleted(content, tmp_path):
     (out / "mine.txt").unlink()
     clear_output(out, cache)
     assert list(out.iterdir()) == []
+
+
+def test_a_cache_that_holds_other_things_or_is_in_use_is_not_deleted(content, tmp_path):
+    write_output(tmp_path / "out", content)
+    home = ResultCache(tmp_path / "home")
+    home.folder.mkdir()
+    (home.folder / "thesis.tex").write_text("keep")
+    with pytest.raises(ConfigError, match=r"thesis\.tex"):
+        clear_output(tmp_path / "out", home)
+    assert (home.folder / "thesis.tex").exists()
+    assert (tmp_path / "out/results.parquet").exists()
+    (home.folder / "thesis.tex").unlink()
+    for name in ("read-0123456789abcdef-fp32", "random-0123456789abcdef", "partial"):
+        (home.folder / name).mkdir()
+    for name in (f"{'a' * 40}.npz", f"ngrams-{'b' * 32}.safetensors"):
+        (home.folder / name).write_text("")
+    with home.turn("0123456789abcdef"), pytest.raises(ConfigError, match="at work"):
+        clear_output(tmp_path / "out", home)
+    assert len(list(home.folder.iterdir())) == 5
+    clear_output(tmp_path / "out", home)
+    assert not home.folder.exists()
 
 
 def test_a_runs_curve_is_read_past_a_torn_line(tmp_path):

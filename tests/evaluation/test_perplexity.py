@@ -141,7 +141,7 @@ def test_lengths_are_those_of_training(task, proteins):
     assert list(by_length) == [f"ece/{name}" for name in heldout.bucket_names()]
     np.testing.assert_allclose(list(by_length.values()), [2, 3, 4, 5], rtol=1e-6)
     (figure,) = outcome.figures
-    np.testing.assert_allclose(figure.series["planted"], [2, 3, 4, 5], rtol=1e-6)
+    np.testing.assert_allclose(figure.series["ECE"], [2, 3, 4, 5], rtol=1e-6)
     assert figure.x_names == heldout.bucket_names()
 
 
@@ -149,7 +149,7 @@ def test_a_length_that_no_protein_has_is_left_out(tmp_path):
     task = make_task(tmp_path, [random_sequence(200)])
     found, outcome = values(task, uniform())
     assert [name for name in found if name.startswith("ece/")] == ["ece/129-256"]
-    assert np.isnan(outcome.figures[0].series["uniform"]).tolist() == [True, False, True, True]
+    assert np.isnan(outcome.figures[0].series["ECE"]).tolist() == [True, False, True, True]
 
 
 def test_uniform_is_25_whatever_the_letters_are(task):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 
 from raptide.bulk.work import Model
+from raptide.errors import InputError
 from raptide.evaluation.cache import ResultCache
 from raptide.evaluation.requests import Reading, Request
 from raptide.evaluation.results import Measure
-from raptide.evaluation.run import answers, evaluate, result_key, rows_of
+from raptide.evaluation.run import BUSY, answers, evaluate, result_key, rows_of
 from raptide.evaluation.samples import mean_of
-from raptide.evaluation.subjects.model import ModelSubject
+from raptide.evaluation.subjects.model import ModelSubject, random_weights
 from raptide.evaluation.subjects.readers import HereReader
 from raptide.evaluation.tasks.task import Outcome, TaskSettings
 
@@ -172,6 +174,47 @@ def test_where_data_lie_and_what_a_task_is_called_makes_none(settings, model, tm
     assert evaluate([Toy(moved)], [model], cache).computed == 0
 
 
+def test_tests_that_trade_names_trade_results(settings, model, tmp_path):
+    cache = ResultCache(tmp_path / "cache")
+    one, two = settings.test.values()
+    swapped = settings.model_copy(update={"test": {"two": one, "one": two}})
+    for each in (settings, swapped):
+        findings = evaluate([Toy(each)], [model], cache, baselines=False)
+        rows = rows_of(findings, "1")
+        assert {row["dataset"]: row["n"] for row in rows} == {
+            name: len(Path(file).read_text().split()) for name, file in each.test.items()
+        }
+
+
+def test_data_that_go_while_models_are_read_keep_the_digest_they_had(settings, model, tmp_path):
+    class Loses(Toy):
+        def measure(self, subject, readings):
+            for file in self.files():
+                file.unlink()
+            return super().measure(subject, readings)
+
+    cache = ResultCache(tmp_path / "cache")
+    whole = rows_of(evaluate([Toy(settings)], [model], cache, baselines=False), "1")
+    task = Loses(settings)
+    task.version = 2
+    rows = rows_of(evaluate([task], [model], cache, baselines=False), "1")
+    assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in whole]
+
+
+class Column(Planted):
+    baseline, kinds = False, frozenset({"scores"})
+
+
+def test_predictions_that_fit_nothing_are_refused(settings, model, tmp_path):
+    cache, task = ResultCache(tmp_path / "cache"), Toy(settings)
+    with pytest.raises(InputError, match="no task that was chosen is of kind variants"):
+        evaluate([task], [model], cache, others=[Column("esm", 1.0)])
+    task.needs = ("mean|scores",)
+    evaluate([task], [model], cache, others=[Column("esm", 1.0)], baselines=False)
+    with pytest.raises(InputError, match="'model' names a model and a column"):
+        evaluate([task], [model], cache, others=[Column("model", 1.0)])
+
+
 def test_subjects_are_asked_what_they_can_give(settings):
     task = Toy(settings)
     subject = Planted("p", 1.0)
@@ -180,3 +223,46 @@ def test_subjects_are_asked_what_they_can_give(settings):
     assert not answers(subject, task)
     task.needs = ("hits|mean",)
     assert answers(subject, task)
+
+
+def test_two_at_once_on_one_cache_read_a_subject_one_after_the_other(settings, model, tmp_path):
+    cache = ResultCache(tmp_path / "cache")
+    reading, waited, firsts = threading.Event(), threading.Event(), []
+
+    class Slow(Toy):
+        def measure(self, subject, readings):
+            reading.set()
+            waited.wait(20)
+            return super().measure(subject, readings)
+
+    first = threading.Thread(
+        target=lambda: firsts.append(evaluate([Slow(settings)], [model], cache, baselines=False))
+    )
+    first.start()
+    assert reading.wait(20)
+    second = evaluate(
+        [Toy(settings)], [model], cache, lambda line: BUSY in line and waited.set(), baselines=False
+    )
+    waited.set()
+    first.join()
+    assert (firsts[0].computed, second.computed) == (1, 0)
+    assert rows_of(firsts[0], "1") == rows_of(second, "1")
+    assert not model.scratch.exists()
+    assert not any(cache.folder.glob("*.lock"))
+
+
+def test_random_weights_are_made_beside_another_process_that_makes_them(model, tmp_path):
+    made = random_weights(model, tmp_path / "one")
+    folder = Path(made.model.path)
+    partial = folder.with_name(f"{folder.name}.partial")
+    folder.rename(partial)  # the other one is not done yet
+    again = random_weights(model, tmp_path / "one")
+    assert again.digest == made.digest
+    assert partial.exists(), "what another process writes is left alone"
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name, partial.name}
+
+
+def test_random_weights_of_each_precision_are_read_in_a_folder_of_their_own(model, tmp_path):
+    single = random_weights(model, tmp_path)
+    model.precision = "bf16"
+    assert random_weights(model, tmp_path).scratch != single.scratch

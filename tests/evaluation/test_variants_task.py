@@ -338,3 +338,15 @@ def test_compressed_tables_open(tmp_path):
     assert one.digest != two.digest  # of other assays
     with pytest.raises(InputError, match=r"a\.csv scores a as 'x', which another table has done"):
         read_predictions([plain, plain])
+
+
+def test_predictions_score_each_variant_once(tmp_path):
+    table = tmp_path / "scan.csv"
+    table.write_text("mutant,model\nK2A:A1G,1\nT3G,2\nA1G:K2A,3\n")
+    with pytest.raises(InputError, match="row 3 has A1G:K2A of scan again after row 1"):
+        read_predictions([table])
+    table.write_text("mutant,model\n")
+    with pytest.raises(InputError, match="scores no variant"):
+        read_predictions([table])
+    table.write_text("mutant,model\nK²A,1\n")
+    assert len(read_predictions([table])) == 1, "what is no variant is none of an assay's"

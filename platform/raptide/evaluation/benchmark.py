@@ -9,6 +9,7 @@ tasks:
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,15 @@ def _task(tree: dict[str, Any], base: Path, place: str) -> TaskSettings:
         known = ", ".join(KINDS)
         raise ConfigError(f"{place} has kind {kind!r}; give one of {known}.")
     located = {
-        key: _locate(value, base) if key in PATHS else value
+        key: _locate(value, _pattern(base) if key == "assays" else base) if key in PATHS else value
         for key, value in ({"name": kind} | tree).items()
     }
     return parse_settings(KINDS[kind][0], located, source=place)
+
+
+def _pattern(folder: Path) -> Path:
+    """A folder in a glob, whatever it is called."""
+    return Path(glob.escape(str(folder)))
 
 
 def _locate(value: Any, base: Path) -> Any:

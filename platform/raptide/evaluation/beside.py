@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,10 @@ class RunBenchmark:
         model = Model.find(bundle)
         scratch = cache.folder / f"read-{model.digest[:16]}"
         subject = ModelSubject("checkpoint", model, "fp32", HereReader(cpus), scratch)
-        found = evaluate(tasks, [subject], cache, baselines=False).found
+        try:
+            found = evaluate(tasks, [subject], cache, baselines=False).found
+        finally:  # nobody reads this checkpoint again
+            shutil.rmtree(scratch, ignore_errors=True)
         mains = [(f.task.settings.name, main) for f in found if (main := f.result.main())]
         return {
             f"{task}/{main.measure.metric}": (

@@ -7,20 +7,35 @@ spoils the next run. Nothing in it is pickled.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from raptide.errors import ConfigError
 from raptide.evaluation.results import Figure, Heatmap, Lines, Measure, Points
 from raptide.evaluation.samples import of_arrays, to_arrays
-from raptide.storage import Storage
+from raptide.storage import PARTIAL, Storage
 
 FORMAT_VERSION = 1
+
+LOCK = ".lock"
+
+MADE = re.compile(
+    r"[0-9a-f]{40}\.npz|read-[0-9a-f]+(-\w+)?|random-[0-9a-f]+(\.\w+)?|ngrams-[0-9a-f]+\.safetensors"
+    rf"|\.ngrams-.*\.partial|[0-9a-f]+\{LOCK}|{PARTIAL}"
+)
+"""Names of what an evaluation leaves in its cache: results, scratch, what is made of data alone."""
 
 FIGURES = {each.__name__: each for each in (Lines, Heatmap, Points)}
 
@@ -75,6 +90,75 @@ class ResultCache:
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
         storage = Storage.of(self.folder)
         storage.write(f"{key}.npz", lambda file: file.write(buffer.getvalue()))
+
+    @contextmanager
+    def turn(self, digest: str, waits: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Within the block no other process reads a subject into this folder; waits for its end.
+
+        A killed process waits for nobody and is waited for by nobody. Where a file system has no
+        locks, all go on at once.
+
+        Args:
+            digest: the subject's.
+            waits: called once, if another process is at it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{digest[:16]}{LOCK}"
+        while True:
+            with path.open("w") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    waits()
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                except OSError:
+                    pass
+                if not _is_still(path, file):  # whoever had it took the file away
+                    continue
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+
+    def clear(self) -> None:
+        """Delete what evaluations left here, and nothing else.
+
+        Raises:
+            ConfigError: the folder holds other things, or another process is at work in it.
+        """
+        there = sorted(self.folder.glob("*"))
+        others = [path.name for path in there if not MADE.fullmatch(path.name)]
+        if others:
+            raise ConfigError(
+                f"{self.folder} holds {others[0]!r}, which no evaluation wrote, so nothing is "
+                "deleted; choose another --cache."
+            )
+        if any(_is_held(path) for path in there if path.name.endswith(LOCK)):
+            raise ConfigError(
+                f"Another evaluation is at work in {self.folder}, so nothing is deleted; wait for "
+                "its end, stop it, or choose another --cache."
+            )
+        for path in there:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with suppress(FileNotFoundError):
+            self.folder.rmdir()
+
+
+def _is_still(path: Path, file: Any) -> bool:
+    """Whether an open file still has its name."""
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+
+
+def _is_held(path: Path) -> bool:
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+    return False
 
 
 def key_of(*parts: Any) -> str:

@@ -129,5 +129,5 @@ def score_masked(
     truth = chosen.truth(residues_L, method)
     log_p = np.take_along_axis(log_p_CV, truth[:, None], 1)[:, 0]
     most = log_p_CV.max(1)
-    among = (log_p_CV == most[:, None]).sum(1)
+    among = np.maximum((log_p_CV == most[:, None]).sum(1), 1)  # NaN equals nothing
     return np.stack([-log_p, (log_p == most) / among], 1).astype(np.float32)

@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import shlex
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -78,7 +77,7 @@ def clear_output(folder: Path, cache: ResultCache) -> None:
     """Delete what an evaluation wrote, and nothing else.
 
     Raises:
-        ConfigError: the folder holds other things.
+        ConfigError: the folder, or the cache, holds other things, or another process is at work.
     """
     known = {PARQUET, JSON, REPORT, "cache", "partial", "wandb"}
     others = sorted(path.name for path in folder.glob("*") if path.name not in known)
@@ -87,9 +86,9 @@ def clear_output(folder: Path, cache: ResultCache) -> None:
             f"{folder} holds {others[0]!r}, which no evaluation wrote, so nothing is deleted; "
             "choose another --output."
         )
+    cache.clear()
     for name in (PARQUET, JSON, REPORT):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(cache.folder, ignore_errors=True)
 
 
 def make_content(
@@ -98,12 +97,14 @@ def make_content(
     repeats: Sequence[str],
     references: Path | None,
     command: list[str],
+    compared: Sequence[str] = (),
 ) -> ReportContent:
     """All that the report says.
 
     Args:
         repeats: names of the models that differ in the seed alone.
         references: a file of published numbers.
+        compared: names of repeats that are compared with other models all the same.
 
     Raises:
         ConfigError: that file is none.
@@ -116,7 +117,7 @@ def make_content(
         subjects=_subjects(findings),
         tasks=_tasks(findings),
         rows=rows,
-        comparisons=list(_comparisons(findings, repeats)),
+        comparisons=list(_comparisons(findings, {*repeats} - {*compared})),
         noise=_noise(findings, repeats),
         controls=list(_controls(findings)),
         references=match_references(read_references(references), rows) if references else [],
@@ -143,7 +144,8 @@ def _tasks(findings: Findings) -> list[TaskEntry]:
         name = task.settings.name
         if name not in entries:
             files = [
-                DatasetEntry(p.stem, dataset_digest(task, p.stem), p.name) for p in task.files()
+                DatasetEntry(p.stem, dataset_digest(task, p.stem, findings.digests), p.name)
+                for p in task.files()
             ]
             entries[name] = TaskEntry(
                 name, task.settings.kind, task.main_metric, task.how, datasets=files
@@ -155,9 +157,11 @@ def _tasks(findings: Findings) -> list[TaskEntry]:
     return list(entries.values())
 
 
-def _comparisons(findings: Findings, repeats: Sequence[str]) -> Iterator[Comparison]:
-    """Of all pairs of models, number by number."""
-    models = [f for f in findings.found if not f.subject.baseline and f.subject.name not in repeats]
+def _comparisons(findings: Findings, left_out: set[str]) -> Iterator[Comparison]:
+    """Of all pairs of models but those left out, number by number."""
+    models = [
+        f for f in findings.found if not f.subject.baseline and f.subject.name not in left_out
+    ]
     for a, b in combinations(models, 2):
         if a.task is not b.task:
             continue
@@ -227,4 +231,5 @@ def _controls_of(found: Finding) -> Iterator[Control]:
 
 
 def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
+    """As JSON knows it, which has neither NaN nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -47,7 +47,8 @@ def fit_contacts(
         penalty: weight of the L1 norm; larger keeps fewer heads.
 
     Raises:
-        InputError: a map does not fit its sequence, or there is nothing to tell apart.
+        InputError: a map does not fit its sequence, or there is nothing to tell apart, or the
+            model's attention maps are no numbers.
         SequenceError: as in `Engine.contacts`.
     """
     from sklearn.linear_model import LogisticRegression
@@ -61,6 +62,11 @@ def fit_contacts(
         raise InputError(
             f"A contact head needs proteins with and without contacts {MIN_SEPARATION} or more "
             f"residues apart, but the {len(tables)} given have only one kind."
+        )
+    if not all(np.isfinite(table).all() for table in tables):
+        raise InputError(
+            "Attention maps of the model are NaN or infinite, as those of weights are that have "
+            "diverged, so no contact head can be fitted; name an earlier checkpoint."
         )
     # fp64 in place of sklearn's own copy; liblinear with these settings is the published recipe.
     model = LogisticRegression(l1_ratio=1.0, C=1 / penalty, solver="liblinear")

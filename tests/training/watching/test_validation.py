@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -12,11 +14,17 @@ import ray
 from draws import generator
 from small_runs import EVERY, as_recipe, evaluations, make_recipe
 
+from raptide.evaluation.beside import RunBenchmark
 from raptide.training.checkpoints.checkpoint import Storage, awaiting_evaluation, prune
 from raptide.training.trainer import prepare_run
 from raptide.training.watching.heldout import Ece, Evaluation, Evaluations
 from raptide.training.watching.progress import BoardActor
-from raptide.training.watching.validation import MOST_CPUS, RunEvaluations, free_resources
+from raptide.training.watching.validation import (
+    MOST_CPUS,
+    RunEvaluations,
+    ask_benchmark,
+    free_resources,
+)
 
 GOOD, GONE, KILLED, HANGS = names = [f"step-{EVERY * n:08d}" for n in (1, 2, 3, 4)]
 
@@ -50,11 +58,11 @@ def make(whole, corpus, tmp_path):
     tree = make_recipe(corpus)
     plan = prepare_run(as_recipe(tree), tmp_path / "run")
 
-    def make(timeout_s):
+    def make(timeout_s, bench=None):
         tree["evaluation"] |= {"asynchronous": True, "timeout_s": timeout_s}
         board, storage = BoardActor.remote(), Storage.of(tmp_path / "checkpoints")
         made = RunEvaluations(
-            as_recipe(tree), plan, "cpu", board, {}, Evaluations(), storage=storage
+            *(as_recipe(tree), plan, "cpu", board, {}, Evaluations()), storage=storage, bench=bench
         )
         return made, board, storage
 
@@ -169,3 +177,40 @@ def test_nothing_waits_for_ever_where_nothing_is_free(make):
     assert beside.so_far == Evaluations(failed=2)
     assert Evaluations.of_manifest(beside.so_far.to_manifest()) == beside.so_far
     ray.kill(taken)
+
+
+def test_a_number_that_is_none_never_counts_as_the_best():
+    for higher in (True, False):
+        so_far = Evaluations()
+        for step, value in ((1, math.nan), (2, 0.3), (3, math.nan)):
+            found = evaluation(14.0, value, value - 0.03, value + 0.03, higher=higher)
+            so_far = so_far.after(found.ece, step, found.bench)
+        ((best, _, _),) = so_far.bench_best.values()
+        assert best == 0.3
+
+
+def test_a_benchmark_that_fails_costs_no_evaluation_and_is_told_once(whole, make, tmp_path):
+    """Its data vanish while the run goes on."""
+    (tmp_path / "b.yaml").write_text("name: b\ntasks: [{kind: space, domains: gone.csv}]")
+    bench = RunBenchmark(str(tmp_path / "b.yaml"), str(tmp_path / "run"))
+    beside, board, storage = make(timeout_s=300, bench=bench)
+    await_saves_of(storage, GOOD, GONE, heldout_step=0)
+    beside.take_up(last_step=2 * EVERY)
+    beside.wait(lambda: None)
+    lines = beside.unlogged()
+    assert [line["eval/step"] for line in lines] == [EVERY, 2 * EVERY]
+    expected = evaluations(whole.folder)[EVERY]
+    assert lines[0] == pytest.approx(expected, abs=1e-4)
+    assert beside.so_far.failed == 0
+    (sentence,) = warned(board)
+    assert f"Step {EVERY}: the benchmark gave nothing (" in sentence
+    assert "gone.csv cannot be read" in sentence
+
+
+def test_a_benchmark_beside_a_training_on_gpus_gets_a_cpu_all_the_same():
+    asked = []
+    assert ask_benchmark(lambda bundle, cpus: asked.append(cpus) or {}, Path("bundle"), 0) == (
+        {},
+        "",
+    )
+    assert asked == [1], "torch takes no number of threads below 1"

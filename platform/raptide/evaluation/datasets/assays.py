@@ -34,6 +34,9 @@ from raptide.bulk.sources.tables import PARQUET
 from raptide.errors import InputError, SequenceError
 from raptide.inference.variants import Substitution, apply_variant, parse_variant, spell_variant
 
+ALL = "all"
+"""The dataset of what is averaged over assays."""
+
 COLUMNS = np.array([STANDARD.find(letter) for letter in RESIDUES])
 """Residue id less FIRST_RESIDUE to column of STANDARD, -1 for none, [27]."""
 
@@ -146,6 +149,11 @@ def read_assays(files: Sequence[Path], reference: Path | None = None) -> list[As
     assays: dict[str, Assay] = {}
     for file in files:
         assay = read_assay(file, known)
+        if assay.name == ALL:
+            raise InputError(
+                f"{ALL!r} is what the mean over assays is called, but {file} is an assay of that "
+                "name; give it another one."
+            )
         if assay.name in assays:
             raise InputError(
                 f"Each assay has a name of its own, but {file} is another {assay.name!r}; leave "
@@ -159,7 +167,10 @@ def read_assay(file: Path, reference: Mapping[str, dict[str, str]] | None = None
     """One scan; raises as `read_assays` does."""
     table = read_table(file)
     metadata = table.schema.metadata or {}
-    facts = {key.decode(): value.decode() for key, value in metadata.items()}
+    facts = {
+        key.decode(errors="replace"): value.decode(errors="replace")
+        for key, value in metadata.items()
+    }
     if reference is not None and not facts.get("target_sequence"):
         facts = _look_up(file, reference)
     mutants = _column(file, table, "mutant")
@@ -291,6 +302,12 @@ def _revert_all(
     file: Path, mutants: Sequence[Any], sequences: Sequence[Any], rows: list[int]
 ) -> np.ndarray:
     """The one protein that all mutated sequences come of."""
+    for row in rows:
+        if not isinstance(sequences[row], str):
+            raise InputError(
+                f"{file}, row {row + 1}: mutated_sequence must be text, but {sequences[row]!r} was "
+                "given; write the letters of the protein with the variant in it."
+            )
     first = rows[0]
     target = revert(mutants[first], encode_residues(sequences[first]), 0)
     for row in rows:

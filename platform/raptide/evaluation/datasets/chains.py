@@ -171,6 +171,10 @@ def _find_columns(path: Path, needed: Sequence[str], found: Sequence[str]) -> No
                 f"{path} needs a column `{name}`, but has {', '.join(found) or 'none'}; "
                 f"rename or add it."
             )
+        if found.count(name) > 1:
+            raise InputError(
+                f"{path} has more than one column `{name}`; columns have names of their own."
+            )
 
 
 def _checked(values: dict[str, pa.Scalar]) -> Chain:

@@ -66,6 +66,11 @@ def read_domains(path: Path) -> Domains:
             or that of another row, the class is none, or a letter is no residue's.
     """
     table = _read_table(path)
+    names = table.column_names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(
+            f"{path} has more than one column {twice[0]!r}; columns have names of their own."
+        )
     scheme: Scheme = "SCOPe" if COLUMNS["SCOPe"] in table.column_names else "CATH"
     lacking = [c for c in ("id", COLUMNS[scheme], "sequence") if c not in table.column_names]
     if lacking:

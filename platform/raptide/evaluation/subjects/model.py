@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from raptide.bulk.work import Model, Precision
-from raptide.errors import ConfigError
+from raptide.errors import ConfigError, InputError, RaptideError
 from raptide.evaluation.requests import Kind, Readings
 from raptide.evaluation.subjects.items import Item, gather
 from raptide.evaluation.subjects.readers import Reader
 from raptide.evaluation.subjects.store import Store, write_values
 from raptide.evaluation.subjects.subject import Ask
 from raptide.evaluation.subjects.work import ReadWork
+from raptide.storage import reason_of
 
 ANSWERS: frozenset[Kind] = frozenset(
     ("residues", "mean", "sites", "contacts", "masked", "marginals", "pseudo", "letters")
@@ -74,22 +77,59 @@ class ModelSubject:
 
         Raises:
             ConfigError: the disk has no room for the answers.
+            InputError: contacts are asked of longer sequences than the model takes, or its answers
+                are no numbers.
+            RaptideError: the answers cannot be written.
         """
         items = gather(ask())
-        self.scratch.mkdir(parents=True, exist_ok=True)
-        self._refuse_small_disk(items)
-        methods = {r.method for item in items for r, _ in item.wants if r.kind == "contacts"}
-        heads = {
-            method: self.reader.fit(self.model, self.precision, self.fits[method])
-            for method in sorted(methods)
-        }
-        work = ReadWork(self.model, self.precision, heads)
+        self._refuse_long(items)
         values = self.scratch / "values.f32"
-        if items:
-            write_values(values, self.reader.compute(work, items, self.scratch))
-        shutil.rmtree(self.scratch / "bulk", ignore_errors=True)
+        try:
+            self.scratch.mkdir(parents=True, exist_ok=True)
+            self._refuse_small_disk(items)
+            self._compute(items, values)
+        except OSError as error:
+            raise RaptideError(
+                f"Answers of {self.name} cannot be kept in {self.scratch} ({reason_of(error)}); "
+                "make room or give another --cache, and start again: it goes on where it was."
+            ) from None
         yield Store(values, items, self.model.width)
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _compute(self, items: Sequence[Item], values: Path) -> None:
+        heads = {
+            method: self.reader.fit(self.model, self.precision, self.fits[method])
+            for method in sorted(_contact_methods(items))
+        }
+        work = ReadWork(self.model, self.precision, heads)
+        if items:
+            answers = self.reader.compute(work, items, self.scratch)
+            write_values(values, self._numbers(answers, items))
+        shutil.rmtree(self.scratch / "bulk", ignore_errors=True)
+
+    def _numbers(
+        self, answers: Iterable[np.ndarray], items: Sequence[Item]
+    ) -> Iterator[np.ndarray]:
+        """The same; no probe or ranking shows that what it was given were no numbers."""
+        for answer, item in zip(answers, items, strict=True):
+            if not np.isfinite(answer).all():
+                raise InputError(
+                    f"{self.name} answers with NaN or infinity ({item.sequence[:20] or 'letters'}"
+                    f"...), as weights do that have diverged; name an earlier checkpoint."
+                )
+            yield answer
+
+    def _refuse_long(self, items: Sequence[Item]) -> None:
+        """Attention maps are of whole sequences."""
+        methods = _contact_methods(items)
+        asked = [len(item.sequence) for item in items if _contact_methods([item])]
+        asked += [len(sequence) for method in methods for sequence, _ in self.fits[method]]
+        longest, most = max(asked, default=0), self.model.max_residues
+        if longest > most:
+            raise InputError(
+                f"Contacts are read off whole sequences, of which {self.name} takes {most:,} "
+                f"residues at most, but one has {longest:,}; give the task `most_residues: {most}`."
+            )
 
     def scratch_bytes(self, items: Sequence[Item]) -> int:
         """Room that answers take while they are read: as parts of a job, and as one file."""
@@ -105,6 +145,10 @@ class ModelSubject:
             )
 
 
+def _contact_methods(items: Sequence[Item]) -> set[str]:
+    return {r.method for item in items for r, _ in item.wants if r.kind == "contacts"}
+
+
 def random_weights(like: ModelSubject, scratch: Path) -> ModelSubject:
     """A model of the same shape that has learned nothing."""
     from raptide.model.formats.detect import read_weights, write_weights
@@ -116,11 +160,18 @@ def random_weights(like: ModelSubject, scratch: Path) -> ModelSubject:
     name = hashlib.sha256(f"{facts} {RANDOM_SEED}".encode()).hexdigest()[:16]
     folder = scratch / f"random-{name}"
     if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        write_weights(partial, Weights.of(Esm(settings).initialise(RANDOM_SEED)))
-        partial.rename(folder)
+        # Another process may make the same: each writes its own, and the first one's stays.
+        partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            write_weights(partial, Weights.of(Esm(settings).initialise(RANDOM_SEED)))
+            try:
+                partial.rename(folder)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return ModelSubject(
         *("random-weights", Model.find(folder), like.precision, like.reader),
-        *(scratch / f"read-{name}", like.fits, True, like.say),
+        *(scratch / f"read-{name}-{like.precision}", like.fits, True, like.say),
     )

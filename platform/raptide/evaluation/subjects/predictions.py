@@ -7,6 +7,7 @@ A table is CSV or Parquet with `mutant`, perhaps `assay`, and columns of numbers
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,8 +82,8 @@ def read_predictions(files: Sequence[Path]) -> list[Predictions]:
     """The columns of some tables; those of one name are one subject.
 
     Raises:
-        InputError: a table has no `mutant` or no column of scores, a cell is no number, or two
-            tables score one assay under one name.
+        InputError: a table has no `mutant`, no column of scores or no row, a variant twice, a cell
+            that is no number, or two tables score one assay under one name.
     """
     found: dict[str, dict[str, tuple[dict[str, int], np.ndarray]]] = {}
     for file in files:
@@ -94,6 +95,8 @@ def read_predictions(files: Sequence[Path]) -> list[Predictions]:
                 f"{file} needs a column mutant and columns of scores, but has {there or 'none'}; "
                 "add them."
             )
+        if not table.num_rows:
+            raise InputError(f"{file} scores no variant; give one row at least, or leave it out.")
         rows = _rows_by_assay(file, table)
         for name in names:
             numbers = _numbers(file, name, table[name])
@@ -110,14 +113,20 @@ def read_predictions(files: Sequence[Path]) -> list[Predictions]:
 def _rows_by_assay(file: Path, table: pa.Table) -> dict[str, tuple[dict[str, int], np.ndarray]]:
     """By assay, its variants' places among its rows, and these rows."""
     mutants = [_in_order(str(mutant)) for mutant in table["mutant"].to_pylist()]
-    if "assay" not in table.column_names:
-        places = {mutant: row for row, mutant in enumerate(mutants)}
-        return {file.name.split(".")[0]: (places, np.arange(len(mutants)))}
-    rows: dict[str, list[int]] = {}
-    for row, assay in enumerate(table["assay"].to_pylist()):
-        rows.setdefault(str(assay), []).append(row)
+    assays = [file.name.split(".")[0]] * len(mutants)
+    if "assay" in table.column_names:
+        assays = [str(assay) for assay in table["assay"].to_pylist()]
+    rows: dict[str, dict[str, int]] = {}
+    for row, (assay, mutant) in enumerate(zip(assays, mutants, strict=True)):
+        mine = rows.setdefault(assay, {})
+        if mutant in mine:
+            raise InputError(
+                f"Each variant of an assay is scored once, but {file}, row {row + 1} has {mutant} "
+                f"of {assay} again after row {mine[mutant] + 1}; keep one of them."
+            )
+        mine[mutant] = row
     return {
-        assay: ({mutants[row]: place for place, row in enumerate(mine)}, np.array(mine))
+        assay: ({mutant: place for place, mutant in enumerate(mine)}, np.array([*mine.values()]))
         for assay, mine in rows.items()
     }
 
@@ -125,7 +134,7 @@ def _rows_by_assay(file: Path, table: pa.Table) -> dict[str, tuple[dict[str, int
 def _in_order(mutant: str) -> str:
     """As assays spell it: upper case, positions rising."""
     parts = [part.strip().upper() for part in mutant.split(":")]
-    return ":".join(sorted(parts, key=lambda part: int("".join(filter(str.isdigit, part)) or 0)))
+    return ":".join(sorted(parts, key=lambda part: int("".join(re.findall("[0-9]", part)) or 0)))
 
 
 def _numbers(file: Path, name: str, column: pa.ChunkedArray) -> np.ndarray:

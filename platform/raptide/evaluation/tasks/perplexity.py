@@ -187,7 +187,7 @@ class PerplexityTask:
                 f"{len(rows):,} of {self._proteins:,} proteins, with {int(found.chosen.sum()):,} "
                 f"chosen residues, {int(found.masked.sum()):,} of them shown as <mask>."
             ],
-            figures=[_draw(subject.name, by_length)],
+            figures=[_draw(by_length)],
         )
 
     def _measures(self, found: _Found, by_length: dict[str, Ratio]) -> list[Measure]:
@@ -249,7 +249,7 @@ def _ece(nats: np.ndarray, residues: np.ndarray) -> Ratio:
     return Ratio(nats, residues, exp=True)
 
 
-def _draw(name: str, by_length: dict[str, Ratio]) -> Lines:
+def _draw(by_length: dict[str, Ratio]) -> Lines:
     names = bucket_names()
     values = [by_length[each].value() if each in by_length else np.nan for each in names]
     return Lines(
@@ -257,6 +257,6 @@ def _draw(name: str, by_length: dict[str, Ratio]) -> Lines:
         x_label="residues",
         y_label="ECE",
         x=list(range(len(names))),
-        series={name: values},
+        series={"ECE": values},  # no name: equal weights under another one have the same result
         x_names=names,
     )

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 
 from raptide.alphabet import STANDARD
-from raptide.evaluation.datasets.assays import Assay, find_files, read_assays
+from raptide.evaluation.datasets.assays import ALL, Assay, find_files, read_assays
 from raptide.evaluation.metrics.variants import METRICS, Scan, Scans, group
 from raptide.evaluation.requests import Reading, Readings, Request
 from raptide.evaluation.results import Figure, Heatmap, Lines, Measure, Role
@@ -33,9 +33,6 @@ from raptide.evaluation.tasks.marginals import cut_pieces, score_assay
 from raptide.evaluation.tasks.shuffles import order_by_hash
 from raptide.evaluation.tasks.task import Outcome, TaskSettings
 from raptide.methods import VariantMethod
-
-ALL = "all"
-"""The dataset of what is averaged over assays."""
 
 CONTROL_VARIANTS = 1000
 """Of an assay at most, in the control, which is the more exact the more assays there are."""

@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import Field
 
 from raptide.errors import InputError
-from raptide.evaluation.datasets.assays import Assay, find_files, read_assays
+from raptide.evaluation.datasets.assays import ALL, Assay, find_files, read_assays
 from raptide.evaluation.metrics.variants import spearman
 from raptide.evaluation.requests import Kind, Reading, Readings, Request
 from raptide.evaluation.results import Lines, Measure, Role
@@ -33,9 +33,6 @@ from raptide.evaluation.subjects.subject import Subject
 from raptide.evaluation.tasks.marginals import cut_pieces, score_assay
 from raptide.evaluation.tasks.shuffles import order_by_hash
 from raptide.evaluation.tasks.task import Outcome, TaskSettings
-
-ALL = "all"
-"""The dataset of what is averaged over assays."""
 
 SHARES = {"": 0.8, "/10%": 0.1, "/1%": 0.01}
 """Of an assay's variants that are learned from, by what metrics' names end in."""

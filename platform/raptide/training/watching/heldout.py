@@ -83,6 +83,9 @@ class Evaluation:
     bench: dict[str, BenchValue] = field(default_factory=dict)
     """Main metrics of a benchmark, such as `contacts/p@l/long`."""
 
+    bench_problem: str = ""
+    """Why there are none although a benchmark was asked."""
+
     def metrics(self) -> dict[str, float]:
         """As they are logged."""
         return {
@@ -158,6 +161,8 @@ class Evaluations:
         """With one evaluation more."""
         best = dict(self.bench_best)
         for name, (value, low, high, higher) in (bench or {}).items():
+            if math.isnan(value):
+                continue
             if name not in best or (value > best[name][0]) == higher:
                 best[name] = [value, low if higher else high, ece.all_chosen]
         return replace(self._after(ece, step), bench_best=best)

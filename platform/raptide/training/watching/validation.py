@@ -84,12 +84,20 @@ class RunEvaluations:
         self.waiting = waiting
         self._task: Any = None
         self._unlogged: list[dict[str, float]] = []
+        self._bench_problems: set[str] = set()
         self.so_far = so_far
 
     def take(self, evaluation: Evaluation, step: int) -> None:
         """Count an evaluation of this step, or of an earlier one."""
         for sentence in self.so_far.collapses(evaluation):
             self._board.warn.remote(f"Step {step}: {sentence}")
+        problem = evaluation.bench_problem
+        if problem and problem not in self._bench_problems:  # it is likely to come again and again
+            self._bench_problems.add(problem)
+            self._board.warn.remote(
+                f"Step {step}: the benchmark gave nothing ({problem}); the training goes on, and "
+                "this is not said again."
+            )
         self.so_far = self.so_far.after(evaluation.ece, step, evaluation.bench)
         facts = {"eval/step": step, "eval/failed": self.so_far.failed}
         self._unlogged.append(evaluation.metrics() | facts)
@@ -207,7 +215,7 @@ def evaluate_checkpoint(
     """Held-out ECE of a checkpoint's bundle, in the precision that it is trained in.
 
     Args:
-        bench: what the bundle is asked besides.
+        bench: what the bundle is asked besides; where that fails, the ECE is found all the same.
 
     Raises:
         CheckpointError: the checkpoint is gone or damaged.
@@ -219,7 +227,7 @@ def evaluate_checkpoint(
         raise CheckpointError("it is gone or damaged")
     with tempfile.TemporaryDirectory() as scratch:
         saved.copy_to(Path(scratch), only=f"{MODEL}/")
-        found = bench(Path(scratch) / MODEL, cpus) if bench is not None else {}
+        found, problem = ask_benchmark(bench, Path(scratch) / MODEL, cpus)
         model = read_weights(Path(scratch) / MODEL).build()
     dtype = DTYPES[recipe.training.precision]
     if device == "cpu" and dtype == torch.float16:  # slow there, where there is it at all
@@ -227,9 +235,20 @@ def evaluate_checkpoint(
     model.to(torch.device(device), dtype)
     rows = heldout_rows(plan, recipe.evaluation)
     evaluator = HeldoutEvaluator(rows, plan, recipe.training.micro_batch_rows)
-    return replace(evaluator.measure(model, torch.device(device)), bench=found)
+    measured = evaluator.measure(model, torch.device(device))
+    return replace(measured, bench=found, bench_problem=problem)
 
 
-def _first_line(error: RayError) -> str:
+def ask_benchmark(
+    bench: Bench | None, bundle: Path, cpus: int
+) -> tuple[dict[str, BenchValue], str]:
+    """What a benchmark gives, and why that is nothing, or ""."""
+    try:
+        return (bench(bundle, max(cpus, 1)) if bench is not None else {}), ""
+    except Exception as error:  # data may be gone, and tasks have errors of their own
+        return {}, _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
     lines = str(getattr(error, "cause", None) or error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
