@@ -53,6 +53,7 @@ def main() -> None:
     refuse_output(output, "--output")
     benchmark = Benchmark.load(args.benchmark, args.tasks)
     cache = ResultCache((args.cache or output / CACHE).absolute())
+    refuse_output(cache.folder, "--cache")
     models = {str(path): Model.find(find_bundle(path)) for path in (*args.model, *args.repeats)}
     refuse_equal_repeats({name: models[name] for name in map(str, args.repeats)})
     if args.replace:

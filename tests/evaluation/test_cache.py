@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from draws import generator
 
+from raptide.errors import RaptideError
 from raptide.evaluation.cache import Measured, Result, ResultCache, key_of
 from raptide.evaluation.results import Heatmap, Lines, Measure, Points
 from raptide.evaluation.samples import Ratio
@@ -82,3 +83,22 @@ def test_keys_tell_everything_apart():
         others = [*parts]
         others[place] = {"layers": [1, 3]} if place == 2 else "other"
         assert key_of(*others) != key_of(*parts)
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file/below"):
+        with (
+            pytest.raises(RaptideError, match=r"cannot be written .*give another --cache"),
+            ResultCache(folder).turn("0" * 64),
+        ):
+            pass
+
+
+def test_a_turn_ends_with_its_block_whatever_happens_in_it(tmp_path):
+    cache, waited = ResultCache(tmp_path), []
+    with pytest.raises(KeyboardInterrupt), cache.turn("0" * 64):
+        raise KeyboardInterrupt
+    with cache.turn("0" * 64, lambda: waited.append(1)), cache.turn("1" * 64):
+        assert not waited, "another subject's turn is another's"
+    assert not list(tmp_path.iterdir())

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from raptide.errors import ConfigError
+from raptide.errors import ConfigError, RaptideError
 from raptide.evaluation.results import Figure, Heatmap, Lines, Measure, Points
 from raptide.evaluation.samples import of_arrays, to_arrays
-from raptide.storage import PARTIAL, Storage
+from raptide.storage import PARTIAL, Storage, reason_of
 
 FORMAT_VERSION = 1
 
@@ -101,11 +101,13 @@ class ResultCache:
         Args:
             digest: the subject's.
             waits: called once, if another process is at it.
+
+        Raises:
+            RaptideError: nothing can be written into the folder.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{digest[:16]}{LOCK}"
         while True:
-            with path.open("w") as file:
+            with _open_lock(path) as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -143,6 +145,17 @@ class ResultCache:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         with suppress(FileNotFoundError):
             self.folder.rmdir()
+
+
+def _open_lock(path: Path) -> Any:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("w")
+    except OSError as error:
+        raise RaptideError(
+            f"{path.parent} cannot be written ({reason_of(error)}); make room, mend the "
+            "permissions, or give another --cache."
+        ) from None
 
 
 def _is_still(path: Path, file: Any) -> bool:

@@ -104,20 +104,18 @@ class ModelSubject:
         work = ReadWork(self.model, self.precision, heads)
         if items:
             answers = self.reader.compute(work, items, self.scratch)
-            write_values(values, self._numbers(answers, items))
+            write_values(values, self._numbers(answers))
         shutil.rmtree(self.scratch / "bulk", ignore_errors=True)
 
-    def _numbers(
-        self, answers: Iterable[np.ndarray], items: Sequence[Item]
-    ) -> Iterator[np.ndarray]:
+    def _numbers(self, answers: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """The same; no probe or ranking shows that what it was given were no numbers."""
-        for answer, item in zip(answers, items, strict=True):
-            if not np.isfinite(answer).all():
+        for some in answers:
+            if not np.isfinite(some).all():
                 raise InputError(
-                    f"{self.name} answers with NaN or infinity ({item.sequence[:20] or 'letters'}"
-                    f"...), as weights do that have diverged; name an earlier checkpoint."
+                    f"{self.name} answers with NaN or infinity, as weights do that have diverged; "
+                    "name an earlier checkpoint."
                 )
-            yield answer
+            yield some
 
     def _refuse_long(self, items: Sequence[Item]) -> None:
         """Attention maps are of whole sequences."""

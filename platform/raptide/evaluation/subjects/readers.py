@@ -32,7 +32,7 @@ class Reader(Protocol):
         """A contact regression on sequences with their contact maps."""
 
     def compute(self, work: ReadWork, items: Sequence[Item], folder: Path) -> Iterator[np.ndarray]:
-        """Numbers of each item in turn.
+        """Numbers of all items in turn, those of one or of several at once.
 
         Args:
             folder: of one's own for scratch; what lies there of a killed call is gone on with.
