@@ -65,8 +65,11 @@ def evaluate(
         others: subjects that are no models, asked what they can give.
 
     Raises:
-        InputError: one of these has a model's name, or no task that it can be asked.
+        InputError: one of these has a model's name, or no task that it can be asked; a model has
+            none.
     """
+    for model in models:
+        _refuse_mute(model, tasks)
     for other in others:
         _refuse_misfit(other, models, tasks)
     files = {path for task in tasks for path in task.files()}
@@ -114,6 +117,15 @@ def _subjects(
     for subject, its_tasks in asked:
         if able := [task for task in its_tasks if answers(subject, task)]:
             yield subject, able
+
+
+def _refuse_mute(model: ModelSubject, tasks: Sequence[Task]) -> None:
+    if not any(answers(model, task) for task in tasks):
+        names = ", ".join(task.settings.name for task in tasks)
+        raise InputError(
+            f"{model.name} can be asked none of the tasks that were chosen ({names}), since it has "
+            "no language-model head; choose others, or give the model that it was made from."
+        )
 
 
 def _refuse_misfit(other: Subject, models: Sequence[ModelSubject], tasks: Sequence[Task]) -> None:
