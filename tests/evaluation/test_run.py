@@ -271,5 +271,5 @@ def test_random_weights_of_each_precision_are_read_in_a_folder_of_their_own(mode
 def test_a_model_that_can_be_asked_nothing_is_told(settings, model, tmp_path):
     task = Toy(settings)
     task.needs = ("hits",)
-    with pytest.raises(InputError, match="model can be asked none of the tasks.*toy"):
+    with pytest.raises(InputError, match=r"model can be asked none of the tasks.*toy"):
         evaluate([task], [model], ResultCache(tmp_path / "cache"))
