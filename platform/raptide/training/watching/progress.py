@@ -15,6 +15,9 @@ from tqdm import tqdm
 from raptide.errors import RaptideError
 
 POLL_S = 0.5
+LAST_LOOK_S = 30.0
+"""Seconds that the last look may take on a busy machine: what was said since is said nowhere else."""
+
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
 """tqdm's own estimate counts the start-up and the steps before a resume, so it is left out."""
 
@@ -86,7 +89,8 @@ def _states(board: Any, stop: threading.Event) -> Iterator[dict[str, Any]]:
     while True:
         last = stop.wait(POLL_S)
         try:
-            state, warnings = ray.get(board.read.remote(), timeout=POLL_S)
+            timeout_s = LAST_LOOK_S if last else POLL_S
+            state, warnings = ray.get(board.read.remote(), timeout=timeout_s)
             for sentence in warnings[warned:]:
                 tqdm.write(f"Warning: {sentence}", file=sys.stderr)
             warned = len(warnings)
