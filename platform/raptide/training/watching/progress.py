@@ -16,7 +16,7 @@ from raptide.errors import RaptideError
 
 POLL_S = 0.5
 LAST_LOOK_S = 30.0
-"""Seconds that the last look may take on a busy machine: what was said since is said nowhere else."""
+"""Seconds that the last look may take on a busy machine: no other look follows."""
 
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
 """tqdm's own estimate counts the start-up and the steps before a resume, so it is left out."""
