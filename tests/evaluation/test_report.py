@@ -280,7 +280,7 @@ def test_subjects_of_one_name_are_told_apart_by_their_weights():
 
 def test_a_control_that_is_as_it_should_be_needs_no_sentence():
     content = small_content()
-    silent = [Control("structure", "one-hot", "", True)]
+    silent = [Control("structure", "one-hot", "", True)] * 2  # it has two controls
     assert "At chance: one-hot Notes" in words_of(
         render_page(dataclasses.replace(content, controls=silent))
     )

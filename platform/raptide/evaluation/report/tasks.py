@@ -272,7 +272,8 @@ def _controls(content: ReportContent, task: TaskEntry) -> Markup:
     for (fine, sentence), who in sorted(said.items(), key=lambda item: item[0][0]):
         mark = "At chance: " if fine else "Not at chance: "
         span = tag("span", mark, class_="good" if fine else "bad")
-        items.append(join([span, ": ".join(filter(None, [listed(who), sentence]))]))
+        names = listed(list(dict.fromkeys(who)))  # one may have several controls
+        items.append(join([span, ": ".join(filter(None, [names, sentence]))]))
     return join([tag("h3", "Controls"), bullets(items)]) if items else NOTHING
 
 
