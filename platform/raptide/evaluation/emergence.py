@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 
 from raptide.evaluation.report.content import Emergence, Moment
+from raptide.training.watching.tracking import METRICS, STEP
 
-METRICS, STEP = "metrics.jsonl", "eval/step"
-BENCH = "bench/"
+EVALUATED, BENCH = "eval/step", "bench/"
 
 
 def read_emergence(path: Path) -> Emergence | None:
@@ -25,11 +25,11 @@ def read_emergence(path: Path) -> Emergence | None:
     tokens: dict[int, int] = {}
     for line in _lines(file):
         if "progress/tokens" in line:
-            tokens[line["trainer/global_step"]] = line["progress/tokens"]
+            tokens[line[STEP]] = line["progress/tokens"]
         found = {k.removeprefix(BENCH): v for k, v in line.items() if k.startswith(BENCH)}
-        if found and STEP in line:
+        if found and EVALUATED in line:
             ece = line.get("eval/ece_masked", math.nan)
-            moments[line[STEP]] = Moment(int(line[STEP]), 0, ece, found)
+            moments[line[EVALUATED]] = Moment(int(line[EVALUATED]), 0, ece, found)
     whole = [
         Moment(step, tokens.get(step, 0), moment.ece, moment.metrics)
         for step, moment in sorted(moments.items())

@@ -6,6 +6,7 @@ drawn with the same draws, so that what units have in common cancels out of thei
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
@@ -55,9 +56,23 @@ def of_arrays(arrays: dict[str, Any]) -> Sample:
     return KINDS[values.pop("kind")](**values)
 
 
+class OfCounts(ABC):
+    """A sample whose statistic is that of units each drawn once."""
+
+    @property
+    @abstractmethod
+    def units(self) -> int: ...
+
+    @abstractmethod
+    def replicates(self, counts: np.ndarray) -> np.ndarray: ...
+
+    def value(self) -> float:
+        return float(self.replicates(np.ones((1, self.units), np.int64))[0])
+
+
 @kept
 @dataclass(frozen=True)
-class Ratio:
+class Ratio(OfCounts):
     """Sum of numerators over sum of denominators: shares, means over proteins, ECE with `exp`."""
 
     kind: ClassVar[str] = "ratio"
@@ -72,9 +87,6 @@ class Ratio:
     @property
     def units(self) -> int:
         return len(self.numerators)
-
-    def value(self) -> float:
-        return float(self.replicates(np.ones((1, self.units), np.int64))[0])
 
     def replicates(self, counts: np.ndarray) -> np.ndarray:
         weights = counts.astype(np.float64)

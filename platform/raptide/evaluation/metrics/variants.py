@@ -24,7 +24,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from raptide.evaluation.samples import kept
+from raptide.evaluation.samples import OfCounts, kept
 
 TOP = 10
 """Percent that ndcg and top10 look at."""
@@ -151,7 +151,7 @@ METRICS: dict[str, Callable[[_Pair, np.ndarray], np.ndarray]] = {
 
 @kept
 @dataclass(frozen=True)
-class Scan:
+class Scan(OfCounts):
     """One metric of one assay; the units are positions (or sets of them), drawn with all that was
     measured there, because neighbours in a scan are no independent findings."""
 
@@ -171,9 +171,6 @@ class Scan:
     def units(self) -> int:
         return int(self.unit.max()) + 1
 
-    def value(self) -> float:
-        return float(self.replicates(np.ones((1, self.units), np.int64))[0])
-
     def replicates(self, counts: np.ndarray) -> np.ndarray:
         metric = METRICS[self.metric]
         pair = _Pair(self.truth, self.scores, self.fit.astype(bool))
@@ -188,7 +185,7 @@ class Scan:
 
 @kept
 @dataclass(frozen=True)
-class Scans:
+class Scans(OfCounts):
     """The mean of Spearman over assays; the units are the positions of all of them."""
 
     kind: ClassVar[str] = "scans"
@@ -205,9 +202,6 @@ class Scans:
     def units(self) -> int:
         return int(self.unit.max()) + 1
 
-    def value(self) -> float:
-        return float(self.replicates(np.ones((1, self.units), np.int64))[0])
-
     def replicates(self, counts: np.ndarray) -> np.ndarray:
         found = []
         for first, last in zip([0, *self.ends[:-1]], self.ends, strict=True):
@@ -221,7 +215,7 @@ class Scans:
 
 @kept
 @dataclass(frozen=True)
-class Grouped:
+class Grouped(OfCounts):
     """ProteinGym's mean over assays: over those of one protein and selection type, then over the
     proteins of each type, then over the types. What is no number has no part in it."""
 
@@ -237,9 +231,6 @@ class Grouped:
     @property
     def units(self) -> int:
         return len(self.values)
-
-    def value(self) -> float:
-        return float(self.replicates(np.ones((1, self.units), np.int64))[0])
 
     def replicates(self, counts: np.ndarray) -> np.ndarray:
         there = ~np.isnan(self.values)

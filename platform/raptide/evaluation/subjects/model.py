@@ -33,8 +33,6 @@ WITHOUT_HEAD: frozenset[Kind] = frozenset(("residues", "mean", "sites", "contact
 RANDOM_SEED = 0
 """Of random weights."""
 
-LINEAGE = "raptide.json"
-
 Fits = Mapping[str, Sequence[tuple[str, np.ndarray]]]
 """What contact regressions are fitted on, by the method of the readings that use them."""
 
@@ -68,6 +66,8 @@ class ModelSubject:
 
     def lineage(self) -> dict[str, Any]:
         """Where the weights come from, as the bundle's raptide.json says; {} for strangers'."""
+        from raptide.model.formats.bundle import LINEAGE
+
         file = Path(self.model.path) / LINEAGE
         return json.loads(file.read_text()) if file.is_file() else {}
 

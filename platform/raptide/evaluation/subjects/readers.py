@@ -12,7 +12,7 @@ import numpy as np
 import ray
 
 from raptide.bulk.folder import REJECTS_FILE, OutputFolder
-from raptide.bulk.job import Watch, run_bulk
+from raptide.bulk.job import Watch, fingerprint, run_bulk, survey_sources
 from raptide.bulk.places import BulkSettings
 from raptide.bulk.work import Model, Precision
 from raptide.errors import RaptideError
@@ -70,8 +70,6 @@ class BulkReader:
 
     def _is_of_another(self, work: ReadWork, folder: Path) -> bool:
         """Whether what lies there is of other items, or of other work."""
-        from raptide.bulk.job import fingerprint, survey_sources
-
         manifest = OutputFolder.at(folder / OUTPUT).manifest()
         if manifest is None:
             return False
