@@ -21,6 +21,7 @@ from raptide.model.check import verify_check
 from raptide.model.formats.tensor_files import digest_weights
 from serve.calls import PATHS, Ask, Description, Done, Refused, Work
 from serve.metrics import ReplicaMetrics
+from serve.models import open_model
 from serve.replica.batcher import Answers, Batch, DeadlinePassed, QueueFull, TokenBatcher
 from serve.replica.plan import Plan, Unfit
 from serve.settings import ModelSettings
@@ -40,9 +41,10 @@ class Replica:
     def __init__(self, settings: ModelSettings) -> None:
         sys.setswitchinterval(SWITCH_S)
         self._settings = settings
-        self._engine, self._verified = _in_its_own_thread(_load, settings).result()
+        path = open_model(settings)
+        self._engine, self._verified = _in_its_own_thread(_load, settings, path).result()
         self._probe: Future[None] | None = None
-        self._weights = digest_weights(Path(settings.path))[:16]
+        self._weights = digest_weights(path)[:16]
         step = self._engine.lineage.get("step")
         self._step = step if isinstance(step, int) else None
         self._metrics = ReplicaMetrics(settings.name, settings.max_batch_tokens)
@@ -179,12 +181,10 @@ class Replica:
         self._metrics.queued(self._batcher.queued_tokens)
 
 
-def _load(settings: ModelSettings) -> tuple[Engine, bool]:
+def _load(settings: ModelSettings, path: Path) -> tuple[Engine, bool]:
     """The engine, and whether its bundle had a check, which it has passed."""
-    engine = Engine.load(
-        settings.path, dtype=settings.dtype, max_batch_tokens=settings.max_batch_tokens
-    )
-    return engine, verify_check(Path(settings.path), engine.model)
+    engine = Engine.load(path, dtype=settings.dtype, max_batch_tokens=settings.max_batch_tokens)
+    return engine, verify_check(path, engine.model)
 
 
 def _in_its_own_thread(compute: Callable[..., Any], *args: Any) -> Future[Any]:
