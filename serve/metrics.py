@@ -1,8 +1,8 @@
 """What Prometheus sees. Ray exports every name with `ray_` before it, on each node's metrics port.
 
 Serve's own metrics (replicas, health, HTTP latency) stand beside these. A time is in seconds, a
-count of tokens or residues is what it says. Batches are packed, so no padding is ever computed;
-what a batch leaves unused of its budget is in `raptide_batch_fill_ratio`.
+count of tokens or residues is what it says. Batches are packed; what one leaves unused of its
+budget is in `raptide_batch_fill_ratio`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ class GatewayMetrics:
         self.errors = _counter("raptide_errors_total", "Requests refused or failed", ("type",))
         self.residues = _counter("raptide_residues_total", "Residues asked about", call)
         self.retries = _counter("raptide_retries_total", "Parts asked for again", ("reason",))
-        self.cache = _counter("raptide_cache_total", "Look-ups in the cache", ("result",))
-        self.cache_bytes = metrics.Gauge("raptide_cache_bytes", "Memory of the cache")
         self.request = _seconds("raptide_request_seconds", "From the first byte to the last", call)
         self.tokenise = _seconds("raptide_tokenise_seconds", "Reading and checking letters", ())
         self.serialise = _seconds("raptide_serialise_seconds", "Writing answers", ())
@@ -46,11 +44,9 @@ class ReplicaMetrics:
             "raptide_batch_fill_ratio", "Of its budget", boundaries=SHARES, tag_keys=tags
         )
         self._computed = _counter("raptide_computed_tokens_total", "Tokens computed", tags)
-        self._padding = _counter("raptide_padding_tokens_total", "Tokens computed in vain", tags)
         self._queued = metrics.Gauge("raptide_queued_tokens", "Tokens that wait", tag_keys=tags)
         self._up = metrics.Gauge("raptide_replica_up", "1 for each replica", tag_keys=tags)
         self._up.set(1, tags=self._tags)
-        self._padding.inc(1e-9, tags=self._tags)  # shows the series; packed batches add nothing
 
     def request(self, queue_s: float) -> None:
         self._queue.observe(max(queue_s, 1e-6), tags=self._tags)

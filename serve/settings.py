@@ -75,7 +75,7 @@ class GatewaySettings(Settings):
     """What the gateways keep to."""
 
     gateways: int = Field(1, ge=1)
-    """Processes that take requests. Each has a share of every key's rate, and its own cache."""
+    """Processes that take requests. Each has a share of every key's rate."""
 
     max_sequences: int = Field(256, ge=1)
     """Sequences, or variants, in one request."""
@@ -97,9 +97,6 @@ class GatewaySettings(Settings):
 
     residues_per_minute: int | None = Field(None, ge=1)
     """What a key may send whose line sets no other rate; None means any number."""
-
-    cache_bytes: int = Field(0, ge=0)
-    """Memory for answers that may be asked for again; 0 keeps none."""
 
     cors_origins: list[str] = Field(default_factory=list)
     """Web pages that browsers let call the endpoint, e.g. https://lab.example; none by default."""
