@@ -119,6 +119,7 @@ class Replica:
 
     async def check_health(self) -> None:
         """Serve's probe: the model must answer with numbers."""
+        self._metrics.queued(self._batcher.queued_tokens)  # exported once, each time it is set
         await self.probe()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
