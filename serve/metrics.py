@@ -7,7 +7,12 @@ budget is in `raptide_batch_fill_ratio`.
 
 from __future__ import annotations
 
+import time
+from collections import deque
+
 from ray.serve import metrics
+
+PACE_S = 30.0
 
 SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 TOKENS = [64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0]
@@ -60,6 +65,26 @@ class ReplicaMetrics:
     def queued(self, tokens: int) -> None:
         self._queued.set(tokens, tags=self._tags)
         self._up.set(1, tags=self._tags)
+
+
+class Pace:
+    """What is done a second, over the last PACE_S."""
+
+    def __init__(self) -> None:
+        self._done: deque[tuple[int, int]] = deque()
+        """Second, and how much was done in it."""
+
+    def add(self, count: int) -> None:
+        second = int(time.monotonic())
+        if self._done and self._done[-1][0] == second:
+            count += self._done.pop()[1]
+        self._done.append((second, count))
+
+    @property
+    def per_s(self) -> float:
+        while self._done and self._done[0][0] < time.monotonic() - PACE_S:
+            self._done.popleft()
+        return sum(count for _, count in self._done) / PACE_S
 
 
 def _counter(name: str, description: str, tags: tuple[str, ...]) -> metrics.Counter:

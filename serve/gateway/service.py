@@ -24,6 +24,7 @@ from serve.calls import Ask, Description, Done, Work, cut, positions_of
 from serve.gateway.dispatch import Dispatcher
 from serve.gateway.keys import Key, Rate
 from serve.gateway.refusals import Refusal, invalid, overloaded
+from serve.gateway.standing import Standing
 from serve.metrics import GatewayMetrics
 from serve.settings import GatewaySettings, ModelSettings
 
@@ -32,9 +33,6 @@ RUNS_AT_ONCE = 8
 
 DESCRIBE_S = 30.0
 """How long a model may take to say what it is: with no replica, one has to load first."""
-
-PROBED_S = 2.0
-"""How long a probe's outcome holds."""
 
 MOST_LAYERS = 256
 
@@ -91,12 +89,7 @@ class Service:
             name: Dispatcher(handle, self._count_retry) for name, handle in handles.items()
         }
         self._rates: dict[str, Rate] = {}
-        self._probed: asyncio.Future[None] | None = None
-        self._probed_at = 0.0
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._models)
+        self.standing = Standing(models, self._dispatchers)
 
     async def describe(self, name: str) -> Description:
         """What a model is and where its weights come from, as one of its replicas says."""
@@ -120,22 +113,6 @@ class Service:
                 f"Vectors of {name} have {own} values and are never cut, but {width} were asked "
                 f"for; leave `dimensions` out, or give {own}.",
             )
-
-    async def probe(self, timeout_s: float) -> None:
-        """Every model that always has a replica has just computed something, past its queue.
-
-        Whoever asks within PROBED_S shares one computation: probes take no key.
-        """
-        now = time.monotonic()
-        probed = self._probed
-        if probed is None or (probed.done() and now - self._probed_at > PROBED_S):
-            self._probed_at = now
-            probed = self._probed = asyncio.ensure_future(self._probe(timeout_s))
-        await asyncio.shield(probed)
-
-    async def _probe(self, timeout_s: float) -> None:
-        always = [m for m in self._models.values() if m.max_replicas is None or m.min_replicas]
-        await asyncio.gather(*(self._dispatchers[m.name].probe(timeout_s) for m in always))
 
     def query(
         self,

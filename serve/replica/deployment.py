@@ -23,8 +23,8 @@ from raptide.inference.engine import CONTACT_RESIDUES, Engine
 from raptide.model.check import verify_check
 from raptide.model.device import CPU_SIZES, first_sizes
 from raptide.model.formats.tensor_files import digest_weights
-from serve.calls import PATHS, SPECIALS, Ask, Description, Done, Refused, Work
-from serve.metrics import ReplicaMetrics
+from serve.calls import PATHS, SPECIALS, Ask, Description, Done, Refused, Status, Work
+from serve.metrics import Pace, ReplicaMetrics
 from serve.models import open_model
 from serve.replica.batcher import Answers, Batch, DeadlinePassed, QueueFull, TokenBatcher
 from serve.replica.plan import Plan, Unfit
@@ -58,6 +58,7 @@ class Replica:
         step = self._engine.lineage.get("step")
         self._step = step if isinstance(step, int) else None
         self._metrics = ReplicaMetrics(settings.name, settings.max_batch_tokens)
+        self._pace = Pace()
         self._batcher = TokenBatcher(
             self._compute, settings.max_batch_tokens, settings.max_queued_tokens, self._observe
         )
@@ -83,6 +84,7 @@ class Replica:
         finally:
             self._metrics.queued(self._batcher.queued_tokens)
         self._metrics.request(answers.queue_s)
+        self._pace.add(sum(map(len, work.sequences)))
         return self._done(plan, answers)
 
     async def describe(self) -> Description:
@@ -99,6 +101,18 @@ class Replica:
             "weights": self._weights,
             "verified": self._verified,
             "lineage": self._engine.lineage,
+        }
+
+    async def status(self) -> Status:
+        """How this replica stands, for /v1/models and /v1/status."""
+        return {
+            "node": ray.get_runtime_context().get_node_id(),
+            "weights": self._weights,
+            "step": self._step,
+            "queued_tokens": self._batcher.queued_tokens,
+            "pending_tokens": self._batcher.pending_tokens,
+            "residues_per_s": self._pace.per_s,
+            "model": await self.describe(),
         }
 
     @property
