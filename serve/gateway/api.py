@@ -28,15 +28,15 @@ from serve.gateway.answers import (
 )
 from serve.gateway.guard import Guard
 from serve.gateway.keys import KeyRing
-from serve.gateway.refusals import invalid
+from serve.gateway.refusals import invalid, unavailable
 from serve.gateway.schemas import ErrorResponse
 from serve.gateway.service import Query, Service, Whole
 
 LONGEST_ID = 128
 """Characters of a request's id that are kept; a client may send any number."""
 
-READY_S = 10.0
-"""Seconds a replica may take to show that it is ready."""
+MODEL = {"object": "model", "created": 0, "owned_by": "raptide"}
+"""As OpenAI's clients want them."""
 
 STATUSES = (400, 401, 404, 413, 422, 429, 500, 503, 504)
 REFUSED: dict[int | str, dict[str, Any]] = {s: {"model": ErrorResponse} for s in STATUSES}
@@ -177,8 +177,8 @@ def _add_operations(api: FastAPI, service: Service) -> None:
         responses={status: REFUSED[status] for status in (401, 500, 503)},
     )
     async def models() -> Response:
-        """The models being served, and where their weights come from."""
-        data = [await _describe(service, name) for name in service.names]
+        """The models, how they stand, and where their weights come from; none is started."""
+        data = [{**MODEL, **each} for each in await service.standing.describe()]
         return JSONResponse({"object": "list", "data": data})
 
     @api.get(
@@ -189,8 +189,21 @@ def _add_operations(api: FastAPI, service: Service) -> None:
         responses={status: REFUSED[status] for status in (401, 404, 422, 500, 503)},
     )
     async def model(model: str) -> Response:
-        """One of the models being served."""
-        return JSONResponse(await _describe(service, service.name_of(model)))
+        """One of the models; an idle one is started."""
+        name = service.name_of(model)
+        found = await service.describe(name)
+        return JSONResponse({**MODEL, "id": name, "state": "ready", **found})
+
+    @api.get(
+        "/v1/status",
+        summary="Replicas, queues and versions",
+        tags=["operations"],
+        response_model=schemas.StatusResponse,
+        responses={status: REFUSED[status] for status in (401, 500, 503)},
+    )
+    async def status() -> Response:
+        """How many replicas each model has, how busy they are and what they serve."""
+        return JSONResponse({"object": "list", "data": await service.standing.status()})
 
     @api.get("/healthz", summary="Liveness", tags=["operations"], response_model=schemas.Status)
     async def healthz() -> dict[str, str]:
@@ -201,18 +214,17 @@ def _add_operations(api: FastAPI, service: Service) -> None:
         "/readyz",
         summary="Readiness",
         tags=["operations"],
-        response_model=schemas.Status,
-        responses={503: {"model": ErrorResponse}},
+        response_model=schemas.Readiness,
+        responses={503: {"model": schemas.Unready}},
     )
-    async def readyz() -> dict[str, str]:
-        """A replica of every model has just computed an embedding, past the queue."""
-        await service.probe(READY_S)
-        return {"status": "ready"}
-
-
-async def _describe(service: Service, name: str) -> dict[str, Any]:
-    fixed = {"id": name, "object": "model", "created": 0, "owned_by": "raptide"}
-    return {**fixed, **await service.describe(name)}
+    async def readyz() -> Response:
+        """A replica has just computed an embedding, past its queue: which models' did. 503 where
+        none of those does that always have a replica."""
+        models = await service.standing.readiness()
+        if service.standing.serves(models):
+            return JSONResponse({"status": "ready", "models": models})
+        refusal = unavailable()
+        return JSONResponse({**refusal.body(), "models": models}, 503, headers=refusal.headers())
 
 
 def _ask_for_keys(api: FastAPI) -> None:

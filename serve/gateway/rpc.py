@@ -89,8 +89,7 @@ class RpcMethods:
     async def ListModels(self, request: Any, grpc_context: RayServegRPCContext) -> Any:
         try:
             self._authorise(grpc_context)
-            names = self._service.names
-            found = [{"id": name, **await self._service.describe(name)} for name in names]
+            found = await self._service.standing.describe()
         except Exception as error:
             _refuse(grpc_context, error)
         return pb.Models(json=[json.dumps(each) for each in found])

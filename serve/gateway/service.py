@@ -21,10 +21,10 @@ from raptide.alphabet import decode_residues, encode_residues
 from raptide.errors import SequenceError
 from raptide.inference.variants import apply_variant, parse_variant
 from serve.calls import Ask, Description, Done, Work, cut, positions_of
-from serve.gateway.cache import Cache, cache_key
 from serve.gateway.dispatch import Dispatcher
 from serve.gateway.keys import Key, Rate
 from serve.gateway.refusals import Refusal, invalid, overloaded
+from serve.gateway.standing import Standing
 from serve.metrics import GatewayMetrics
 from serve.settings import GatewaySettings, ModelSettings
 
@@ -33,12 +33,6 @@ RUNS_AT_ONCE = 8
 
 DESCRIBE_S = 30.0
 """How long a model may take to say what it is: with no replica, one has to load first."""
-
-LEARN_S = 5.0
-"""How long after an update the cache may answer for the weights before it."""
-
-PROBED_S = 2.0
-"""How long a probe's outcome holds."""
 
 MOST_LAYERS = 256
 
@@ -94,16 +88,8 @@ class Service:
         self._dispatchers = {
             name: Dispatcher(handle, self._count_retry) for name, handle in handles.items()
         }
-        self._cache = Cache(settings.cache_bytes)
-        self._newest: dict[str, tuple[str, float]] = {}
-        """The weights each model answered with last, and when."""
         self._rates: dict[str, Rate] = {}
-        self._probed: asyncio.Future[None] | None = None
-        self._probed_at = 0.0
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._models)
+        self.standing = Standing(models, self._dispatchers)
 
     async def describe(self, name: str) -> Description:
         """What a model is and where its weights come from, as one of its replicas says."""
@@ -127,22 +113,6 @@ class Service:
                 f"Vectors of {name} have {own} values and are never cut, but {width} were asked "
                 f"for; leave `dimensions` out, or give {own}.",
             )
-
-    async def probe(self, timeout_s: float) -> None:
-        """Every model that always has a replica has just computed something, past its queue.
-
-        Whoever asks within PROBED_S shares one computation: probes take no key.
-        """
-        now = time.monotonic()
-        probed = self._probed
-        if probed is None or (probed.done() and now - self._probed_at > PROBED_S):
-            self._probed_at = now
-            probed = self._probed = asyncio.ensure_future(self._probe(timeout_s))
-        await asyncio.shield(probed)
-
-    async def _probe(self, timeout_s: float) -> None:
-        always = [m for m in self._models.values() if m.max_replicas is None or m.min_replicas]
-        await asyncio.gather(*(self._dispatchers[m.name].probe(timeout_s) for m in always))
 
     def query(
         self,
@@ -260,30 +230,10 @@ class Service:
         sequences = query.sequences[run]
         if query.variants:
             tokens = query.ask.tokens(len(sequences[0]), positions_of(query.variants))
-        key = None
-        if self._cache.max_bytes and len(query.sequences) == 1:
-            newest, when = self._newest.get(query.model, ("", 0.0))
-            key = cache_key(query.model, newest, query.ask, sequences[0], query.variants)
-            fresh = time.monotonic() - when < LEARN_S
-            kept = self._cache.get(key) if fresh else None
-            self.metrics.cache.inc(tags={"result": "hit" if kept else "miss"})
-            if kept is not None:
-                return kept
         work = Work(query.ask, sequences, tokens, query.timeout_s, query.request_id, query.variants)
-        done = await self._dispatchers[query.model].run(
+        return await self._dispatchers[query.model].run(
             work, query.deadline, query.param, run.start
         )
-        if self._cache.max_bytes:
-            self._keep(query, key, done)
-        return done
-
-    def _keep(self, query: Query, key: bytes | None, done: Done) -> None:
-        """Remember an answer under the weights it came from, and that these are the newest."""
-        before, _ = self._newest.get(query.model, ("", 0.0))
-        self._newest[query.model] = (done.weights, time.monotonic())
-        if key is not None and before == done.weights:
-            self._cache.put(key, done)
-            self.metrics.cache_bytes.set(self._cache.held_bytes)
 
     def _count_retry(self, reason: str) -> None:
         self.metrics.retries.inc(tags={"reason": reason})

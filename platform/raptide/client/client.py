@@ -333,6 +333,9 @@ class Client:
     def _no_vectors(self, layers: Sequence[int] | None) -> np.ndarray:
         """What the engine gives for an empty list."""
         models = {model["id"]: model for model in self.models()}
-        width = models.get(self._model, next(iter(models.values())))["width"]
+        model = models.get(self._model, next(iter(models.values())))
+        if "width" not in model:  # no replica has told it yet
+            model = self._transport.ask("GET", f"/v1/models/{model['id']}", httpx.Response.json)
+        width = model["width"]
         several = layers is not None and len(layers) > 1
         return np.empty((0, len(layers or ()), width) if several else (0, width), np.float32)

@@ -1,4 +1,4 @@
-"""An endpoint with keys, two models and a cache, over HTTP."""
+"""An endpoint with keys and two models, over HTTP."""
 
 import re
 import time
@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
-from ray import serve as ray_serve
 
 SECRET = "WWHHWWHHCCMMWW"
 """A sequence that occurs nowhere else, to look for in logs."""
@@ -110,27 +109,6 @@ def test_each_model_answers_by_its_name_and_an_idle_one_starts_when_asked(keyed)
         assert not np.allclose(*vectors, atol=0.1)
         assert [model["id"] for model in lab.get("/v1/models").json()["data"]] == ["base", "tuned"]
         assert embed(lab, model="other").status_code == 404
-
-
-def test_an_answer_that_was_given_before_comes_from_the_cache(keyed):
-    replica = ray_serve.get_deployment_handle("replica-base", "keyed")
-
-    def computed():
-        return replica.process.remote().result()["computed_tokens"]
-
-    with keyed.client("lab") as lab:
-        embed(lab)
-        body = {"input": "MKTAYIAKQRCACHE", "pooling": "residue"}
-        before = computed()
-        first = lab.post("/v1/embeddings", json=body)
-        once = computed()
-        assert once == before + len("MKTAYIAKQRCACHE") + 2
-        again = lab.post("/v1/embeddings", json=body)
-        assert computed() == once, "computed anew"
-        assert first.json() == again.json()
-        other = lab.post("/v1/embeddings", json={**body, "pooling": "mean"})
-        assert other.status_code == 200
-        assert computed() > once, "another pooling is another answer"
 
 
 @pytest.fixture
