@@ -15,6 +15,8 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.gateway.keys import KeyRing
+from serve.gateway.ledger import Lease
+from serve.gateway.pace import Pace
 from serve.gateway.refusals import Refusal, internal, invalid
 from serve.metrics import GatewayMetrics
 
@@ -130,7 +132,7 @@ class _Books:
 
     def __init__(self, scope: Scope, send: Send, metrics: GatewayMetrics) -> None:
         self._scope = scope
-        self._send = send
+        self._send = Pace(send)
         self._metrics = metrics
         self._started = time.monotonic()
         self.status: int | None = None
@@ -140,6 +142,8 @@ class _Books:
         """The type of the error, if it is one."""
         self.model = ""
         self.residues = 0
+        self.lease: Lease | None = None
+        """Room for the answer, given back when it has gone out or will not."""
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -149,6 +153,8 @@ class _Books:
             self.complete = True
 
     def close(self) -> None:
+        if self.lease is not None:
+            self.lease.end()
         seconds = time.monotonic() - self._started
         path = _path(self._scope)
         call = path.rsplit("/", 1)[-1] if "route" in self._scope else "other"
