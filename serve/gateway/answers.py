@@ -23,6 +23,7 @@ import orjson
 import pyarrow as pa
 
 from serve.calls import Done
+from serve.gateway.refusals import updated
 from serve.gateway.service import Whole
 from serve.gateway.sizes import Encoding
 
@@ -135,7 +136,7 @@ async def arrow_arrays(
     """An Arrow stream, in pieces, as the runs come.
 
     Raises:
-        BrokenStream: a later run failed, or came from other weights; the client sees the connection
+        Refusal: a later run failed, or came from other weights; the client sees the connection
             break and fewer rows than `rows` says.
     """
     weights = first.weights
@@ -144,7 +145,7 @@ async def arrow_arrays(
     del first
     while done is not None:
         if done.weights != weights:
-            raise BrokenStream("The model was updated while its answer was on its way.")
+            raise updated()
         async for piece in in_thread(stream.write(done.arrays), observe):
             yield piece
         done = None  # its arrays may go while others are awaited
@@ -159,10 +160,6 @@ def arrow_scores(model: str, weights: str, scores: Sequence[float]) -> bytes:
         columns = [pa.array(range(len(scores)), pa.int64()), pa.array(scores, pa.float64())]
         writer.write_batch(pa.record_batch(columns, schema=schema))
     return sink.getvalue()
-
-
-class BrokenStream(Exception):
-    """An answer that had begun cannot be finished."""
 
 
 def _floats(array: np.ndarray) -> Iterator[bytes]:

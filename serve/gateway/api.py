@@ -35,9 +35,6 @@ from serve.gateway.schemas import ErrorResponse
 from serve.gateway.service import Query, Service, Whole
 from serve.gateway.sizes import ARROW, Encoding
 
-LONGEST_ID = 128
-"""Characters of a request's id that are kept; a client may send any number."""
-
 READY_S = 10.0
 """Seconds a replica may take to show that it is ready."""
 
@@ -287,11 +284,11 @@ async def _accept(
         param,
         timeout_s=timeout_s,
         variants=variants,
-        request_id=request.headers.get("X-Request-Id", "")[:LONGEST_ID],
+        request_id=request.headers.get("X-Request-Id", ""),
     )
     books.model = query.model
     await service.weigh(query, encoding)
-    service.admit(request.state.key, query.residues)
+    service.admit(books.key, query.residues)
     books.residues = query.residues
     books.lease = await service.hold(query, streamed=encoding == "arrow")
     return query

@@ -46,6 +46,9 @@ DESCRIBE_S = 30.0
 LEARN_S = 5.0
 """How long after an update the cache may answer for the weights before it."""
 
+LONGEST_ID = 128
+"""Characters of a request's id that are kept; a client may send any number."""
+
 PROBED_S = 2.0
 """How long a probe's outcome holds."""
 
@@ -193,7 +196,7 @@ class Service:
             param,
             started + allowed_s,
             allowed_s,
-            request_id,
+            request_id[:LONGEST_ID],
             variants or [],
             relative,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,11 @@ from serve.gateway.keys import KeyRing
 from serve.gateway.service import Service
 from serve.gateway.sizes import Shape, count_numbers
 from serve.settings import GatewaySettings, ModelSettings
+
+
+@functools.cache
+def draw(seed, count):
+    return np.random.default_rng(seed).standard_normal(count, np.float32)
 
 
 class Counted:
@@ -46,7 +52,7 @@ class CountedMetrics(collections.defaultdict):
 
 
 class FakeReplicas:
-    """A handle to the replicas of a model.
+    """A handle to the replicas of a model, whose numbers depend on a sequence's length.
 
     Args:
         failure: raised, or given as the answer, instead of numbers, from the run `fails_at` on.
@@ -77,10 +83,9 @@ class FakeReplicas:
         return _Response(self, work, len(self.works) - 1)
 
     def answer(self, work):
-        rng = np.random.default_rng(len(work.sequences[0]))
         lengths = [len(sequence) for sequence in work.sequences]
         counts = count_numbers(work.ask, lengths, len(work.variants), self.shape)
-        arrays = [rng.standard_normal(count, np.float32) for count in counts]
+        arrays = [draw(length, count).copy() for length, count in zip(lengths, counts, strict=True)]
         if work.ask.call == "embed":
             arrays = [array.reshape(-1, self.shape.width) for array in arrays]
             if work.ask.pooling == "mean" and len(work.ask.layers) == 1:

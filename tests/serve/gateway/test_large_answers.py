@@ -23,9 +23,8 @@ def test_a_large_answer_costs_little_more_than_its_bytes_and_health_does_not_wai
     assert found["status"] == 200
     assert found["answer_bytes"] > 1e8
     assert found["peak_bytes"] < 1.5 * found["answer_bytes"]
-    slowest = sorted(found["health_s"])
-    assert len(slowest) > 10
-    assert slowest[len(slowest) * 95 // 100] < 0.1
+    assert len(found["health_s"]) > 10
+    assert max(found["health_s"]) < 0.1
 
 
 class Queue:
