@@ -73,7 +73,7 @@ class Guard:
             await internal().response()(scope, receive, wire.send)
         finally:
             if "route" in scope:  # by its template: a path may hold what a client has made up
-                books.call = scope["route"].path.removeprefix("/v1").split("/")[1]
+                books.call = scope["route"].path.removeprefix("/v1").strip("/").split("/")[0]
             books.close(counted_only=_path(scope).startswith(OPEN))
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:

@@ -136,7 +136,8 @@ class Service:
     async def refuse_other_width(self, model: str | None, width: int) -> None:
         """Raises Refusal where a model's vectors have another number of values."""
         name = self.name_of(model)
-        own = (await self.describe(name))["width"]
+        until = time.monotonic() + DESCRIBE_S
+        own = (await self._shapes.of(name, DESCRIBE_S, until)).width
         if width != own:
             raise invalid(
                 "dimensions",

@@ -110,6 +110,8 @@ def test_a_model_says_once_what_it_is_and_again_for_other_weights(monkeypatch):
         async with fake_replicas.http_client(app) as client:
             for _ in range(3):
                 assert (await client.post("/v1/embeddings", json=body)).status_code == 200
+            sized = {"input": "M", "dimensions": 32}
+            assert (await client.post("/v1/embeddings", json=sized)).status_code == 200
             assert replicas.described == 1
             replicas.shape = Shape("w2", 320, 4, 33)
             assert (await client.post("/v1/embeddings", json=body)).status_code == 200
