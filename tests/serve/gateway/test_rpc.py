@@ -30,6 +30,7 @@ def call(client, proxy):
 
 
 def arrays(parts):
+    parts = list(parts)
     first = [array.index for part in parts for array in part.arrays if array.offset == 0]
     assert first == list(range(len(first)))
     assert max(part.ByteSize() for part in parts) <= 3_000_000
