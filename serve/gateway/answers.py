@@ -62,14 +62,21 @@ def json_arrays(
 
     Arrays leave the list as they are written.
     """
-    kind = {"object": "embedding"} if field == "embedding" else {}
     yield write_json(head)[:-1] + b',"data":['
-    for index in range(len(arrays)):
-        array = arrays.pop(0)
-        start = write_json({**kind, "index": index})[:-1]
-        yield b'%s%s,"%s":' % (b"," if index else b"", start, field.encode())
-        yield from _base64(array) if encoding == "base64" else _floats(array)
-        yield b',"shape":%s}' % write_json(list(array.shape))
+    index = 0
+    while arrays:
+        if index:
+            yield b","
+        if arrays[0].size > PIECE_NUMBERS:
+            yield from _large_row(index, arrays.pop(0), field, encoding)
+            index += 1
+            continue
+        rows = [_row(index, arrays.pop(0), field, encoding)]
+        numbers = math.prod(rows[0]["shape"])
+        while arrays and (numbers := numbers + arrays[0].size) <= PIECE_NUMBERS:
+            rows.append(_row(index + len(rows), arrays.pop(0), field, encoding))
+        yield write_json(rows)[1:-1]
+        index += len(rows)
     yield b"]," + write_json(tail)[1:]
 
 
@@ -160,6 +167,24 @@ def arrow_scores(model: str, weights: str, scores: Sequence[float]) -> bytes:
         columns = [pa.array(range(len(scores)), pa.int64()), pa.array(scores, pa.float64())]
         writer.write_batch(pa.record_batch(columns, schema=schema))
     return sink.getvalue()
+
+
+def _row(index: int, array: np.ndarray, field: str, encoding: Encoding) -> dict[str, Any]:
+    kind = {"object": "embedding"} if field == "embedding" else {}
+    plain: Any = np.ascontiguousarray(array, "<f4")
+    if encoding == "base64":
+        plain = base64.b64encode(plain.data).decode()
+    return {**kind, "index": index, field: plain, "shape": array.shape}
+
+
+def _large_row(index: int, array: np.ndarray, field: str, encoding: Encoding) -> Iterator[bytes]:
+    """What `write_json(_row(...))` is, in pieces."""
+    start, end = write_json(_row(index, array[:0], field, encoding) | {"shape": array.shape}).split(
+        b'""' if encoding == "base64" else b"[]", 1
+    )
+    yield start
+    yield from _base64(array) if encoding == "base64" else _floats(array)
+    yield end
 
 
 def _floats(array: np.ndarray) -> Iterator[bytes]:

@@ -109,7 +109,8 @@ class _Response:
                 raise self._replicas.failure
             yield self._replicas.failure
             return
-        yield self._replicas.answer(self._work)
+        # Another process does it in truth; here it must not keep the gateway's loop.
+        yield await asyncio.to_thread(self._replicas.answer, self._work)
 
 
 @contextlib.contextmanager
