@@ -32,6 +32,9 @@ class GatewayMetrics:
         self.tokenise = _seconds("raptide_tokenise_seconds", "Reading and checking letters", ())
         self.serialise = _seconds("raptide_serialise_seconds", "Writing answers", ())
 
+    def serialised(self, seconds: float) -> None:
+        self.serialise.observe(max(seconds, 1e-6))
+
 
 class ReplicaMetrics:
     """What one replica computes."""

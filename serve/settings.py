@@ -86,6 +86,15 @@ class GatewaySettings(Settings):
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
     """Bytes of a request; reading stops there."""
 
+    max_answer_bytes: int = Field(2**30, ge=1024)
+    """Bytes of an answer by Arrow or gRPC, which are sent as they are computed."""
+
+    max_json_bytes: int = Field(2**26, ge=1024)
+    """Bytes of an answer in JSON, which is computed as a whole first."""
+
+    max_held_bytes: int = Field(2**30, ge=1024)
+    """Bytes of answers that one gateway holds at a time; further requests wait for their turn."""
+
     max_body_s: float = Field(30.0, gt=0.0)
     """Seconds in which a request's body has to come."""
 

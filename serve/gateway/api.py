@@ -17,11 +17,13 @@ from raptide.alphabet import STANDARD
 from serve.calls import Ask, Done
 from serve.gateway import refusals, schemas
 from serve.gateway.answers import (
-    ARROW,
+    SMALL_BYTES,
     arrow_arrays,
     arrow_scores,
+    in_thread,
+    joined,
+    json_arrays,
     lineage_headers,
-    rows,
     score_rows,
     usage,
     write_json,
@@ -31,9 +33,7 @@ from serve.gateway.keys import KeyRing
 from serve.gateway.refusals import invalid, unavailable
 from serve.gateway.schemas import ErrorResponse
 from serve.gateway.service import Query, Service, Whole
-
-LONGEST_ID = 128
-"""Characters of a request's id that are kept; a client may send any number."""
+from serve.gateway.sizes import ARROW, Encoding
 
 MODEL = {"object": "model", "created": 0, "owned_by": "raptide"}
 """As OpenAI's clients want them."""
@@ -98,8 +98,11 @@ def _add_calls(api: FastAPI, service: Service) -> None:
         ask = Ask("embed", pooling=body.pooling or "mean", layers=layers)
         if body.dimensions is not None:
             await service.refuse_other_width(body.model, body.dimensions)
-        query = _accept(service, request, body.model, ask, body.input, "input", timeout_s)
-        return await _arrays(service, request, query, "embedding", body.encoding_format)
+        encoding = _encoding(request, body.encoding_format)
+        query = await _accept(
+            service, request, body.model, ask, body.input, "input", timeout_s, encoding
+        )
+        return await _arrays(service, request, query, "embedding", encoding)
 
     @api.post(
         "/v1/scores",
@@ -113,11 +116,12 @@ def _add_calls(api: FastAPI, service: Service) -> None:
     ) -> Response:
         """How likely the model finds each sequence, or each variant of one sequence."""
         given, ask = _what_to_score(body)
-        query = _accept(
-            service, request, body.model, ask, *given, timeout_s, variants=body.variants
+        encoding = _encoding(request, None)
+        query = await _accept(
+            service, request, body.model, ask, *given, timeout_s, encoding, variants=body.variants
         )
         whole = await service.gather(query)
-        return _scores(service, request, query, whole, ask.method)
+        return _scores(service, query, whole, ask.method, encoding == "arrow")
 
     @api.post(
         "/v1/scan",
@@ -131,9 +135,12 @@ def _add_calls(api: FastAPI, service: Service) -> None:
     ) -> Response:
         """A row for each residue, a column for each standard one in alphabetical order."""
         ask = Ask("scan", method=body.method or "wt-marginals")
-        query = _accept(service, request, body.model, ask, body.sequence, "sequence", timeout_s)
+        encoding = _encoding(request, body.encoding_format)
+        query = await _accept(
+            service, request, body.model, ask, body.sequence, "sequence", timeout_s, encoding
+        )
         columns = {"columns": list(STANDARD)}
-        return await _arrays(service, request, query, "values", body.encoding_format, columns)
+        return await _arrays(service, request, query, "values", encoding, columns)
 
     @api.post(
         "/v1/contacts",
@@ -146,10 +153,11 @@ def _add_calls(api: FastAPI, service: Service) -> None:
         body: schemas.SequencesRequest, request: Request, timeout_s: Timeout = None
     ) -> Response:
         """Probability that two residues touch (Cβ within 8 Å); the model needs a contact head."""
-        query = _accept(
-            service, request, body.model, Ask("contacts"), body.sequences, "sequences", timeout_s
+        encoding, ask = _encoding(request, body.encoding_format), Ask("contacts")
+        query = await _accept(
+            service, request, body.model, ask, body.sequences, "sequences", timeout_s, encoding
         )
-        return await _arrays(service, request, query, "values", body.encoding_format)
+        return await _arrays(service, request, query, "values", encoding)
 
     @api.post(
         "/v1/logits",
@@ -162,10 +170,11 @@ def _add_calls(api: FastAPI, service: Service) -> None:
         body: schemas.SequencesRequest, request: Request, timeout_s: Timeout = None
     ) -> Response:
         """A row for each residue, a column for each token of the model; nothing is masked."""
-        query = _accept(
-            service, request, body.model, Ask("logits"), body.sequences, "sequences", timeout_s
+        encoding, ask = _encoding(request, body.encoding_format), Ask("logits")
+        query = await _accept(
+            service, request, body.model, ask, body.sequences, "sequences", timeout_s, encoding
         )
-        return await _arrays(service, request, query, "values", body.encoding_format)
+        return await _arrays(service, request, query, "values", encoding)
 
 
 def _add_operations(api: FastAPI, service: Service) -> None:
@@ -267,7 +276,7 @@ def _what_to_score(body: schemas.ScoresRequest) -> tuple[tuple[Any, str], Ask]:
     return given, Ask(call, method=method)  # type: ignore[arg-type]
 
 
-def _accept(
+async def _accept(
     service: Service,
     request: Request,
     model: str | None,
@@ -275,9 +284,11 @@ def _accept(
     given: str | list[str],
     param: str,
     timeout_s: float | None,
+    encoding: Encoding,
     variants: list[str] | None = None,
 ) -> Query:
-    """Check a request, count it against its key, and write it down."""
+    """Check a request, count it against its key, write it down, and wait for room to answer it."""
+    books = request.state.books
     query = service.query(
         model,
         ask,
@@ -285,12 +296,21 @@ def _accept(
         param,
         timeout_s=timeout_s,
         variants=variants,
-        request_id=request.headers.get("X-Request-Id", "")[:LONGEST_ID],
+        request_id=request.headers.get("X-Request-Id", ""),
     )
-    service.admit(request.state.key, query.residues)
-    request.state.books.model = query.model
-    request.state.books.residues = query.residues
+    books.model = query.model
+    await service.weigh(query, encoding)
+    service.admit(books.key, query.residues)
+    books.residues = query.residues
+    books.lease = await service.hold(query, streamed=encoding == "arrow")
     return query
+
+
+def _encoding(request: Request, wanted: schemas.Encoding | None) -> Encoding:
+    """How the client wants numbers."""
+    if ARROW in request.headers.get("Accept", ""):
+        return "arrow"
+    return wanted or "float"
 
 
 async def _arrays(
@@ -298,53 +318,50 @@ async def _arrays(
     request: Request,
     query: Query,
     field: str,
-    encoding: str | None,
+    encoding: Encoding,
     extra: dict[str, Any] | None = None,
 ) -> Response:
     """Arrays as the client wants them."""
-    if _wants_arrow(request):
+    observe = service.metrics.serialised
+    if encoding == "arrow":
         stream = service.stream(query)
         first = await anext(stream)
-        body = arrow_arrays(query.model, len(query.sequences), first, stream)
+        body = arrow_arrays(query.model, len(query.sequences), first, stream, observe)
         return StreamingResponse(
             _closing(body, stream), media_type=ARROW, headers=lineage_headers(query.model, first)
         )
     whole = await service.gather(query)
-    tree = {
-        "object": "list",
-        "model": query.model,
-        "data": rows(whole.arrays, field, encoding or "float"),
-        **(extra or {}),
-        "usage": usage(query.residues),
-    }
-    return _json(service, query, whole, tree)
-
-
-def _scores(
-    service: Service, request: Request, query: Query, whole: Whole, method: str
-) -> Response:
-    scores = [float(score) for array in whole.arrays for score in array.reshape(-1)]
-    if _wants_arrow(request):
-        content = arrow_scores(query.model, whole.weights, scores)
-        return Response(content, media_type=ARROW, headers=lineage_headers(query.model, whole))
-    of_sequences = not (query.variants or query.relative)
-    tree = {
-        "object": "list",
-        "model": query.model,
-        "method": method,
-        "data": score_rows(scores, of_sequences),
-        "usage": usage(query.residues),
-    }
-    return _json(service, query, whole, tree)
-
-
-def _json(service: Service, query: Query, whole: Whole, tree: dict[str, Any]) -> Response:
+    head = {"object": "list", "model": query.model}
+    tail = {**(extra or {}), "usage": usage(query.residues)}
+    headers = lineage_headers(query.model, whole)
+    pieces = json_arrays(head, whole.arrays, field, encoding, tail)
+    if sum(query.answer_bytes) > SMALL_BYTES:
+        streamed = in_thread(joined(pieces), observe)
+        return StreamingResponse(streamed, media_type="application/json", headers=headers)
     started = time.monotonic()
-    content = write_json(tree)
-    service.metrics.serialise.observe(max(time.monotonic() - started, 1e-6))
-    return Response(
-        content, media_type="application/json", headers=lineage_headers(query.model, whole)
-    )
+    content = b"".join(pieces)
+    observe(time.monotonic() - started)
+    return Response(content, media_type="application/json", headers=headers)
+
+
+def _scores(service: Service, query: Query, whole: Whole, method: str, arrow: bool) -> Response:
+    scores = [float(score) for array in whole.arrays for score in array.reshape(-1)]
+    headers = lineage_headers(query.model, whole)
+    started = time.monotonic()
+    if arrow:
+        content = arrow_scores(query.model, whole.weights, scores)
+    else:
+        of_sequences = not (query.variants or query.relative)
+        tree = {
+            "object": "list",
+            "model": query.model,
+            "method": method,
+            "data": score_rows(scores, of_sequences),
+            "usage": usage(query.residues),
+        }
+        content = write_json(tree)
+    service.metrics.serialised(time.monotonic() - started)
+    return Response(content, media_type=ARROW if arrow else "application/json", headers=headers)
 
 
 async def _closing(body: AsyncIterator[bytes], stream: AsyncIterator[Done]) -> AsyncIterator[bytes]:
@@ -354,7 +371,3 @@ async def _closing(body: AsyncIterator[bytes], stream: AsyncIterator[Done]) -> A
             yield chunk
     finally:
         await stream.aclose()  # type: ignore[attr-defined]
-
-
-def _wants_arrow(request: Request) -> bool:
-    return ARROW in request.headers.get("Accept", "")

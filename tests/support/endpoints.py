@@ -44,7 +44,7 @@ def engine(bundle: Path) -> Engine:
     return Engine.load(bundle)
 
 
-SERVICER = "serve.rpc.raptide_pb2_grpc.add_RaptideServicer_to_server"
+SERVICER = "serve.rpc.service.add_service"
 
 
 @dataclass
