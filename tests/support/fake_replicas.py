@@ -72,8 +72,15 @@ class FakeReplicas:
     def options(self, **_):
         return self
 
+    def broadcast(self, method):
+        assert method == "status"
+        return _Statuses(self)
+
     async def _describe(self):
         self.described += 1
+        return self.description()
+
+    def description(self):
         names = ["weights", "width", "layers"]
         found = {name: getattr(self.shape, name) for name in names}
         return {**found, "tokens": [""] * self.shape.tokens}
@@ -93,6 +100,17 @@ class FakeReplicas:
         elif not work.ask.brief:
             arrays = [array.reshape(n, -1) for array, n in zip(arrays, lengths, strict=True)]
         return Done(arrays, self.shape.weights, 5, 0.0, 0.0)
+
+
+class _Statuses:
+    def __init__(self, replicas):
+        self._replicas = replicas
+
+    async def results_async(self, timeout_s, return_exceptions):
+        load = {"queued_tokens": 0, "pending_tokens": 0, "residues_per_s": 0.0}
+        weights = self._replicas.shape.weights
+        model = self._replicas.description()
+        return [{"node": "n", "weights": weights, "step": 5, **load, "model": model}]
 
 
 class _Response:
