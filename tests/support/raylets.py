@@ -1,0 +1,172 @@
+"""A Ray cluster of this machine as `ray start` makes one, with ports of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from processes import free_port
+
+START_S = 180.0
+BEAT_S = 0.1
+
+
+class Node:
+    """One raylet with all its processes, which are a process group of their own."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self._process = process
+
+    def kill(self) -> None:
+        """SIGKILL to everything that the node has started."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+
+    def processes(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            node = psutil.Process(self._process.pid)
+            return [node, *node.children(recursive=True)]
+        return []
+
+    @contextlib.contextmanager
+    def slowed(self):
+        """Within the block the node's workers stand still two thirds of the time."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.is_set():
+                self._signal(signal.SIGSTOP)
+                ended.wait(2 * BEAT_S)
+                self._signal(signal.SIGCONT)
+                ended.wait(BEAT_S)
+
+        thread = threading.Thread(target=beat)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _signal(self, number: int) -> None:
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error, IndexError):
+                if process.cmdline()[0].startswith("ray::"):
+                    process.send_signal(number)
+
+
+class Raylets:
+    """A head and as many more nodes as are added."""
+
+    def __init__(self, cpus: int, **env: str) -> None:
+        """
+        Args:
+            cpus: of the head.
+            env: joins the environment of every node.
+        """
+        self._folder = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))  # sockets' paths are short
+        self._token = secrets.token_hex(32)
+        token = self._folder / "token"
+        token.write_text(self._token)
+        self.environment = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        self._env = self.environment | {
+            # A node that is gone is known after some seconds.
+            "RAY_health_check_initial_delay_ms": "1000",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_failure_threshold": "3",
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+            "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+            "WANDB_MODE": "offline",
+            **env,
+        }
+        port, dashboard = free_port(), free_port()
+        self.address, self.url = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
+        self.nodes: list[Node] = []
+        self._start(
+            *("--head", f"--port={port}", f"--temp-dir={self._folder}"),
+            *(f"--dashboard-port={dashboard}", "--include-dashboard=true"),
+            cpus=cpus,
+            env={},
+        )
+        self._await(lambda: self._get("/api/jobs/"))
+
+    def add(self, cpus: int, *, resources: str = "{}", **env: str) -> Node:
+        """One more node.
+
+        Args:
+            resources: of its own, as JSON.
+            env: joins its environment.
+        """
+        return self._start(
+            f"--address={self.address}", f"--resources={resources}", cpus=cpus, env=env
+        )
+
+    def _start(self, *options: str, cpus: int, env: dict[str, str]) -> Node:
+        ports = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port")
+        ports += ("runtime-env-agent-port", "node-manager-port", "object-manager-port")
+        taken = [f"--{name}={free_port()}" for name in ports]
+        log = (self._folder / f"node-{len(self.nodes)}.log").open("wb")
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
+                *(f"--num-cpus={cpus}", "--disable-usage-stats", *taken, *options),
+            ],
+            env={**os.environ, **self._env, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        self.nodes.append(Node(process))
+        return self.nodes[-1]
+
+    def await_nodes(self, number: int) -> None:
+        """Until so many nodes are alive, neither more nor fewer."""
+
+        def alive() -> int:
+            found = json.loads(self._get("/api/v0/nodes"))["data"]["result"]["result"]
+            return sum(node["state"] == "ALIVE" for node in found)
+
+        self._await(lambda: alive() == number)
+
+    def _get(self, path: str) -> bytes:
+        header = {"Authorization": f"Bearer {self._token}"}
+        request = urllib.request.Request(f"{self.url}{path}", headers=header)
+        return urllib.request.urlopen(request, timeout=10).read()
+
+    @staticmethod
+    def _await(condition: Callable[[], object]) -> None:
+        until = time.monotonic() + START_S
+        while True:
+            try:
+                if condition():
+                    return
+            except OSError:  # it does not answer yet
+                pass
+            assert time.monotonic() < until, "the cluster does not come up"
+            time.sleep(0.5)
+
+    def close(self) -> None:
+        for node in reversed(self.nodes):
+            node.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
