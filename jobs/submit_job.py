@@ -100,8 +100,9 @@ def submit_and_follow(args: argparse.Namespace) -> int:
         stop_wait_s=args.stop_wait,
     )
     server = connect(args.address)
+    ended: Job | None = None
     for tries_left in range(args.retries, -1, -1):
-        job, ours = submit(server, name, shipment)
+        job, ours = submit(server, name, shipment, after=ended and ended.attempt)
         _tell(job, ours, shipment.command)
         if args.detach:
             return 0

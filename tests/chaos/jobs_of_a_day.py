@@ -152,11 +152,12 @@ def wait_until(condition: Callable[[], Any], what: str) -> None:
 
 def live_a_day(folder: Path, args: argparse.Namespace, report: Report) -> None:
     day = Day(folder, args.steps)
-    parts = {"training": train, "stop": stop, "uses": use, "doctor": doctor}
+    parts = {"training": train, "stop": stop, "slow": slow, "uses": use, "doctor": doctor}
     try:
         if set(args.parts) - {"doctor"}:
             build = ("build_corpus", "--input", day.fasta, "--output", day.corpus)
             assert day.run(*build, "--block-residues", "32768").returncode == 0
+        if set(args.parts) & {"training", "stop", "uses"}:
             assert day.run(*day.pretraining("plain")).returncode == 0
         for name in args.parts:
             with report.part(name):
@@ -228,6 +229,29 @@ def stop(day: Day) -> dict[str, Any]:
     right = (ended.returncode, again.returncode, audit["redone_steps"]) == (0, 0, 0)
     right = right and saved == [f"step-{last:08d}"] and found["audit_equal"]
     return found | {"as_it_should_be": right and "stopped-1: STOPPED" in status}
+
+
+def slow(day: Day) -> dict[str, Any]:
+    """The node of one rank stands still now and then: the job's log must name the rank."""
+    command = day.pretraining("slowed", training__steps=1_000_000, cluster__workers=2)
+    follower = day.start("slowed.log", *command)
+    day.await_step("slowed", 5)
+    began = time.monotonic()
+    with day.cluster.nodes[-1].slowed():
+        log = day.folder / "slowed.log"
+        wait_until(lambda: "times as long as the others" in log.read_text(), "the warning")
+        seconds = time.monotonic() - began
+    stopped = day.run("stop", "slowed")
+    lines = (day.folder / "slowed/metrics.jsonl").read_text().splitlines()
+    ratios = [json.loads(line).get("speed/slowest_rank_ratio", 1.0) for line in lines]
+    warning = next(line for line in log.read_text().splitlines() if "times as long" in line)
+    return {
+        "named_after_s": round(seconds, 1),
+        "warning": warning,
+        "greatest_ratio": round(max(ratios), 2),
+        "exit_codes": [stopped.returncode, follower.wait(PATIENCE_S)],
+        "as_it_should_be": max(ratios) > 1.3,
+    }
 
 
 def use(day: Day) -> dict[str, Any]:

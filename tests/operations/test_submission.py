@@ -46,6 +46,19 @@ def test_of_many_that_submit_at_once_one_starts_and_all_have_its_job():
     assert list(server.jobs) == ["race-1"]
 
 
+def test_two_that_followed_a_job_that_died_start_one_attempt_however_short_it_is():
+    server = FakeServer()
+    first, _ = submit(server, "x", SHIPMENT)
+    server.end(first.id, "FAILED", -9)
+    second, ours = submit(server, "x", SHIPMENT, after=first.attempt)
+    assert ours
+    server.end(second.id, "SUCCEEDED", 0)
+    late, ours = submit(server, "x", SHIPMENT, after=first.attempt)
+    assert (late.id, late.status, ours) == ("x-2", "SUCCEEDED", False)
+    anew, ours = submit(server, "x", SHIPMENT)
+    assert (anew.id, ours) == ("x-3", True)
+
+
 def test_a_submission_whose_answer_was_lost_is_found_and_not_repeated():
     server = FakeServer()
     take = server.submit_job

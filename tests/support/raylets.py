@@ -81,9 +81,10 @@ class Raylets:
             env: joins the environment of every node.
         """
         self._folder = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))  # sockets' paths are short
-        self._token = secrets.token_hex(32)
-        token = self._folder / "token"
-        token.write_text(self._token)
+        token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", self._folder / "token"))
+        if not token.exists():
+            token.write_text(secrets.token_hex(32))
+        self._token = token.read_text()
         self.environment = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),

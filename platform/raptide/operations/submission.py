@@ -29,6 +29,14 @@ UPLOAD_S = 600.0
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
+TALKATIVE = (
+    "dashboard.modules.job.sdk",
+    "dashboard.modules.dashboard_sdk",
+    "_private.runtime_env.packaging",
+    "_private.runtime_env.working_dir",
+)
+"""Ray's loggers that tell of every file and every connection."""
+
 INTERRUPTED = 130
 """Exit code for a job that was stopped, as a shell has it for Ctrl-C."""
 
@@ -102,7 +110,8 @@ def connect(address: str | None) -> JobServer:
     place = place or "http://127.0.0.1:8265"
     if address is not None:  # Ray lets its variables win over what it is given
         os.environ["RAY_API_SERVER_ADDRESS"] = address
-    logging.getLogger("ray.dashboard").setLevel(logging.ERROR)
+    for name in TALKATIVE:
+        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
     try:
         server = JobServer(place)
     except AuthenticationError as error:
@@ -192,10 +201,16 @@ def find_job(server: Any, name_or_id: str) -> Job:
     )
 
 
-def submit(server: Any, name: str, shipment: Shipment) -> tuple[Job, bool]:
+def submit(
+    server: Any, name: str, shipment: Shipment, *, after: int | None = None
+) -> tuple[Job, bool]:
     """Start a job, unless one of its name is live.
 
-    Returns the job that is live now, and whether this call has started it.
+    Args:
+        after: the attempt whose end is the reason; one that somebody else has started since then
+            is taken instead, whatever has become of it.
+
+    Returns the job to follow, and whether this call has started it.
 
     Raises:
         ConfigError: the name is no name.
@@ -207,9 +222,9 @@ def submit(server: Any, name: str, shipment: Shipment) -> tuple[Job, bool]:
             "choose another."
         )
     before = attempts(server, name)
-    live = [job for job in before if job.live]
-    if live:
-        return live[-1], False
+    there = [job for job in before if job.live or job.attempt > (after or job.attempt)]
+    if there:
+        return there[-1], False
     attempt = max((job.attempt for job in before), default=0) + 1
     job = Job(name, attempt, JobStatus.PENDING, shipment.command)
     try:

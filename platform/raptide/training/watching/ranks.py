@@ -1,8 +1,8 @@
 """Which rank holds the others up: seen in the first minutes of a run, when it is cheap to mend.
 
 All ranks leave a step together, so its length says nothing of them; what each needs for its own
-forward passes does. Every few seconds a rank sends the median of that to the run's board, beside
-the steps; nothing is exchanged for it between the ranks.
+forward passes does. Every few seconds a rank sends the mean of that to the run's board, beside the
+steps; nothing is exchanged for it between the ranks.
 """
 
 from __future__ import annotations
@@ -119,8 +119,9 @@ class BoardWatch:
     def look(self) -> None:
         """Every rank calls it in the same step; only rank 0 waits for an answer."""
         if self._times:
-            median = statistics.median(self._times)
-            self._board.took.remote(self._attempt, self._rank, self._where, median)
+            # Not the median: a rank that stands still now and then is slow, too.
+            mean = statistics.fmean(self._times)
+            self._board.took.remote(self._attempt, self._rank, self._where, mean)
             self._times = []
         if self._rank != 0:
             return
