@@ -100,9 +100,9 @@ def submit_and_follow(args: argparse.Namespace) -> int:
         stop_wait_s=args.stop_wait,
     )
     server = connect(args.address)
-    ended: Job | None = None
+    after: int | None = None
     for tries_left in range(args.retries, -1, -1):
-        job, ours = submit(server, name, shipment, after=ended and ended.attempt)
+        job, ours = submit(server, name, shipment, after=after)
         _tell(job, ours, shipment.command)
         if args.detach:
             return 0
@@ -111,6 +111,7 @@ def submit_and_follow(args: argparse.Namespace) -> int:
             return INTERRUPTED
         if not (ended.lost and tries_left):
             return ended.code
+        after = ended.attempt
         print(f"{ended.id} was killed; starting the next attempt.", file=sys.stderr, flush=True)
     raise AssertionError("the last attempt returns")
 

@@ -222,9 +222,9 @@ def submit(
             "choose another."
         )
     before = attempts(server, name)
-    there = [job for job in before if job.live or job.attempt > (after or job.attempt)]
-    if there:
-        return there[-1], False
+    others = [job for job in before if job.live or job.attempt > (after or job.attempt)]
+    if others:
+        return others[-1], False
     attempt = max((job.attempt for job in before), default=0) + 1
     job = Job(name, attempt, JobStatus.PENDING, shipment.command)
     try:
