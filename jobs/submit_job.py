@@ -175,7 +175,7 @@ def _ask(job: Job) -> str:
     print(f"\n{job.id} goes on. [d]etach, [s]top it, or Enter to go on following? ", end="")
     try:
         answer = input().strip().lower()
-    except (KeyboardInterrupt, EOFError):
+    except (KeyboardInterrupt, EOFError, OSError):  # OSError: the terminal is gone
         return "detach"
     return {"d": "detach", "s": "stop"}.get(answer[:1], "follow")
 

@@ -3,6 +3,9 @@
 They are of a checkout that holds nothing but a script that needs no import, so each takes seconds.
 """
 
+import io
+import os
+import signal
 import threading
 import time
 
@@ -11,6 +14,7 @@ from cut_lines import Line
 from raylets import Raylets
 
 import submit_job
+from raptide.operations import submission
 
 NAP = """
 import os, pathlib, signal, sys, time
@@ -105,7 +109,7 @@ def test_many_submits_of_one_name_are_one_job(run, cluster, tmp_path, capsys):
     for thread in threads:
         thread.join(60)
     assert sorted(codes) == [("race-1", False)] * 3 + [("race-1", True)]
-    gate.write_text("")
+    threading.Timer(5, gate.write_text, ("",)).start()
     assert run("--name", "race", "nap", "wait", gate) == 0
     assert "race-1 is " in capsys.readouterr().err
 
@@ -153,13 +157,27 @@ def test_a_line_that_is_cut_twice_loses_and_repeats_nothing(run, cluster, capsys
     assert "count-1 is running" in told.err
 
 
-def test_a_wrong_token_is_one_sentence(run, cluster, monkeypatch, tmp_path):
-    class Refused:
-        def __init__(self, address):
-            raise submit_job_errors.AuthenticationError("Forbidden: Invalid token\n\nlong advice")
+def test_ctrl_c_without_a_terminal_leaves_the_job_alone(run, tmp_path, monkeypatch, capsys):
+    gate = tmp_path / "gate"
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    command = ("--name", "left", "nap", "wait", gate)
+    timer = threading.Timer(5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    assert run(*command) == 130
+    assert "left-1 goes on; submitting it again follows it" in capsys.readouterr().err
+    opener = threading.Timer(5, gate.write_text, ("",))
+    opener.start()
+    assert run(*command) == 0
+    assert "left-1 is running already; following it." in capsys.readouterr().err
 
-    from raptide.operations import submission as submit_job_errors
 
-    monkeypatch.setattr(submit_job_errors, "JobServer", Refused)
-    with pytest.raises(submit_job.ConfigError, match=r"wants a token \(Forbidden: Invalid token"):
+def test_a_wrong_token_is_one_sentence(run, cluster, monkeypatch):
+    wrong = {"Authorization": f"Bearer {'0' * 64}"}
+    before = submission.JobServer.__init__
+
+    def with_a_wrong_token(self, address):
+        before(self, address, headers=wrong)
+
+    monkeypatch.setattr(submission.JobServer, "__init__", with_a_wrong_token)
+    with pytest.raises(submit_job.ConfigError, match=r"wants a token \(.*RAY_AUTH_TOKEN_PATH"):
         submit_job.connect(cluster.url)
