@@ -57,6 +57,16 @@ def cluster():
     cluster.close()
 
 
+def with_headers(monkeypatch, headers):
+    """What RAY_AUTH_MODE=token does, which Ray reads before it is imported."""
+    before = submission.JobSubmissionClient.__init__
+    monkeypatch.setattr(
+        submission.JobServer,
+        "__init__",
+        lambda self, address: before(self, address, headers=headers),
+    )
+
+
 @pytest.fixture
 def run(cluster, tmp_path_factory, monkeypatch):
     """Runs submit_job.py in this process; returns its exit code."""
@@ -66,9 +76,8 @@ def run(cluster, tmp_path_factory, monkeypatch):
     (checkout / "jobs/nap.py").write_text(NAP)
     (checkout / "secret.fasta").write_text(">a\nMK\n")
     monkeypatch.setattr(submit_job, "CHECKOUT", checkout)
-    for name, value in cluster.environment.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with_headers(monkeypatch, cluster.headers)
 
     def submit(*arguments, address=cluster.url):
         monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)
@@ -171,13 +180,8 @@ def test_ctrl_c_without_a_terminal_leaves_the_job_alone(run, tmp_path, monkeypat
     assert "left-1 is running already; following it." in capsys.readouterr().err
 
 
-def test_a_wrong_token_is_one_sentence(run, cluster, monkeypatch):
-    wrong = {"Authorization": f"Bearer {'0' * 64}"}
-    before = submission.JobServer.__init__
-
-    def with_a_wrong_token(self, address):
-        before(self, address, headers=wrong)
-
-    monkeypatch.setattr(submission.JobServer, "__init__", with_a_wrong_token)
-    with pytest.raises(submit_job.ConfigError, match=r"wants a token \(.*RAY_AUTH_TOKEN_PATH"):
+@pytest.mark.parametrize("headers", [{}, {"Authorization": f"Bearer {'0' * 64}"}])
+def test_without_the_token_it_is_refused_in_one_sentence(cluster, monkeypatch, headers):
+    with_headers(monkeypatch, headers)
+    with pytest.raises(submit_job.ConfigError, match=r"wants a token .*RAY_AUTH_TOKEN_PATH"):
         submit_job.connect(cluster.url)

@@ -84,7 +84,7 @@ class Raylets:
         token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", self._folder / "token"))
         if not token.exists():
             token.write_text(secrets.token_hex(32))
-        self._token = token.read_text()
+        self.headers = {"Authorization": f"Bearer {token.read_text()}"}
         self.environment = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
@@ -151,8 +151,7 @@ class Raylets:
         self._await(lambda: alive() == number)
 
     def _get(self, path: str) -> bytes:
-        header = {"Authorization": f"Bearer {self._token}"}
-        request = urllib.request.Request(f"{self.url}{path}", headers=header)
+        request = urllib.request.Request(f"{self.url}{path}", headers=self.headers)
         return urllib.request.urlopen(request, timeout=10).read()
 
     @staticmethod
