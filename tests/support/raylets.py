@@ -22,6 +22,7 @@ import psutil
 from processes import free_port
 
 START_S = 180.0
+TRIES = 3
 BEAT_S = 0.1
 
 
@@ -109,7 +110,6 @@ class Raylets:
             cpus=cpus,
             env={},
         )
-        self._await(lambda: self._get("/api/jobs/"))
 
     def add(self, cpus: int, *, resources: str = "{}", **env: str) -> Node:
         """One more node.
@@ -123,32 +123,45 @@ class Raylets:
         )
 
     def _start(self, *options: str, cpus: int, env: dict[str, str]) -> Node:
+        """A node that has joined; on a busy machine `ray start` may give up before it has."""
+        for _ in range(TRIES):
+            name = f"node-{secrets.token_hex(4)}"
+            process = self._start_process(name, *options, cpus=cpus, env=env)
+            self._await(lambda: process.poll() is not None or name in self.alive())
+            if process.poll() is None:
+                self.nodes.append(Node(process))
+                return self.nodes[-1]
+        log = (self._folder / f"{name}.log").read_text()
+        raise RuntimeError(f"No node would start: {log[-1000:]}")
+
+    def _start_process(
+        self, name: str, *options: str, cpus: int, env: dict[str, str]
+    ) -> subprocess.Popen:
         ports = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port")
         ports += ("runtime-env-agent-port", "node-manager-port", "object-manager-port")
-        taken = [f"--{name}={free_port()}" for name in ports]
-        log = (self._folder / f"node-{len(self.nodes)}.log").open("wb")
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
-                *(f"--num-cpus={cpus}", "--disable-usage-stats", *taken, *options),
-            ],
-            env={**os.environ, **self._env, **env},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        self.nodes.append(Node(process))
-        return self.nodes[-1]
+        taken = [f"--{port}={free_port()}" for port in ports]
+        with (self._folder / f"{name}.log").open("wb") as log:
+            return subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
+                    *(f"--num-cpus={cpus}", f"--node-name={name}", "--disable-usage-stats"),
+                    *(*taken, *options),
+                ],
+                env={**os.environ, **self._env, **env},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def alive(self) -> set[str]:
+        """Names of the nodes that are."""
+        found = json.loads(self._get("/api/v0/nodes"))["data"]["result"]["result"]
+        return {node["node_name"] for node in found if node["state"] == "ALIVE"}
 
     def await_nodes(self, number: int) -> None:
         """Until so many nodes are alive, neither more nor fewer."""
-
-        def alive() -> int:
-            found = json.loads(self._get("/api/v0/nodes"))["data"]["result"]["result"]
-            return sum(node["state"] == "ALIVE" for node in found)
-
-        self._await(lambda: alive() == number)
+        self._await(lambda: len(self.alive()) == number)
 
     def _get(self, path: str) -> bytes:
         request = urllib.request.Request(f"{self.url}{path}", headers=self.headers)
