@@ -127,12 +127,16 @@ class Raylets:
         for _ in range(TRIES):
             name = f"node-{secrets.token_hex(4)}"
             process = self._start_process(name, *options, cpus=cpus, env=env)
-            self._await(lambda: process.poll() is not None or name in self.alive())
-            if process.poll() is None:
+            if self._joins(name, process):
                 self.nodes.append(Node(process))
                 return self.nodes[-1]
         log = (self._folder / f"{name}.log").read_text()
         raise RuntimeError(f"No node would start: {log[-1000:]}")
+
+    def _joins(self, name: str, process: subprocess.Popen) -> bool:
+        """Once a node is there, or has given up."""
+        self._await(lambda: process.poll() is not None or name in self.alive())
+        return process.poll() is None
 
     def _start_process(
         self, name: str, *options: str, cpus: int, env: dict[str, str]
