@@ -37,9 +37,8 @@ PROTEINS = 40
 class Day:
     """A cluster, a folder that all its nodes see, and commands to it."""
 
-    def __init__(self, folder: Path, steps: int) -> None:
-        self.folder, self.steps = folder, steps
-        self.cluster = Raylets(4)
+    def __init__(self, cluster: Raylets, folder: Path, steps: int) -> None:
+        self.cluster, self.folder, self.steps = cluster, folder, steps
         for _ in range(2):
             self.add_trainer()
         self.env = {**os.environ, **self.cluster.environment}
@@ -151,9 +150,9 @@ def wait_until(condition: Callable[[], Any], what: str) -> None:
 
 
 def live_a_day(folder: Path, args: argparse.Namespace, report: Report) -> None:
-    day = Day(folder, args.steps)
     parts = {"training": train, "stop": stop, "slow": slow, "uses": use, "doctor": doctor}
-    try:
+    with Raylets(4) as cluster:
+        day = Day(cluster, folder, args.steps)
         if set(args.parts) - {"doctor"}:
             build = ("build_corpus", "--input", day.fasta, "--output", day.corpus)
             assert day.run(*build, "--block-residues", "32768").returncode == 0
@@ -163,8 +162,6 @@ def live_a_day(folder: Path, args: argparse.Namespace, report: Report) -> None:
             with report.part(name):
                 report[name] = parts[name](day)
                 say(f"{name}: {report[name]}")
-    finally:
-        day.cluster.close()
 
 
 def train(day: Day) -> dict[str, Any]:

@@ -52,9 +52,8 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def cluster():
-    cluster = Raylets(2)
-    yield cluster
-    cluster.close()
+    with Raylets(2) as cluster:
+        yield cluster
 
 
 def with_headers(monkeypatch, headers):
@@ -101,6 +100,7 @@ def test_a_jobs_mistake_arrives_as_its_own_sentence_and_exit_code(run, capsys):
     assert "working_dir_files" in told.out
 
 
+@pytest.mark.thorough
 def test_many_submits_of_one_name_are_one_job(run, cluster, tmp_path, capsys):
     gate, codes = tmp_path / "gate", []
     address = submit_job.connect(cluster.url)
@@ -123,6 +123,7 @@ def test_many_submits_of_one_name_are_one_job(run, cluster, tmp_path, capsys):
     assert "race-1 is " in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_a_job_that_was_killed_is_tried_again(run, tmp_path, capsys):
     assert run("--name", "die", "--retries", "2", "nap", "die", tmp_path / "once") == 0
     told = capsys.readouterr().err
@@ -166,6 +167,7 @@ def test_a_line_that_is_cut_twice_loses_and_repeats_nothing(run, cluster, capsys
     assert "count-1 is running" in told.err
 
 
+@pytest.mark.thorough
 def test_ctrl_c_without_a_terminal_leaves_the_job_alone(run, tmp_path, monkeypatch, capsys):
     gate = tmp_path / "gate"
     monkeypatch.setattr("sys.stdin", io.StringIO())

@@ -104,6 +104,19 @@ class Raylets:
         port, dashboard = free_port(), free_port()
         self.address, self.url = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
         self.nodes: list[Node] = []
+        try:
+            self._start_head(cpus, port, dashboard)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Raylets:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start_head(self, cpus: int, port: int, dashboard: int) -> None:
         self._start(
             *("--head", f"--port={port}", f"--temp-dir={self._folder}"),
             *(f"--dashboard-port={dashboard}", "--include-dashboard=true"),
