@@ -95,7 +95,7 @@ class Raylets:
             # A node that is gone is known after some seconds.
             "RAY_health_check_initial_delay_ms": "1000",
             "RAY_health_check_period_ms": "1000",
-            "RAY_health_check_failure_threshold": "3",
+            "RAY_health_check_failure_threshold": "6",
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
             "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
             "WANDB_MODE": "offline",
@@ -140,9 +140,10 @@ class Raylets:
         for _ in range(TRIES):
             name = f"node-{secrets.token_hex(4)}"
             process = self._start_process(name, *options, cpus=cpus, env=env)
+            self.nodes.append(Node(process))
             if self._joins(name, process):
-                self.nodes.append(Node(process))
                 return self.nodes[-1]
+            self.nodes.pop().kill()
         log = (self._folder / f"{name}.log").read_text()
         raise RuntimeError(f"No node would start: {log[-1000:]}")
 
