@@ -4,21 +4,14 @@ import json
 import re
 import time
 
-import httpx
-import ray
 from conftest import ROOT
+from exported import scrape
 
 DASHBOARD = ROOT / "serve/dashboard.json"
 
 
-def exported():
-    """Metrics as the node's Prometheus port shows them."""
-    port = ray.nodes()[0]["MetricsExportPort"]
-    return httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
-
-
 def _unseen(patterns):
-    text = exported()
+    text = scrape()
     return {pattern for pattern in patterns if not re.search(pattern, text)}
 
 
