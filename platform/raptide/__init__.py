@@ -1,6 +1,6 @@
 """Raptide: train protein language models on a Ray cluster and serve them from it.
 
-    from raptide import Client, Corpus, Engine
+    from raptide import AsyncClient, Client, Corpus, Engine
 
 They are loaded on first use: data tasks and clients need no torch, and the engine needs no Ray.
 """
@@ -24,13 +24,14 @@ from raptide.errors import (
 )
 
 if TYPE_CHECKING:
-    from raptide.client import Client
+    from raptide.client import AsyncClient, Client
     from raptide.data.corpus import Corpus
     from raptide.inference.engine import Engine
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncClient",
     "BundleError",
     "CheckpointError",
     "Client",
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncClient": "raptide.client",
     "Client": "raptide.client",
     "Corpus": "raptide.data.corpus",
     "Engine": "raptide.inference.engine",

@@ -159,11 +159,18 @@ def _add_calls(api: FastAPI, service: Service) -> None:
         responses=ANSWERS,
     )
     async def logits(
-        body: schemas.SequencesRequest, request: Request, timeout_s: Timeout = None
+        body: schemas.LogitsRequest, request: Request, timeout_s: Timeout = None
     ) -> Response:
-        """A row for each residue, a column for each token of the model; nothing is masked."""
+        """A row for each residue, a column for each token of the model; nothing is masked.
+
+        With `masked_positions` a row for each of these, masked in turn: what pseudo perplexities
+        and masked marginals are made of.
+        """
+        masked = body.masked_positions
+        ask = Ask("logits") if masked is None else Ask("masked", "masked-marginals")
         query = _accept(
-            service, request, body.model, Ask("logits"), body.sequences, "sequences", timeout_s
+            *(service, request, body.model, ask, body.sequences, "sequences", timeout_s),
+            positions=masked,
         )
         return await _arrays(service, request, query, "values", body.encoding_format)
 
@@ -264,6 +271,7 @@ def _accept(
     param: str,
     timeout_s: float | None,
     variants: list[str] | None = None,
+    positions: list[list[int]] | None = None,
 ) -> Query:
     """Check a request, count it against its key, and write it down."""
     query = service.query(
@@ -273,6 +281,7 @@ def _accept(
         param,
         timeout_s=timeout_s,
         variants=variants,
+        positions=positions,
         request_id=request.headers.get("X-Request-Id", "")[:LONGEST_ID],
     )
     service.admit(request.state.key, query.residues)

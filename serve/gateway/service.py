@@ -18,8 +18,8 @@ import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from raptide.alphabet import decode_residues, encode_residues
+from raptide.calls.variants import apply_variant, parse_variant
 from raptide.errors import SequenceError
-from raptide.inference.variants import apply_variant, parse_variant
 from serve.calls import Ask, Description, Done, Work, cut, positions_of
 from serve.gateway.cache import Cache, cache_key
 from serve.gateway.dispatch import Dispatcher
@@ -60,12 +60,19 @@ class Query:
     timeout_s: float
     request_id: str = ""
     variants: list[str] = field(default_factory=list)
+    positions: list[list[int]] = field(default_factory=list)
+    """To mask in turn, of each sequence, for the call "masked"."""
     relative: bool = False
     """Whether the first sequence is the wild type, and the answers are to be relative to it."""
 
     @property
     def residues(self) -> int:
         return sum(map(len, self.sequences))
+
+    @property
+    def costs(self) -> list[int]:
+        """Tokens to compute for each sequence."""
+        return costs_of(self.ask, self.sequences, self.positions)
 
 
 @dataclass
@@ -153,6 +160,7 @@ class Service:
         *,
         timeout_s: float | None = None,
         variants: list[str] | None = None,
+        positions: list[list[int]] | None = None,
         request_id: str = "",
     ) -> Query:
         """Check a request.
@@ -175,7 +183,9 @@ class Service:
             if ask.method == "pseudo-ppl":  # a comparison of whole sequences
                 sequences, variants = _mutants(sequences[0], variants), None
                 ask, relative = Ask("score", "pseudo-ppl"), True
-        self._check_cost(chosen, ask, sequences, param, variants or [])
+        if positions is not None:
+            _check_positions(positions, sequences)
+        self._check_cost(chosen, ask, sequences, param, variants or [], positions or [])
         allowed_s = min(timeout_s or math.inf, self.settings.timeout_s)
         self.metrics.tokenise.observe(max(time.monotonic() - started, 1e-6))
         return Query(
@@ -187,6 +197,7 @@ class Service:
             allowed_s,
             request_id,
             variants or [],
+            positions or [],
             relative,
         )
 
@@ -242,7 +253,7 @@ class Service:
         Raises:
             Refusal: there are none, and why.
         """
-        costs = [query.ask.tokens(len(sequence)) for sequence in query.sequences]
+        costs = query.costs
         budget = self._models[query.model].max_batch_tokens
         runs = deque(cut(costs, budget))
         going: deque[asyncio.Task[Done]] = deque()
@@ -261,7 +272,7 @@ class Service:
         if query.variants:
             tokens = query.ask.tokens(len(sequences[0]), positions_of(query.variants))
         key = None
-        if self._cache.max_bytes and len(query.sequences) == 1:
+        if self._cache.max_bytes and len(query.sequences) == 1 and not query.positions:
             newest, when = self._newest.get(query.model, ("", 0.0))
             key = cache_key(query.model, newest, query.ask, sequences[0], query.variants)
             fresh = time.monotonic() - when < LEARN_S
@@ -269,7 +280,10 @@ class Service:
             self.metrics.cache.inc(tags={"result": "hit" if kept else "miss"})
             if kept is not None:
                 return kept
-        work = Work(query.ask, sequences, tokens, query.timeout_s, query.request_id, query.variants)
+        work = Work(
+            *(query.ask, sequences, tokens, query.timeout_s, query.request_id, query.variants),
+            query.positions[run],
+        )
         done = await self._dispatchers[query.model].run(
             work, query.deadline, query.param, run.start
         )
@@ -328,15 +342,52 @@ class Service:
             )
 
     def _check_cost(
-        self, model: ModelSettings, ask: Ask, sequences: list[str], param: str, variants: list[str]
+        self,
+        model: ModelSettings,
+        ask: Ask,
+        sequences: list[str],
+        param: str,
+        variants: list[str],
+        positions: list[list[int]],
     ) -> None:
-        positions = positions_of(variants) if variants else None
-        cost = sum(ask.tokens(len(sequence), positions) for sequence in sequences)
+        changed = positions_of(variants) if variants else None
+        if changed is not None:
+            cost = ask.tokens(len(sequences[0]), changed)
+        else:
+            cost = sum(costs_of(ask, sequences, positions))
         if cost > model.max_queued_tokens:
             raise invalid(
                 param,
                 f"`{param}` would take {cost:,} tokens to compute, more than the "
                 f"{model.max_queued_tokens:,} that may wait; send fewer or shorter sequences.",
+            )
+
+
+def costs_of(ask: Ask, sequences: list[str], positions: list[list[int]]) -> list[int]:
+    """Tokens to compute for each sequence."""
+    if positions:
+        pairs = zip(sequences, positions, strict=True)
+        return [ask.tokens(len(sequence), len(some)) for sequence, some in pairs]
+    return [ask.tokens(len(sequence)) for sequence in sequences]
+
+
+def _check_positions(positions: list[list[int]], sequences: list[str]) -> None:
+    """Raises Refusal where positions do not fit the sequences."""
+    param = "masked_positions"
+    if len(positions) != len(sequences):
+        raise invalid(
+            param,
+            f"`{param}` needs a list for each sequence, but {len(positions)} were given for "
+            f"{len(sequences)} sequences.",
+        )
+    for index, (sequence, some) in enumerate(zip(sequences, positions, strict=True)):
+        outside = next((each for each in some if not 1 <= each <= len(sequence)), None)
+        if outside is not None or not 0 < len(set(some)) == len(some):
+            raise invalid(
+                param,
+                f"`{param}` names positions from 1 to {len(sequence)} of sequence {index}, at "
+                f"least one and each once, but {some[:3] if outside is None else outside} was "
+                "given.",
             )
 
 
