@@ -3,6 +3,7 @@
     from raptide import AsyncClient, Client, Corpus, Engine
 
 They are loaded on first use: data tasks and clients need no torch, and the engine needs no Ray.
+`pip install raptide` brings all but what the engine needs (`raptide[engine]`).
 """
 
 from __future__ import annotations
@@ -57,5 +58,13 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        try:
+            return getattr(import_module(_HOMES[name]), name)
+        except ModuleNotFoundError as error:
+            if name != "Engine" or (error.name or "").startswith("raptide"):
+                raise
+            raise ImportError(
+                f"raptide.Engine needs the package {error.name}, which is not installed: "
+                "pip install 'raptide[engine]'."
+            ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

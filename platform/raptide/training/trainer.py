@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +40,7 @@ from raptide.training.watching.picture import draw_run
 from raptide.training.watching.progress import BoardActor, shown
 from raptide.training.watching.validation import Bench
 from raptide.training.worker import Run, train_worker
+from raptide.version import code_version
 
 
 def prepare_run(
@@ -220,19 +218,3 @@ def _shape(model: ModelSettings) -> dict[str, Any]:
         "norm_before": model.traits.norm_before,
         "max_positions": model.max_positions if learned else None,
     }
-
-
-def code_version() -> str:
-    """The package version, with the git commit where the code runs from a checkout."""
-    version = importlib.metadata.version("raptide")
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=os.path.dirname(__file__),
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return version
-    return f"{version}+{commit}"
