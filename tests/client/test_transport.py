@@ -149,6 +149,7 @@ def test_without_a_window_nothing_is_tried_again(server):
         (say(405, b"Method Not Allowed"), ServiceError, "405"),
         (say(200, b"<html>hello</html>"), ServiceError, "is it a Raptide endpoint"),
         (say(302, b""), ServiceError, "302"),
+        (refuse(301, Location="https://x.org/v1"), ServiceError, "has moved to https://x.org/v1;"),
     ],
 )
 def test_a_final_answer_is_one_error_and_asked_once(server, mishap, error, message):

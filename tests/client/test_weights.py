@@ -95,9 +95,10 @@ def test_weights_that_are_asked_for_are_the_only_ones_to_answer(server):
         embed(server, weights="3")
 
 
-def test_a_conflict_of_another_kind_is_a_refusal(server):
-    server.mishaps = [refuse(409, message="Something else.")]
-    with Client(server.url) as client, pytest.raises(ConfigError, match="409: Something else"):
+@pytest.mark.parametrize("status", [409, 410])
+def test_a_conflict_of_another_kind_is_a_refusal(server, status):
+    server.mishaps = [refuse(status, message="Something else.")]
+    with Client(server.url) as client, pytest.raises(ConfigError, match=f"{status}: Something"):
         client.embed(["MKT"])
 
 

@@ -119,7 +119,7 @@ def versions(current, supports_pins=True):
             alive = current(len(server.requests) - 1)
         pinned = handler.headers.get("X-Raptide-Weights") if supports_pins else None
         if pinned is not None and pinned not in alive:
-            return refuse(409, "version", f"The weights {pinned} are gone.")(handler)
+            return refuse(410, "gone", f"Weights {pinned} are not served any more.")(handler)
         digest = pinned or alive[0]
         handler.embed_as(digest, body["input"])
 

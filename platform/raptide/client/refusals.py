@@ -37,7 +37,7 @@ def may_pass(answer: httpx.Response) -> bool:
 
 def is_gone(answer: httpx.Response) -> bool:
     """Whether the endpoint says that the weights it was asked for do not answer any more."""
-    return answer.status_code == 409
+    return answer.status_code in (409, 410)
 
 
 def retry_after_s(answer: httpx.Response) -> float:
@@ -63,6 +63,11 @@ def describe_refusal(answer: httpx.Response) -> InputError | ServiceError:
         return ConfigError(
             f"The endpoint refuses the API key ({message or status}); give a valid one as `key` or "
             "in RAPTIDE_API_KEY."
+        )
+    if answer.has_redirect_location:
+        place = answer.headers["Location"]
+        return ServiceError(
+            f"{answer.url} answered {status}: it has moved to {place}; give the URL it has now."
         )
     if not detail:
         return ServiceError(
