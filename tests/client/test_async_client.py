@@ -1,6 +1,7 @@
 """The client for event loops: the same calls, awaited."""
 
 import asyncio
+import gc
 import inspect
 import time
 
@@ -151,6 +152,24 @@ def test_weights_are_pinned_and_lists_started_over(server):
         assert lazy.residues == sum(map(len, SEQUENCES))
 
     run(server, work, chunk_sequences=2)
+
+
+def test_nothing_is_said_of_requests_that_fail_after_their_call_is_over(server, caplog):
+    """The first one fails last, when the others have."""
+
+    def respond(handler, body):
+        time.sleep(0.3 * (body["input"] == ["MK"]))
+        refuse(422, message="Sequence 0: long.", param="input")(handler)
+
+    server.respond = respond
+
+    async def work(client):
+        with pytest.raises(SequenceError, match=r"^Sequence 0"):
+            await client.embed(["MK", "MKT", "MKTA"])
+
+    run(server, work, chunk_sequences=1, parallel=4)
+    gc.collect()
+    assert not [each for each in caplog.records if each.name == "asyncio"]
 
 
 def test_an_async_generator_is_refused_by_the_client_for_threads(server):

@@ -132,26 +132,27 @@ class Runner:
         pin = Pin(self.weights)
         joining = _Joining(call.ask)
         waiting: deque[tuple[list[Piece], Any]] = deque()
-        with self._bar(items.total) as bar:
-            try:
-                async for chunk in self._chunks(call, items, joining):
-                    waiting.append((chunk, self._start(call, chunk, pin)))
-                    if len(waiting) >= 2 * self.parallel:
-                        for result in joining.take(*await self._first(waiting)):
-                            bar.update()
-                            yield result
+        try:
+            with self._bar(items.total) as bar:
+                async with aclosing(self._chunks(call, items, joining)) as chunks:
+                    async for chunk in chunks:
+                        waiting.append((chunk, self._start(call, chunk, pin)))
+                        if len(waiting) >= 2 * self.parallel:
+                            for result in joining.take(*await self._first(waiting)):
+                                bar.update()
+                                yield result
                 while waiting:
                     for result in joining.take(*await self._first(waiting)):
                         bar.update()
                         yield result
-                self.met = pin.digest or self.met
-            finally:
-                for _, handle in waiting:
-                    self.transport.cancel(handle)
+        finally:
+            self.met = pin.digest or self.met
+            for _, handle in waiting:
+                self.transport.cancel(handle)
 
     async def _chunks(
         self, call: Call[Any], items: _Items, joining: _Joining
-    ) -> AsyncIterator[list[Piece]]:
+    ) -> AsyncGenerator[list[Piece], None]:
         """What is asked in each request."""
         limit = await self._describe(call, "max_residues") if call.windowed else float("inf")
         chunker = Chunker(self.chunk_sequences)

@@ -72,7 +72,7 @@ class AsyncTransport:
         return await handle
 
     def cancel(self, handle: asyncio.Task[Any]) -> None:
-        handle.cancel()
+        handle.cancel()  # of one that has failed it also says that nobody need be told
 
     async def pause(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
