@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import ast
 import difflib
+import os
 import runpy
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,11 +57,9 @@ def run(command: str, arguments: list[str]) -> None:
     """
     scripts = jobs()
     if command in MODULES:
-        root = str(JOBS.parent)
-        if (JOBS.parent / "serve").is_dir() and root not in sys.path:
-            sys.path.insert(0, root)  # a checkout's
+        _refuse_another_serve()
         sys.argv = [f"raptide {command}", *arguments]
-        runpy.run_module(MODULES[command], run_name="__main__", alter_sys=False)
+        runpy.run_module(MODULES[command], run_name="__main__")
         return
     full = {path.stem.replace("_", "-"): path for path in scripts.values()}
     script = scripts.get(command) or full.get(command)
@@ -72,6 +72,25 @@ def run(command: str, arguments: list[str]) -> None:
     sys.path[0] = str(JOBS)  # as Python does for a script: jobs import each other by name
     names = {"__command__": f"raptide {command}"}
     runpy.run_path(str(script), init_globals=names, run_name="__main__")
+
+
+def _refuse_another_serve() -> None:
+    """Deployment files import `serve`, which is nobody's by right.
+
+    Raises:
+        ConfigError: what Python finds by that name is not ours.
+    """
+    root = HERE.parent if (HERE / "jobs").exists() else JOBS.parent
+    # Ray's workers look into the folder that this was started in first.
+    found = PathFinder.find_spec("serve", [os.getcwd(), *sys.path, str(root)])
+    place = Path(found.origin).resolve() if found and found.origin else None
+    if place != (root / "serve/__init__.py").resolve():
+        raise ConfigError(
+            f"The package `serve` is found at {place}, which hides the endpoint's in {root}; start "
+            "in another folder, or uninstall it."
+        )
+    if str(root) not in sys.path:
+        sys.path.append(str(root))
 
 
 def jobs() -> dict[str, Path]:

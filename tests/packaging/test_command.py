@@ -80,6 +80,14 @@ def test_serve_takes_a_file_or_settings(tmp_path, arguments, message):
     assert message in done.stderr
 
 
+def test_another_package_of_the_endpoints_name_is_told(tmp_path):
+    (tmp_path / "serve.py").write_text("")
+    done = raptide("serve", "model=none", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "start in another folder" in done.stderr
+    assert str(tmp_path / "serve.py") in done.stderr
+
+
 def test_settings_deploy_what_serve_run_would():
     from serve.__main__ import of_settings
 
