@@ -19,7 +19,7 @@ BREACHES = {
     "platform/raptide/client/exchange.py": "raptide.client.transport",
     "platform/raptide/inference/forward.py": "ray",
     "serve/replica/batcher.py": "serve.gateway.refusals",
-    "serve/gateway/cache.py": "serve.replica.batcher",
+    "serve/gateway/routing.py": "serve.replica.batcher",
     "serve/metrics.py": "serve.replica.batcher",
     "jobs/processes.py": "serve.settings",
 }

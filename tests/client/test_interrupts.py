@@ -109,7 +109,7 @@ def test_the_client_goes_on_after_an_interrupt(server):
         if first:
             left(handler, PATIENCE_S)
         else:
-            handler.embed(body["input"], False)
+            handler.embed(body["input"])
 
     server.respond = respond
     after = "print(client.embed(['MKT'] * 20)[:, 0].sum())"
@@ -125,7 +125,7 @@ def test_a_generator_that_is_abandoned_calls_off_what_is_in_flight(server):
 
     def respond(handler, body):
         if len(body["input"][0]) == 1:
-            handler.embed(body["input"], False)
+            handler.embed(body["input"])
         else:
             gone.append(left(handler, PATIENCE_S))
 

@@ -1,6 +1,7 @@
 """An endpoint in this process that embeds, refuses, breaks off, forgets and dies, as it is told."""
 
 import json
+import math
 import select
 import socket
 import threading
@@ -20,7 +21,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         model = {"id": "m", "width": WIDTH, "max_residues": self.server.max_residues}
-        self.answer(200, json.dumps({"data": [model]}).encode())
+        listed = {"id": "m"} if self.server.idle else model
+        found = {"data": [listed]} if self.path == "/v1/models" else model
+        self.answer(200, json.dumps(found).encode())
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -37,14 +40,18 @@ class Handler(BaseHTTPRequestHandler):
             elif server.respond is not None:
                 server.respond(self, body)
             else:
-                self.embed(body["input"], self.headers["Accept"] == ARROW)
+                depth = len(body.get("layers", [-1]))
+                each = body["pooling"] == "residue"
+                stream = arrow(body["input"], depth, each)
+                as_arrow = self.headers["Accept"] == ARROW
+                self.embed(body["input"], stream if as_arrow else None)
         finally:
             with server.lock:
                 server.running -= 1
 
-    def embed(self, sequences, as_arrow, rows=None, headers=None):
-        if as_arrow:
-            return self.answer(200, arrow(sequences[:rows]), {"Content-Type": ARROW})
+    def embed(self, sequences, stream=None, headers=None):
+        if stream is not None:
+            return self.answer(200, stream, {"Content-Type": ARROW})
         data = [
             {"index": i, "embedding": [float(len(s))] * WIDTH, "shape": [WIDTH]}
             for i, s in enumerate(sequences)
@@ -76,14 +83,16 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def arrow(sequences):
+def arrow(sequences, depth=1, each=True):
+    """A stream of arrays full of each sequence's length: [depth, L, WIDTH], [L, WIDTH], ..."""
     sink = pa.BufferOutputStream()
     schema = pa.schema(
         {"index": pa.int64(), "values": pa.list_(pa.float32()), "shape": pa.list_(pa.int64())}
     )
     with pa.ipc.new_stream(sink, schema) as writer:
         for index, sequence in enumerate(sequences):
-            values, shape = [float(len(sequence))] * len(sequence) * WIDTH, [len(sequence), WIDTH]
+            shape = [*([depth] if depth > 1 else []), *([len(sequence)] if each else []), WIDTH]
+            values = [float(len(sequence))] * math.prod(shape)
             writer.write_batch(pa.record_batch([[index], [values], [shape]], schema=schema))
     return sink.getvalue().to_pybytes()
 
@@ -137,7 +146,8 @@ def break_off(handler):
 
 
 def lose_a_row(handler):
-    handler.embed(handler.server.requests[-1][0]["input"], True, rows=-1)
+    sequences = handler.server.requests[-1][0]["input"]
+    handler.embed(sequences, arrow(sequences[:-1]))
 
 
 def cut_the_stream(handler):
@@ -156,6 +166,8 @@ class Server(ThreadingHTTPServer):
         self.running = self.most_running = 0
         self.delay_s = 0.0
         self.max_residues = 1022
+        self.idle = False
+        """Whether the model has no replica that tells what it is until it is asked for alone."""
         self.respond = None
         """Answers instead, given the handler and the body."""
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()

@@ -57,6 +57,21 @@ def read_answer(answer: httpx.Response, chunk: Sequence[Piece]) -> list[Any]:
     return rows
 
 
+def read_model(answer: httpx.Response) -> dict[str, Any]:
+    """What GET /v1/models/NAME says.
+
+    Raises:
+        ServiceError: it is no such answer.
+    """
+    try:
+        model = answer.json()
+    except ValueError:
+        model = None
+    if not isinstance(model, dict):
+        raise ServiceError(f"{answer.url} describes no model; is it a Raptide endpoint?")
+    return model
+
+
 def read_models(answer: httpx.Response) -> list[dict[str, Any]]:
     """What GET /v1/models says.
 

@@ -15,11 +15,13 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
+from urllib.parse import quote
 
+import httpx
 import numpy as np
 
 from raptide.calls.inputs import read_sequence, read_sequences
-from raptide.client.answers import ARROW, read_answer, read_models
+from raptide.client.answers import ARROW, read_answer, read_model, read_models
 from raptide.client.asks import Ask
 from raptide.client.details import Answer
 from raptide.client.exchange import (
@@ -91,9 +93,12 @@ class Runner:
 
     async def models(self, timeout_s: float | None = None) -> list[Model]:
         """What the endpoint serves."""
-        exchange = Exchange(
-            *("GET", "/v1/models", read_models, self.patience, timeout_s or self.timeout_s)
-        )
+        return await self._get("/v1/models", read_models, timeout_s)
+
+    async def _get(
+        self, path: str, read: Callable[[httpx.Response], T], timeout_s: float | None
+    ) -> T:
+        exchange = Exchange("GET", path, read, self.patience, timeout_s or self.timeout_s)
         return await self.transport.result(self.transport.start(exchange))
 
     async def collect(self, call: Call[T]) -> T:
@@ -199,7 +204,11 @@ class Runner:
         if self.model is not None and self.model not in models:
             known = ", ".join(map(repr, models))
             raise ConfigError(f"This endpoint serves {known}, but {self.model!r} was asked for.")
-        number = models[self.model or next(iter(models))].get(name)
+        chosen = self.model or next(iter(models))
+        number = models[chosen].get(name)
+        if number is None:  # an idle model, which tells when it has been started
+            found = await self._get(f"/v1/models/{quote(chosen)}", read_model, call.timeout_s)
+            number = found.get(name)
         if not isinstance(number, int) or number < 1:
             raise ServiceError(
                 f"{self.transport.url} does not say the {name} of its model; is it a Raptide "
