@@ -14,6 +14,7 @@ from raptide import errors
 
 def test_public_names():
     assert sorted(raptide.__all__) == [
+        "AsyncClient",
         "BundleError",
         "CheckpointError",
         "Client",

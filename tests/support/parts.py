@@ -19,6 +19,7 @@ PARTS = [
     "inference",
     "model",
     "gpu",
+    "packaging",
     "client",
     "tests",
 ]
