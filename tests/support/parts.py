@@ -18,6 +18,7 @@ PARTS = [
     "inference",
     "model",
     "gpu",
+    "deploy",
     "client",
     "tests",
 ]
