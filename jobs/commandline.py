@@ -60,12 +60,22 @@ def reading_rules(args: argparse.Namespace) -> ReadingRules:
     )
 
 
+JOB_COPY = "runtime_resources/working_dir_files"
+"""In the path of each copy of a checkout that Ray makes for a submitted job."""
+
+
 def refuse_output(path: Path, option: str) -> None:
     """Before anything starts: a place that nothing can be written to is no output.
 
     Raises:
-        ConfigError: it, or the nearest folder above it that exists, cannot be written to.
+        ConfigError: it, or the nearest folder above it that exists, cannot be written to; or it
+            lies in a submitted job's copy of the checkout, which goes away with the job.
     """
+    if JOB_COPY in str(path.absolute()):
+        raise ConfigError(
+            f"{option} {path} would lie in this job's copy of the checkout, which Ray deletes; "
+            "give the absolute path of a folder that every node sees."
+        )
     folder = next(each for each in (path, *path.absolute().parents) if each.exists())
     if folder != path and not folder.is_dir():
         raise ConfigError(

@@ -59,10 +59,11 @@ os.environ |= {
 # Ray's processes for tasks stay for the next test, instead of ending after a second without work.
 os.environ |= {"RAY_idle_worker_killing_time_threshold_ms": "30000"}
 
-# A token of the session's own, so that tests write nothing into the user's home.
+# A token and a cache of the session's own, so that tests write nothing into the user's home.
 _token = Path(tempfile.mkdtemp(prefix="raptide-test-")) / "token"
 _token.write_text(secrets.token_hex(32))
 os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token)
+os.environ["RAPTIDE_CACHE"] = str(_token.parent / "cache")
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import ray.data
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raptide.cluster import on_this_node
+from raptide.cluster import code_version, on_this_node
 from raptide.data.corpus import Corpus
 from raptide.data.streaming.stream import Source, StreamPlan
 from raptide.errors import CheckpointError, ConfigError, CorpusError, plain_errors
@@ -39,6 +37,7 @@ from raptide.training.run_folder import (
     refuse_folder,
 )
 from raptide.training.watching.heldout import heldout_rows, unigram_ece
+from raptide.training.watching.leaving import LEFT, saved_on_sigterm
 from raptide.training.watching.picture import draw_run
 from raptide.training.watching.progress import BoardActor, shown
 from raptide.training.watching.validation import Bench
@@ -117,6 +116,7 @@ def pretrain(
         bench: asked of each checkpoint that is evaluated beside the training.
 
     Raises:
+        KeyboardInterrupt: the run was told to end by SIGTERM, and has saved.
         ConfigError: the workers have no room on this machine or cluster; another process trains
             the run.
         StreamStalled: no data came.
@@ -154,9 +154,12 @@ def _train(
         board=board,
         bench=bench,
     )
-    with shown(board, recipe.training.steps):
+    with shown(board, recipe.training.steps), saved_on_sigterm(board):
         _fit(run)
     ended, _ = ray.get(board.read.remote())
+    if ended["phase"] == LEFT:
+        print(f"{folder} is saved at step {ended['step']}; --resume goes on.", file=sys.stderr)
+        raise KeyboardInterrupt
     result = read_result(folder, recipe, step=ended["step"])
     draw_run(folder, result.unigram_ece.all_chosen)
     write_result(result)
@@ -220,19 +223,3 @@ def _shape(model: ModelSettings) -> dict[str, Any]:
         "norm_before": model.traits.norm_before,
         "max_positions": model.max_positions if learned else None,
     }
-
-
-def code_version() -> str:
-    """The package version, with the git commit where the code runs from a checkout."""
-    version = importlib.metadata.version("raptide")
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=os.path.dirname(__file__),
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return version
-    return f"{version}+{commit}"
