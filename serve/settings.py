@@ -46,8 +46,8 @@ class ModelOptions(Settings):
     """Tokens in one forward pass."""
 
     max_queued_tokens: int = Field(262_144, ge=1)
-    """Tokens that may wait at a replica. A request that finds no room is refused with 429, one that
-    alone takes more with 422; masking each residue in turn takes a pass per residue."""
+    """Tokens that may wait at a replica until newcomers, large or small, are refused with 429. One
+    that alone takes more is refused with 422; masking each residue takes a pass per residue."""
 
 
 class ModelSettings(ModelOptions):
@@ -59,12 +59,17 @@ class ModelSettings(ModelOptions):
     path: str
     """A bundle, a checkpoint, or a run folder (its newest checkpoint is taken)."""
 
+    @property
+    def is_cold(self) -> bool:
+        """Whether there may be no replica of it while nobody asks."""
+        return self.max_replicas is not None and self.min_replicas == 0
+
 
 class GatewaySettings(Settings):
     """What the gateways keep to."""
 
     gateways: int = Field(1, ge=1)
-    """Processes that take requests. Each has a share of every key's rate, and its own cache."""
+    """Processes that take requests. Each has its own cache; rates hold over all of them."""
 
     max_sequences: int = Field(256, ge=1)
     """Sequences, or variants, in one request."""
@@ -79,13 +84,17 @@ class GatewaySettings(Settings):
     """Seconds in which a request's body has to come."""
 
     timeout_s: float = Field(120.0, gt=0.0)
-    """Seconds a request may take, waiting included; X-Raptide-Timeout-S may ask for less."""
+    """Seconds a request may take, waiting included; X-Raptide-Timeout-S may ask for less. What is
+    stopped (an update, fewer replicas, the end) has ten seconds more to finish what it has."""
 
     keys_file: str | None = None
     """API keys, hashed (gateway/keys.py). Read again whenever it changes; every node needs it."""
 
     residues_per_minute: int | None = Field(None, ge=1)
     """What a key may send whose line sets no other rate; None means any number."""
+
+    tokens_per_minute: int | None = Field(None, ge=1)
+    """The same in tokens to compute, which is what requests cost (docs/serving.md)."""
 
     cache_bytes: int = Field(0, ge=0)
     """Memory for answers that may be asked for again; 0 keeps none."""

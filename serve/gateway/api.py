@@ -35,10 +35,13 @@ from serve.gateway.service import Query, Service, Whole
 LONGEST_ID = 128
 """Characters of a request's id that are kept; a client may send any number."""
 
+OURS = ("X-Raptide-Timeout-S", "X-Raptide-Weights")
+"""Request headers of our own, which pages elsewhere may send, too."""
+
 READY_S = 10.0
 """Seconds a replica may take to show that it is ready."""
 
-STATUSES = (400, 401, 404, 413, 422, 429, 500, 503, 504)
+STATUSES = (400, 401, 403, 404, 410, 413, 422, 429, 500, 503, 504)
 REFUSED: dict[int | str, dict[str, Any]] = {s: {"model": ErrorResponse} for s in STATUSES}
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 ANSWERS: dict[int | str, dict[str, Any]] = {200: {"content": {ARROW: BINARY}}, **REFUSED}
@@ -75,7 +78,7 @@ def build_api(service: Service, keys: KeyRing) -> ASGIApp:
         guard,
         allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type", "Accept", "X-Raptide-Timeout-S"],
+        allow_headers=["Authorization", "Content-Type", "Accept", *OURS],
         expose_headers=["X-Raptide-Model", "X-Raptide-Weights", "X-Raptide-Step", "Retry-After"],
     )
 
@@ -192,9 +195,16 @@ def _add_operations(api: FastAPI, service: Service) -> None:
         """One of the models being served."""
         return JSONResponse(await _describe(service, service.name_of(model)))
 
-    @api.get("/healthz", summary="Liveness", tags=["operations"], response_model=schemas.Status)
+    @api.get(
+        "/healthz",
+        summary="Liveness",
+        tags=["operations"],
+        response_model=schemas.Status,
+        responses={503: {"model": ErrorResponse}},
+    )
     async def healthz() -> dict[str, str]:
-        """The gateway is alive."""
+        """The gateway is alive, and takes requests."""
+        service.fair.refuse_if_stopping()
         return {"status": "ok"}
 
     @api.get(
@@ -274,8 +284,9 @@ def _accept(
         timeout_s=timeout_s,
         variants=variants,
         request_id=request.headers.get("X-Request-Id", "")[:LONGEST_ID],
+        weights=request.headers.get("X-Raptide-Weights", ""),
     )
-    service.admit(request.state.key, query.residues)
+    service.admit(request.state.key, query)
     request.state.books.model = query.model
     request.state.books.residues = query.residues
     return query

@@ -20,7 +20,9 @@ from serve.rpc import raptide_pb2 as pb
 CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
+    410: grpc.StatusCode.FAILED_PRECONDITION,
     422: grpc.StatusCode.INVALID_ARGUMENT,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     503: grpc.StatusCode.UNAVAILABLE,
@@ -103,14 +105,11 @@ class RpcMethods:
         given: str | list[str],
         param: str,
     ) -> AsyncIterator[Any]:
-        """Answers run by run; those after an update of the model are refused, not mixed in."""
-        index, weights = 0, None
+        """Answers run by run, all from one version of the model."""
+        index = 0
         try:
             query = self._accept(context, model, ask(), given, param)
             async for done in self._service.stream(query):
-                weights = weights or done.weights
-                if done.weights != weights:
-                    raise Refusal(503, "unavailable", "The model was updated; ask again.")
                 arrays = [_array(index + i, array) for i, array in enumerate(done.arrays)]
                 index += len(arrays)
                 yield pb.Arrays(source=_source(query, done), arrays=arrays)
@@ -132,10 +131,17 @@ class RpcMethods:
             timeout_s = float(metadata.get("x-raptide-timeout-s", "inf"))
         except ValueError:
             raise invalid("x-raptide-timeout-s", "A timeout is a number of seconds.") from None
+        weights = metadata.get("x-raptide-weights", "")
         query = self._service.query(
-            model or None, ask, given, param, timeout_s=timeout_s, variants=variants
+            model or None,
+            ask,
+            given,
+            param,
+            timeout_s=timeout_s,
+            variants=variants,
+            weights=weights,
         )
-        self._service.admit(key, query.residues)
+        self._service.admit(key, query)
         return query
 
     def _authorise(self, context: RayServegRPCContext) -> Any:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import time
-from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,14 +23,13 @@ from raptide.errors import SequenceError
 from raptide.inference.variants import apply_variant, parse_variant
 from serve.calls import Ask, Description, Done, Work, cut, positions_of
 from serve.gateway.cache import Cache, cache_key
-from serve.gateway.dispatch import Dispatcher
-from serve.gateway.keys import Key, Rate
-from serve.gateway.refusals import Refusal, invalid, overloaded
+from serve.gateway.dispatch import Dispatcher, VersionGone
+from serve.gateway.fair import FairUse, News
+from serve.gateway.keys import Key
+from serve.gateway.refusals import gone, invalid, updated
+from serve.gateway.runs import Lead, in_order
 from serve.metrics import GatewayMetrics
 from serve.settings import GatewaySettings, ModelSettings
-
-RUNS_AT_ONCE = 8
-"""Runs of one request on their way at a time; each holds at most about one batch."""
 
 DESCRIBE_S = 30.0
 """How long a model may take to say what it is: with no replica, one has to load first."""
@@ -42,8 +42,8 @@ PROBED_S = 2.0
 
 MOST_LAYERS = 256
 
-ATTEMPTS = 5
-"""How often a request is begun again because an update came between its runs."""
+DIGEST = re.compile(r"[0-9a-f]{16}")
+"""Weights, as answers name them."""
 
 
 @dataclass
@@ -62,10 +62,21 @@ class Query:
     variants: list[str] = field(default_factory=list)
     relative: bool = False
     """Whether the first sequence is the wild type, and the answers are to be relative to it."""
+    weights: str = ""
+    """The digest of the only weights the client wants; empty where any will do."""
+    cost: int = 0
+    """Tokens to compute."""
+    key: Key | None = None
+    """Whose it is, once it was let in."""
 
     @property
     def residues(self) -> int:
         return sum(map(len, self.sequences))
+
+    @property
+    def costs(self) -> dict[str, int]:
+        """By the unit of a rate."""
+        return {"residues": self.residues, "tokens": self.cost}
 
 
 @dataclass
@@ -87,17 +98,19 @@ class Service:
         settings: GatewaySettings,
         models: list[ModelSettings],
         handles: dict[str, DeploymentHandle],
+        tell: Callable[[News], Awaitable[None]] | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = GatewayMetrics()
         self._models = {model.name: model for model in models}
         self._dispatchers = {
-            name: Dispatcher(handle, self._count_retry) for name, handle in handles.items()
+            name: Dispatcher(handle, self._count_retry, cold=self._models[name].is_cold)
+            for name, handle in handles.items()
         }
         self._cache = Cache(settings.cache_bytes)
         self._newest: dict[str, tuple[str, float]] = {}
         """The weights each model answered with last, and when."""
-        self._rates: dict[str, Rate] = {}
+        self.fair = FairUse(settings, tell)
         self._probed: asyncio.Future[None] | None = None
         self._probed_at = 0.0
 
@@ -133,6 +146,7 @@ class Service:
 
         Whoever asks within PROBED_S shares one computation: probes take no key.
         """
+        self.fair.refuse_if_stopping()
         now = time.monotonic()
         probed = self._probed
         if probed is None or (probed.done() and now - self._probed_at > PROBED_S):
@@ -154,6 +168,7 @@ class Service:
         timeout_s: float | None = None,
         variants: list[str] | None = None,
         request_id: str = "",
+        weights: str = "",
     ) -> Query:
         """Check a request.
 
@@ -161,7 +176,14 @@ class Service:
             Refusal: a rule is broken; the message names the first bad sequence.
         """
         started = time.monotonic()
+        self.fair.refuse_if_stopping()
         chosen = self._choose(model)
+        if weights and not DIGEST.fullmatch(weights):
+            raise invalid(
+                "X-Raptide-Weights",
+                "Weights are named by 16 hex digits, as answers do in X-Raptide-Weights, but "
+                f"{weights[:40]!r} was given.",
+            )
         if len(set(ask.layers)) < len(ask.layers) or len(ask.layers) > MOST_LAYERS:
             raise invalid(
                 "layers",
@@ -175,7 +197,7 @@ class Service:
             if ask.method == "pseudo-ppl":  # a comparison of whole sequences
                 sequences, variants = _mutants(sequences[0], variants), None
                 ask, relative = Ask("score", "pseudo-ppl"), True
-        self._check_cost(chosen, ask, sequences, param, variants or [])
+        cost = self._check_cost(chosen, ask, sequences, param, variants or [])
         allowed_s = min(timeout_s or math.inf, self.settings.timeout_s)
         self.metrics.tokenise.observe(max(time.monotonic() - started, 1e-6))
         return Query(
@@ -188,42 +210,27 @@ class Service:
             request_id,
             variants or [],
             relative,
+            weights,
+            cost,
         )
 
-    def admit(self, key: Key | None, residues: int) -> None:
-        """Count residues against the key's rate.
+    def admit(self, key: Key | None, query: Query) -> None:
+        """Count a request against its key.
 
         Raises:
-            Refusal: it is used up.
+            Refusal: the key may not have it, or not now.
         """
-        per_minute = (key and key.residues_per_minute) or self.settings.residues_per_minute
-        if key is None or per_minute is None:
-            return
-        name = f"{key.name}:{per_minute}"
-        rate = self._rates.setdefault(name, Rate(per_minute / self.settings.gateways))
-        wait_s = rate.take(residues)
-        if wait_s > 0:
-            raise Refusal(
-                429,
-                "rate_limit",
-                f"Key {key.name!r} may send {per_minute:,} residues a minute, which are used up; "
-                "wait as long as Retry-After says.",
-                retry_after_s=wait_s,
-            )
+        query.key = key
+        self.fair.admit(key, query.model, query.costs)
 
     async def gather(self, query: Query) -> Whole:
-        """All answers, from one version of the weights.
+        """All answers, from one version of the weights; begun again where that version goes.
 
         Raises:
             Refusal: there are none, and why.
         """
-        for _ in range(ATTEMPTS):
-            parts = [part async for part in self.stream(query)]
-            if len({part.weights for part in parts}) == 1:
-                break
-            self._count_retry("update")
-        else:
-            raise overloaded(1.0)
+        with self.fair.answering(query.key, query.costs):
+            parts = await self._parts(query)
         arrays = [array for part in parts for array in part.arrays]
         if query.relative:
             totals = np.array(arrays) * [len(sequence) for sequence in query.sequences]
@@ -236,27 +243,48 @@ class Service:
             max(part.compute_s for part in parts),
         )
 
+    async def _parts(self, query: Query) -> list[Done]:
+        while True:
+            try:
+                return [part async for part in self._answers(query)]
+            except VersionGone as version:
+                self._begin_again(query, version)
+
     async def stream(self, query: Query) -> AsyncIterator[Done]:
-        """The answers run by run, in order; while an update is going on, perhaps of two versions.
+        """The answers run by run, in order, all from one version of the weights.
 
         Raises:
-            Refusal: there are none, and why.
+            Refusal: there are none, or no more as that version has gone; and why.
         """
-        costs = [query.ask.tokens(len(sequence)) for sequence in query.sequences]
-        budget = self._models[query.model].max_batch_tokens
-        runs = deque(cut(costs, budget))
-        going: deque[asyncio.Task[Done]] = deque()
-        try:
-            while runs or going:
-                while runs and len(going) < RUNS_AT_ONCE:
-                    run = runs.popleft()
-                    going.append(asyncio.create_task(self._run(query, run, sum(costs[run]))))
-                yield await going.popleft()
-        finally:
-            for task in going:
-                task.cancel()
+        told = False
+        with self.fair.answering(query.key, query.costs):
+            while True:
+                try:
+                    async with aclosing(self._answers(query)) as parts:
+                        async for part in parts:
+                            told = True
+                            yield part
+                    return
+                except VersionGone as version:
+                    self._begin_again(query, version)
+                    if told:
+                        raise updated() from None
 
-    async def _run(self, query: Query, run: slice, tokens: int) -> Done:
+    def _begin_again(self, query: Query, version: VersionGone) -> None:
+        """Raises Refusal where the client wants that version and no other."""
+        if query.weights:
+            raise gone(query.weights, version.served) from None
+        self._count_retry("update")
+
+    def _answers(self, query: Query) -> AsyncGenerator[Done, None]:
+        """The answers run by run, in order, as `runs.in_order` gives them."""
+        costs = [query.ask.tokens(len(sequence)) for sequence in query.sequences]
+        runs = list(cut(costs, self._models[query.model].max_batch_tokens))
+        return in_order(
+            runs, lambda run, lead: self._run(query, run, sum(costs[run]), lead), query.weights
+        )
+
+    async def _run(self, query: Query, run: slice, tokens: int, lead: Lead) -> Done:
         sequences = query.sequences[run]
         if query.variants:
             tokens = query.ask.tokens(len(sequences[0]), positions_of(query.variants))
@@ -265,13 +293,23 @@ class Service:
             newest, when = self._newest.get(query.model, ("", 0.0))
             key = cache_key(query.model, newest, query.ask, sequences[0], query.variants)
             fresh = time.monotonic() - when < LEARN_S
-            kept = self._cache.get(key) if fresh else None
+            kept = self._cache.get(key) if fresh and query.weights in ("", newest) else None
             self.metrics.cache.inc(tags={"result": "hit" if kept else "miss"})
             if kept is not None:
                 return kept
-        work = Work(query.ask, sequences, tokens, query.timeout_s, query.request_id, query.variants)
+        work = Work(
+            query.ask,
+            sequences,
+            tokens,
+            query.timeout_s,
+            query.request_id,
+            query.variants,
+            lead.weights,
+            lead.is_asked_for,
+            lead.is_taken,
+        )
         done = await self._dispatchers[query.model].run(
-            work, query.deadline, query.param, run.start
+            work, query.deadline, query.param, run.start, lead.take
         )
         if self._cache.max_bytes:
             self._keep(query, key, done)
@@ -329,7 +367,7 @@ class Service:
 
     def _check_cost(
         self, model: ModelSettings, ask: Ask, sequences: list[str], param: str, variants: list[str]
-    ) -> None:
+    ) -> int:
         positions = positions_of(variants) if variants else None
         cost = sum(ask.tokens(len(sequence), positions) for sequence in sequences)
         if cost > model.max_queued_tokens:
@@ -338,6 +376,7 @@ class Service:
                 f"`{param}` would take {cost:,} tokens to compute, more than the "
                 f"{model.max_queued_tokens:,} that may wait; send fewer or shorter sequences.",
             )
+        return cost
 
 
 def _mutants(sequence: str, variants: list[str]) -> list[str]:
