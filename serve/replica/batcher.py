@@ -103,6 +103,13 @@ class Place:
         async with self._in_time():
             await self._begun.wait()
 
+    async def is_over(self, within_s: float) -> bool:
+        """Whether all answers are there so soon."""
+        if not self.items:
+            return True
+        _, left = await asyncio.wait([item.answer for item in self.items], timeout=within_s)
+        return not left
+
     async def answers(self) -> Answers:
         """The answers, once all are there.
 

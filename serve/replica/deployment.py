@@ -39,6 +39,10 @@ from serve.settings import ModelSettings
 
 logger = logging.getLogger("ray.serve")
 
+BEGUN_S = 0.005
+"""Word that work is being computed is spared where it is over so soon. What kills a replica sooner
+is found all the same, when it is computed alone."""
+
 SLACK_SHARE = 4
 """Of a batch, which part a replica may have more to do than another before work moves there."""
 
@@ -101,7 +105,8 @@ class Replica:
             if work.leads:
                 yield Taken(self._weights)
             await place.begun()
-            yield Begun(self._node)
+            if work.alone or not await place.is_over(BEGUN_S):
+                yield Begun(self._node)
             answers = await place.answers()
         self._metrics.request(answers.queue_s)
         yield self._done(plan, answers)
