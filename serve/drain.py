@@ -17,8 +17,8 @@ from ray.serve.exceptions import RayServeException
 GATEWAY = "Gateway"
 """The name of the deployment that takes requests."""
 
-KNOWN_S = 5.0
-"""How long to wait until Serve says which gateways there are."""
+KNOWN_S, LOOK_AGAIN_S = 5.0, 0.1
+"""How long to wait until Serve says which gateways there are, and how often to look."""
 
 
 def drain(names: Iterable[str]) -> None:
@@ -34,17 +34,17 @@ async def _drain_all(names: list[str]) -> None:
 
 
 async def _drain(name: str) -> None:
-    until = time.monotonic() + KNOWN_S
-    while True:
+    """All gateways of one application; those that do not answer are named, and left alone."""
+    handle, until = None, time.monotonic() + KNOWN_S
+    told: list[object] = []
+    while not told:
         try:
-            handle = serve.get_deployment_handle(GATEWAY, name)
+            handle = handle or serve.get_deployment_handle(GATEWAY, name)
             told = await handle.broadcast("drain").results_async(return_exceptions=True)
-        except RayServeException as error:
-            if time.monotonic() < until:
-                await asyncio.sleep(0.1)
-                continue
-            told = [error]
-        for each in told:
-            if isinstance(each, Exception):
-                print(f"{name}: a gateway was not drained ({type(each).__name__})", file=sys.stderr)
-        return
+        except RayServeException as error:  # no such application, or no gateway of it is known yet
+            if time.monotonic() > until:
+                told = [error]
+            await asyncio.sleep(LOOK_AGAIN_S)
+    for each in told:
+        if isinstance(each, Exception):
+            print(f"{name}: a gateway was not drained ({type(each).__name__})", file=sys.stderr)

@@ -5,15 +5,22 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import httpx
 import yaml
 from conftest import ROOT
+from endpoints import SERVICER
+from steady_load import KINDS, REFUSED, SteadyLoad, by_kind
 
 from processes import free_port
+from serve.gateway.keys import make_key
 
 SLOW = {"sequences": "MKTAYIAKQR" * 40}
 """400 masked passes: seconds, also for a small model."""
+
+MANY = {"sequences": ["MKTAYIAKQR" * 10] * 24}
+"""24 runs, of which eight are on their way at a time."""
 
 LARGE = {"input": ["MKTAYIAKQR" * 100] * 16, "pooling": "residue"}
 """Its answer is larger than gRPC takes by default, 4 MB."""
@@ -32,9 +39,11 @@ def start(config, folder):
     )
 
 
-def configuration(port, **arguments):
+def configuration(port, grpc_port=None, **arguments):
+    grpc = {"port": grpc_port, "grpc_servicer_functions": [SERVICER]} if grpc_port else {}
     return {
         "http_options": {"host": "127.0.0.1", "port": port},
+        "grpc_options": grpc,
         "applications": [
             {
                 "name": "raptide",
@@ -47,24 +56,81 @@ def configuration(port, **arguments):
 
 
 def test_large_answers_pass_and_what_is_being_answered_at_sigterm_is_finished(bundle, tmp_path):
-    port = free_port()
-    with start(configuration(port, model=str(bundle)), tmp_path) as process:
+    """Of requests of 1, 3, 8 and 64 runs by all ways, and of some that take seconds."""
+    port, grpc_port = free_port(), free_port()
+    key, line = make_key("tests")
+    (tmp_path / "keys").write_text(line)
+    headers = {"Authorization": f"Bearer {key}"}
+    config = configuration(
+        port,
+        grpc_port,
+        model=str(bundle),
+        keys_file=str(tmp_path / "keys"),
+        gateways=2,
+        max_batch_tokens=64,
+        max_queued_tokens=10**7,
+    )
+    with start(config, tmp_path) as process:
         url = f"http://127.0.0.1:{port}"
+        starting = first_word(f"{url}/healthz")
+        assert (starting.status_code, starting.headers["Retry-After"]) == (503, "1"), starting.text
+        assert starting.json()["error"]["type"] == "unavailable"
         assert any(line.strip().endswith(url) for line in process.stdout)
-        large = httpx.post(f"{url}/v1/embeddings", json=LARGE, timeout=120)
+        large = httpx.post(f"{url}/v1/embeddings", json=LARGE, headers=headers, timeout=120)
         assert large.status_code == 200
         assert len(large.content) > 2**22
         answers = []
-        post = threading.Thread(
-            target=lambda: answers.append(httpx.post(f"{url}/v1/scores", json=SLOW, timeout=120))
+
+        def ask(body):
+            answers.append(httpx.post(f"{url}/v1/scores", json=body, headers=headers, timeout=120))
+
+        asking = [threading.Thread(target=ask, args=[body]) for body in (SLOW, MANY)]
+        load = SteadyLoad(
+            url,
+            clients=6,
+            kinds=KINDS,
+            grpc=f"127.0.0.1:{grpc_port}",
+            application="raptide",
+            until_refused=True,
+            **headers,
         )
-        post.start()
-        post.join(0.7)
-        assert not answers, "the request was to take longer"
-        process.send_signal(signal.SIGTERM)
-        post.join()
-        assert answers[0].status_code == 200
+        with load:
+            load.wait_for_more(12)
+            for each in asking:
+                each.start()
+            asking[0].join(0.7)
+            assert not answers, "the requests were to take longer"
+            process.send_signal(signal.SIGTERM)
+            refused = refusal(url)
+            load.join()
+        for each in asking:
+            each.join()
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert refused.status_code == 503
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert {told.status for told in load.answers} <= {200, *REFUSED}, by_kind(load.answers)
         assert process.wait(60) == 0
+
+
+def first_word(url):
+    """Of Serve's proxy, before there is anything behind it."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        try:
+            return httpx.get(url, timeout=30)
+        except httpx.TransportError:
+            time.sleep(0.05)
+    raise AssertionError("nothing listens")
+
+
+def refusal(url):
+    """Of a probe, once the gateways take nothing new."""
+    for _ in range(100):
+        answer = httpx.get(f"{url}/healthz", timeout=120)
+        if answer.status_code != 200:
+            return answer
+        time.sleep(0.05)
+    raise AssertionError("gateways go on taking requests")
 
 
 def test_a_file_that_is_no_configuration_is_refused(tmp_path):
