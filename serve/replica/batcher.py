@@ -336,7 +336,7 @@ class TokenBatcher:
             out.wait(LONGEST_TELL_S)
 
     @staticmethod
-    def _in_loop(batch: list[Waiting], call: Callable[..., None], *args: Any) -> None:
+    def _in_loop(batch: list[Waiting], call: Callable[..., object], *args: Any) -> None:
         with suppress(RuntimeError, IndexError):  # the loop is closed, or there is nobody
             batch[0].answer.get_loop().call_soon_threadsafe(call, *args)
 
