@@ -7,8 +7,6 @@ far more to do than the next best was believed to have is sent back at once, wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from serve.calls import Load
 
 
@@ -44,10 +42,9 @@ class Loads:
         own = self._own.get(load.replica, 0) - ended
         self._others[load.replica] = max(0, load.tokens - own)
 
-    def keep(self, replicas: Iterable[str]) -> None:
-        """Forget what was said by others than these."""
-        stay = set(replicas)
-        self._others = {name: held for name, held in self._others.items() if name in stay}
+    def forget(self, replica: str) -> None:
+        """What it said, as it has gone."""
+        self._others.pop(replica, None)
 
 
 LOADS = Loads()

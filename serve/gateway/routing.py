@@ -80,6 +80,8 @@ class TokenRouter(FIFOMixin, RequestRouter):
             for name, each in {**gone, **known}.items()
             if each[1] > time.monotonic() and each[0].replica_metadata.get("weights")
         }
+        for name in gone:
+            LOADS.forget(str(name))
         super().update_replicas(replicas)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:

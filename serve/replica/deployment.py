@@ -43,6 +43,9 @@ BEGUN_S = 0.005
 """Word that work is being computed is spared where it is over so soon. What kills a replica sooner
 is found all the same, when it is computed alone."""
 
+NEVER = 2**60
+"""Tokens of a replica that computes no more: one that is always idle would be sent everything."""
+
 SLACK_SHARE = 4
 """Of a batch, which part a replica may have more to do than another before work moves there."""
 
@@ -86,7 +89,7 @@ class Replica:
         except DeadlinePassed:
             yield Refused("deadline")
         except Stopped:
-            yield Refused("stopped")
+            yield Refused("stopped", load=Load(self._name, NEVER))
         except Exception as error:
             _report(work, error)
             yield Refused("failed")

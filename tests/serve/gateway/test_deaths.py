@@ -143,6 +143,19 @@ def test_a_poisonous_sequence_ends_alone(bundle, takes_s, deaths):
         )
 
 
+@ends_threads
+def test_a_replica_that_computes_no_more_does_not_look_idle(bundle, monkeypatch):
+    async def main():
+        replica = Replica(ModelSettings(name="raptide", path=str(bundle)))
+        monkeypatch.setattr(replica._batcher, "_next_batch", sys.exit)
+        work = Work(Ask("embed"), ["MK"], 4, timeout_s=5.0)
+        return [[each async for each in replica.run(work)][-1] for _ in range(2)]
+
+    for refused in asyncio.run(main()):
+        assert refused.reason == "stopped"
+        assert refused.load.tokens > 10**15
+
+
 def test_a_bad_sequence_fails_alone(bundle):
     settings = ModelSettings(name="raptide", path=str(bundle))
     sequences = ["MKTAYIAKQR", POISON, "LAGVSERTID"]
