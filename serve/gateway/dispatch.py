@@ -64,6 +64,9 @@ MOVES = 3
 SILENT_S = 10.0
 """No word from any replica for so long: there is none."""
 
+LEAST_S = 0.05
+"""A request that lasts no longer than this might be too short for any replica to take it."""
+
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 
 
@@ -208,19 +211,20 @@ class Dispatcher:
                 if not trip.goes_on(answer):
                     raise self._refusal(answer, work, param, first)
             await trip.pause()
-        if not trip.is_routed:
-            raise absent(work.timeout_s, cold=self._cold)
-        raise too_late(work.timeout_s)
+        if trip.is_routed or work.timeout_s < LEAST_S or self._is_answered():
+            raise too_late(work.timeout_s)
+        raise absent(work.timeout_s, cold=self._cold)
 
     def _crowded(self, timeout_s: float) -> Refusal:
         """So many requests wait here already that no other may; are there replicas at all?"""
-        if time.monotonic() - self._heard_at > SILENT_S:
-            return absent(timeout_s, cold=self._cold)
-        return overloaded(1.0)
+        return overloaded(1.0) if self._is_answered() else absent(timeout_s, cold=self._cold)
+
+    def _is_answered(self) -> bool:
+        return time.monotonic() - self._heard_at < SILENT_S
 
     async def _count_death(self, trip: _Trip, error: Exception) -> None:
         self._on_retry(type(error).__name__)
-        trip.is_routed = False
+        trip.is_routed, self._heard_at = False, -math.inf  # it may have been the last one
         if not isinstance(error, DIED) or (trip.node and await is_leaving(trip.node)):
             return
         trip.count_death()

@@ -90,13 +90,13 @@ def absent(raised=None):
     return handle
 
 
-def ask(handle, **options):
+def ask(handle, timeout_s="0.1", **options):
     settings = ModelSettings(name="raptide", path="", **options)
 
     async def main():
         endpoint = Endpoint(handle, settings)
         body = {"input": "MK"}
-        return await endpoint.http("/v1/embeddings", body, X_Raptide_Timeout_S="0.1")
+        return await endpoint.http("/v1/embeddings", body, X_Raptide_Timeout_S=timeout_s)
 
     return asyncio.run(main())
 
@@ -110,6 +110,10 @@ def test_without_a_replica_it_is_503_and_nobody_is_told_to_send_less():
         "message": "No replica took it within 0.1 s; try again shortly.",
         "param": None,
     }
+
+
+def test_what_lasts_too_short_for_any_replica_is_late():
+    assert ask(absent(), timeout_s="5e-324").status_code == 504
 
 
 def test_a_cold_model_that_loads_longer_than_a_request_lasts_says_so():
