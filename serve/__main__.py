@@ -27,6 +27,7 @@ from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from raptide.cluster import local_cpus, ray_session
 from raptide.errors import ConfigError, RaptideError
+from serve.drain import drain
 from serve.environment import proxies
 
 LOOK_EVERY_S = 1.0
@@ -100,8 +101,7 @@ def run(config: ServeDeploySchema) -> None:
             stop.wait()
         finally:
             print("finishing what is being answered", flush=True)
-            for name in names:  # the proxies stay until all is answered
-                serve.delete(name)
+            drain(names)
 
 
 def _start(names: list[str], stop: threading.Event) -> bool:

@@ -50,6 +50,9 @@ LOGS = LoggingConfig(encoding="JSON", enable_access_log=False)
 SURGE_PERCENT = 25
 """Replicas, of all, that an update starts before it stops as many old ones; at least one."""
 
+FINISH_S = 10.0
+"""Beyond the longest request that is allowed, until what is being stopped ends in any case."""
+
 METRICS_INTERVAL_S = 1.0
 """How often replicas report their tokens to the autoscaler (Serve's default is 10)."""
 
@@ -66,7 +69,8 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 def compose(settings: ServeSettings, replica: type = Replica) -> serve.Application:
     """The application; `replica` is the class that answers."""
     models = [_kept(model, settings.staging) for model in settings.model_settings()]
-    handles = {model.name: _replicas(model, replica) for model in models}
+    finish_s = max(60.0, settings.timeout_s + FINISH_S)
+    handles = {model.name: _replicas(model, replica, finish_s) for model in models}
     gateway = serve.deployment(
         Gateway,
         num_replicas=settings.gateways,
@@ -74,7 +78,7 @@ def compose(settings: ServeSettings, replica: type = Replica) -> serve.Applicati
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": ACTORS}},
         health_check_period_s=GATEWAY_CHECK_S,
         health_check_timeout_s=15,
-        graceful_shutdown_timeout_s=60,
+        graceful_shutdown_timeout_s=finish_s,
         max_surge_percent=100,
         max_constructor_retry_count=3,
         logging_config=LOGS,
@@ -97,7 +101,7 @@ def _kept(model: ModelSettings, staging: str | None) -> ServedModel:
     return kept
 
 
-def _replicas(model: ModelSettings, replica: type) -> serve.Application:
+def _replicas(model: ModelSettings, replica: type, finish_s: float) -> serve.Application:
     """The deployment of one model.
 
     An update starts new replicas before it stops old ones (surge); a constructor that raises, as it
@@ -122,7 +126,7 @@ def _replicas(model: ModelSettings, replica: type) -> serve.Application:
         request_router_config=RequestRouterConfig(request_router_class=TokenRouter),
         health_check_period_s=5,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=60,
+        graceful_shutdown_timeout_s=finish_s,
         max_surge_percent=SURGE_PERCENT,
         max_constructor_retry_count=3,
         logging_config=LOGS,

@@ -2,12 +2,15 @@
 
 Ask      what is asked of every sequence of a request
 Work     some sequences of one request, on their way to a replica
+Taken    a replica has them in its queue
+Begun    it is computing the first of them
 Done     their answers, with the weights they come from and where the time went
 Refused  why there are none
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
@@ -15,6 +18,10 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 
 Call = Literal["embed", "logits", "masked", "contacts", "score", "variants", "scan"]
+
+Reason = Literal[
+    "busier", "deadline", "failed", "full", "input", "layers", "model", "stopped", "version"
+]
 
 PATHS: dict[Call, str] = {
     "embed": "embeddings",
@@ -27,8 +34,15 @@ PATHS: dict[Call, str] = {
 }
 """What clients know the calls by: the paths under /v1."""
 
+CHANGE = re.compile(r"^[A-Za-z]([0-9]+)[A-Za-z]$")
+
 SPECIALS = 2
 """Tokens around one sequence (one fewer for ESM-1, which makes no difference to a budget)."""
+
+
+LINEAR_RESIDUES = 2048
+LINEAR_CONTACTS = 256
+"""Residues up to which a protein costs its length."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +67,17 @@ class Ask:
         return self.call in ("score", "variants")
 
     def tokens(self, residues: int, positions: int | None = None) -> int:
-        """Tokens to compute for one sequence.
+        """What one sequence costs: tokens to compute, as those of a short protein count.
+
+        Beyond LINEAR_RESIDUES a protein takes its length squared, by attention; its contacts, which
+        are read from all attention maps, do so from LINEAR_CONTACTS on.
 
         Args:
             positions: how many of its residues are masked in turn; None means all.
         """
         passes = (residues if positions is None else positions) if self.masks else 1
-        return (residues + SPECIALS) * passes
+        linear = LINEAR_CONTACTS if self.call == "contacts" else LINEAR_RESIDUES
+        return (residues + SPECIALS) * passes * max(linear, residues) // linear
 
 
 @dataclass(frozen=True)
@@ -78,10 +96,50 @@ class Work:
     """For the call "variants", of the only sequence."""
     positions: list[list[int]] = field(default_factory=list)
     """For the call "masked", of each sequence, counted from 1."""
+    weights: str = ""
+    """The digest of the only weights that may answer; empty where any may."""
+    leads: bool = False
+    """Whether others of its request wait until it is taken: `Taken` is said then."""
+    admitted: bool = False
+    """Whether its request has been let in: it waits for room, before newcomers, and is not refused
+    for want of it."""
+    alone: bool = False
+    """Whether a replica died over it: it shares no batch with anybody then."""
+    movable: bool = False
+    """Whether a replica may send it back because another has less to do."""
+    instead: int | None = None
+    """Tokens that the next best replica is believed to have; None where there is none."""
 
     def __repr__(self) -> str:
         """Nothing that is nobody's business: messages end up in logs."""
         return f"Work({self.ask.call}, {len(self.sequences)} sequences, {self.tokens} tokens)"
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a replica has to do."""
+
+    replica: str
+    """As routers know it."""
+    tokens: int
+    """That wait or are being computed, of all gateways."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Said before the answer: the work has its place in a replica's queue."""
+
+    weights: str
+    """Digest of the weights that will answer."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Said before the answer: the work is in the batch that is computed next. Should the replica
+    die now, the work may be why."""
+
+    node: str
+    """Where the replica is."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +152,7 @@ class Done:
     step: int | None
     queue_s: float
     compute_s: float
+    load: Load | None = None
 
     def __repr__(self) -> str:
         return f"Done({len(self.arrays)} arrays)"
@@ -103,11 +162,13 @@ class Done:
 class Refused:
     """Why a replica did not compute."""
 
-    reason: Literal["full", "deadline", "input", "layers", "model"]
+    reason: Reason
     message: str = ""
+    """For "version", the digest of the weights that there are."""
     index: int = 0
     """Which sequence of the work is at fault."""
     retry_after_s: int = 1
+    load: Load | None = None
 
 
 def cut(costs: Sequence[int], budget: int) -> Iterator[slice]:
@@ -123,8 +184,12 @@ def cut(costs: Sequence[int], budget: int) -> Iterator[slice]:
 
 
 def positions_of(variants: Sequence[str]) -> int:
-    """At most how many positions variants change together, before they are parsed."""
-    return sum(variant.count(":") + 1 for variant in variants)
+    """How many different positions variants change together.
+
+    What is no substitution counts as one of its own: the replica says what is wrong with it.
+    """
+    changes = {change.strip() for variant in variants for change in variant.split(":")}
+    return len({CHANGE.sub(r"\1", change) for change in changes})
 
 
 Description = dict[str, Any]

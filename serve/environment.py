@@ -20,6 +20,8 @@ PROXIES = {
     **HOPS,
     # A proxy asks a gateway by gRPC, not by calls of actors.
     "RAY_SERVE_PROXY_USE_GRPC": "1",
+    # What it says itself is JSON, and a 503 with Retry-After where it passes.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy.middlewares",
 }
 """Of a Ray that `python -m serve` starts (docs/serving.md, "The load balancer")."""
 

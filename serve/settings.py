@@ -46,8 +46,8 @@ class ModelOptions(Settings):
     """Tokens in one forward pass."""
 
     max_queued_tokens: int = Field(262_144, ge=1)
-    """Tokens that may wait at a replica. A request that finds no room is refused with 429, one that
-    alone takes more with 422; masking each residue in turn takes a pass per residue."""
+    """Tokens that may wait at a replica until newcomers, large or small, are refused with 429. One
+    that alone takes more is refused with 422; masking each residue takes a pass per residue."""
 
     model_cache_gb: float = Field(200.0, gt=0.0)
     """Of each node's disk, for the files of models (`~/.cache/raptide`, or $RAPTIDE_CACHE); beyond
@@ -63,6 +63,11 @@ class ModelSettings(ModelOptions):
     path: str
     """A bundle, a checkpoint, or a run folder (its newest checkpoint is taken); also by URI."""
 
+    @property
+    def is_cold(self) -> bool:
+        """Whether there may be no replica of it while nobody asks."""
+        return self.max_replicas is not None and self.min_replicas == 0
+
 
 class ServedModel(ModelSettings):
     """One model as its replicas find it; `path` is where its files are fetched from."""
@@ -75,7 +80,7 @@ class GatewaySettings(Settings):
     """What the gateways keep to."""
 
     gateways: int = Field(1, ge=1)
-    """Processes that take requests. Each has a share of every key's rate."""
+    """Processes that take requests; rates hold over all of them."""
 
     max_sequences: int = Field(256, ge=1)
     """Sequences, or variants, in one request."""
@@ -99,13 +104,17 @@ class GatewaySettings(Settings):
     """Seconds in which a request's body has to come."""
 
     timeout_s: float = Field(120.0, gt=0.0)
-    """Seconds a request may take, waiting included; X-Raptide-Timeout-S may ask for less."""
+    """Seconds a request may take, waiting included; X-Raptide-Timeout-S may ask for less. What is
+    stopped (an update, fewer replicas, the end) has ten seconds more to finish what it has."""
 
     keys_file: str | None = None
     """API keys, hashed (gateway/keys.py). Read again whenever it changes; every node needs it."""
 
     residues_per_minute: int | None = Field(None, ge=1)
     """What a key may send whose line sets no other rate; None means any number."""
+
+    tokens_per_minute: int | None = Field(None, ge=1)
+    """The same in tokens to compute, which is what requests cost (docs/serving.md)."""
 
     cors_origins: list[str] = Field(default_factory=list)
     """Web pages that browsers let call the endpoint, e.g. https://lab.example; none by default."""

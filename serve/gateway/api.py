@@ -38,7 +38,10 @@ from serve.gateway.sizes import ARROW, Encoding
 MODEL = {"object": "model", "created": 0, "owned_by": "raptide"}
 """As OpenAI's clients want them."""
 
-STATUSES = (400, 401, 404, 413, 422, 429, 500, 503, 504)
+OURS = ("X-Raptide-Timeout-S", "X-Raptide-Weights")
+"""Request headers of our own, which pages elsewhere may send, too."""
+
+STATUSES = (400, 401, 403, 404, 410, 413, 422, 429, 500, 503, 504)
 REFUSED: dict[int | str, dict[str, Any]] = {s: {"model": ErrorResponse} for s in STATUSES}
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 ANSWERS: dict[int | str, dict[str, Any]] = {200: {"content": {ARROW: BINARY}}, **REFUSED}
@@ -75,7 +78,7 @@ def build_api(service: Service, keys: KeyRing) -> ASGIApp:
         guard,
         allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type", "Accept", "X-Raptide-Timeout-S"],
+        allow_headers=["Authorization", "Content-Type", "Accept", *OURS],
         expose_headers=["X-Raptide-Model", "X-Raptide-Weights", "X-Raptide-Step", "Retry-After"],
     )
 
@@ -220,9 +223,16 @@ def _add_operations(api: FastAPI, service: Service) -> None:
         """How many replicas each model has, how busy they are and what they serve."""
         return JSONResponse({"object": "list", "data": await service.standing.status()})
 
-    @api.get("/healthz", summary="Liveness", tags=["operations"], response_model=schemas.Status)
+    @api.get(
+        "/healthz",
+        summary="Liveness",
+        tags=["operations"],
+        response_model=schemas.Status,
+        responses={503: {"model": ErrorResponse}},
+    )
     async def healthz() -> dict[str, str]:
-        """The gateway is alive."""
+        """The gateway is alive, and takes requests."""
+        service.fair.refuse_if_stopping()
         return {"status": "ok"}
 
     @api.get(
@@ -305,10 +315,11 @@ async def _accept(
         variants=variants,
         positions=positions,
         request_id=request.headers.get("X-Request-Id", ""),
+        weights=request.headers.get("X-Raptide-Weights", ""),
     )
     books.model = query.model
     await service.weigh(query, encoding)
-    service.admit(books.key, query.residues)
+    service.admit(books.key, query)
     books.residues = query.residues
     books.lease = await service.hold(query, streamed=encoding == "arrow")
     return query

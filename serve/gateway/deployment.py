@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from raptide.errors import ConfigError
 from serve.gateway.api import build_api
+from serve.gateway.fair import News
 from serve.gateway.keys import KeyRing
 from serve.gateway.rpc import RpcMethods
 from serve.gateway.service import Service
@@ -37,7 +38,26 @@ class Gateway(RpcMethods):
         if not self._keys:
             check_ports(*_ports())
         self._keys.watch()
-        self._service = Service(settings, models, handles)
+        self._all: DeploymentHandle | None = None
+        """All gateways, this one among them."""
+        tell = self._tell if settings.gateways > 1 else None
+        self._service = Service(settings, models, handles, tell)
+
+    async def drain(self) -> None:
+        """Take nothing new; returns once all that was taken is answered (`serve.drain`)."""
+        await self._service.fair.drain()
+
+    async def hear(self, gateway: str, news: News) -> None:
+        """What another gateway has let in."""
+        if gateway != str(serve.get_replica_context().replica_id):
+            self._service.fair.hear(gateway, news)
+
+    async def _tell(self, news: News) -> None:
+        context = serve.get_replica_context()
+        if self._all is None:
+            self._all = serve.get_deployment_handle(context.deployment, context.app_name)
+        told = self._all.broadcast("hear", str(context.replica_id), news)
+        await told.results_async(return_exceptions=True)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return build_api(self._service, self._keys)

@@ -2,9 +2,17 @@
 
 The endpoint knows only hashes, one key a line, in a file or in the variable RAPTIDE_API_KEYS:
 
-    # name       sha256 of the key                  residues per minute (optional)
+    # name       sha256 of the key                  residues per minute (optional), and more
     team-a       sha256:9f86d081884c7d659a2f...     2000000
     notebook     sha256:60303ae22b998861bce3...
+    guest        sha256:fd61a03af4f77d870fc2...     tokens=500000 at_once=4 until=2027-06-30
+
+Any of these may follow, in any order:
+
+    tokens=N          tokens to compute that it may ask for in a minute (docs/serving.md)
+    at_once=N         requests of it that are answered at a time
+    until=YYYY-MM-DD  the last day (UTC) on which it is good
+    models=A,B        the models it may ask
 
 To revoke a key, delete its line: gateways read the file again when it has changed, within a second,
 and believe that a key is gone once it has been gone for two more.
@@ -21,15 +29,20 @@ import secrets
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 
 from raptide.errors import ConfigError
 from serve.gateway.refusals import Refusal
 
 ENVIRONMENT = "RAPTIDE_API_KEYS"
 NAME = re.compile(r"[A-Za-z0-9._-]+")
-LINE = re.compile(rf"({NAME.pattern})\s+sha256:([0-9a-f]{{64}})(?:\s+([1-9][0-9]*))?")
+LINE = re.compile(
+    rf"({NAME.pattern})\s+sha256:([0-9a-f]{{64}})(?:\s+([1-9][0-9]*))?((?:\s+[a-z_]+=\S+)*)"
+)
 LOOK_AGAIN_S = 1.0
 SETTLE_S = 2.0
 
@@ -41,6 +54,13 @@ class Key:
     name: str
     digest: bytes
     residues_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    at_once: int | None = None
+    """Requests that are answered at a time."""
+    until: date | None = None
+    """The last day, in UTC."""
+    models: frozenset[str] | None = None
+    """Those it may ask."""
 
 
 class KeyRing:
@@ -102,6 +122,12 @@ class KeyRing:
                 401,
                 "authentication",
                 "A valid API key is needed, as the header `Authorization: Bearer KEY`.",
+            )
+        if key.until is not None and datetime.now(UTC).date() > key.until:
+            raise Refusal(
+                401,
+                "authentication",
+                f"Key {key.name!r} was good until {key.until:%Y-%m-%d}; ask for another one.",
             )
         return key
 
@@ -172,33 +198,52 @@ def parse_keys(text: str, source: str) -> list[Key]:
                 "`python -m serve.keys NAME` makes one."
             )
         rate = int(match[3]) if match[3] else None
-        found.append(Key(match[1], bytes.fromhex(match[2]), rate))
+        limits = _parse_limits(match[4].split(), f"{source}, line {number}")
+        found.append(Key(match[1], bytes.fromhex(match[2]), rate, **limits))
     return found
+
+
+def _parse_limits(words: list[str], place: str) -> dict[str, Any]:
+    """What stands behind a key, as fields of `Key`."""
+    found: dict[str, Any] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        field, read = LIMITS.get(name, ("", str))
+        try:
+            if not field or field in found:
+                raise ValueError
+            found[field] = read(value)
+        except ValueError:
+            known = "tokens=N, at_once=N, until=YYYY-MM-DD and models=A,B"
+            raise ConfigError(
+                f"{place}: behind a key may stand {known}, each once, but not {name}= as it is."
+            ) from None
+    return found
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]*", text):
+        raise ValueError(text)
+    return int(text)
+
+
+def _names(text: str) -> frozenset[str]:
+    names = frozenset(text.split(","))
+    if "" in names:
+        raise ValueError(text)
+    return names
+
+
+LIMITS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "tokens": ("tokens_per_minute", _count),
+    "at_once": ("at_once", _count),
+    "until": ("until", date.fromisoformat),
+    "models": ("models", _names),
+}
+"""By the word in a line: the field of `Key`, and what reads its value."""
 
 
 def make_key(name: str) -> tuple[str, str]:
     """A new key, and the line to keep of it."""
     key = f"rpt_{secrets.token_urlsafe(32)}"
     return key, f"{name} sha256:{hashlib.sha256(key.encode()).hexdigest()}"
-
-
-class Rate:
-    """A bucket of residues that fills again over a minute.
-
-    One request may overdraw it once, so that a large one is not refused forever.
-    """
-
-    def __init__(self, per_minute: float) -> None:
-        self._per_minute = per_minute
-        self._left = per_minute
-        self._at = time.monotonic()
-
-    def take(self, residues: int) -> float:
-        """0 if they may be computed, else the seconds to wait."""
-        now = time.monotonic()
-        self._left = min(self._per_minute, self._left + (now - self._at) * self._per_minute / 60.0)
-        self._at = now
-        if self._left <= 0:
-            return (1 - self._left) * 60.0 / self._per_minute
-        self._left -= residues
-        return 0.0

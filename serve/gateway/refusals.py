@@ -2,9 +2,11 @@
 
 type             status
 invalid_request  400 404 405 408 413 415 422   put it right
+gone             410                       the weights asked for are served no more
 authentication   401                       give a valid key
+permission       403                       the key is not for this model
 overloaded       429                       the queue is full: Retry-After says when
-rate_limit       429                       the key's residues per minute are used up, likewise
+rate_limit       429                       the key has all it may have for now, likewise
 unavailable      503                       no replica answers: try again
 deadline         504                       allow more time, or send less
 internal         500                       report it
@@ -25,6 +27,9 @@ from starlette.exceptions import HTTPException
 
 LONGEST = 1000
 """Characters of a message."""
+
+COLD_S = 10.0
+"""What a client is asked to wait while a model loads."""
 
 
 class Refusal(Exception):
@@ -86,14 +91,36 @@ def too_late(timeout_s: float) -> Refusal:
     )
 
 
-def updated() -> Refusal:
+def absent(waited_s: float, *, cold: bool) -> Refusal:
+    """No replica has taken a request, or answered at all."""
+    message = f"No replica took it within {waited_s:g} s; try again shortly."
+    if cold:
+        message = (
+            f"No replica of this model was up, and loading one takes longer than the {waited_s:g} "
+            "s that this request lasts; it goes on, so try again in a while."
+        )
+    return Refusal(503, "unavailable", message, retry_after_s=COLD_S if cold else 1.0)
+
+
+def stopping() -> Refusal:
+    message = "This endpoint is being stopped and takes nothing new; try again shortly."
+    return Refusal(503, "unavailable", message, retry_after_s=1.0)
+
+
+def gone(weights: str, served: str) -> Refusal:
     return Refusal(
-        503, "unavailable", "The model was updated meanwhile; ask again.", retry_after_s=1.0
+        410,
+        "gone",
+        f"Weights {weights} are not served any more, {served} are; ask for those, or leave "
+        "X-Raptide-Weights out.",
+        "X-Raptide-Weights",
     )
 
 
-def unavailable() -> Refusal:
-    return Refusal(503, "unavailable", "No replica answers; try again shortly.", retry_after_s=1.0)
+def updated() -> Refusal:
+    """Of an answer that has begun."""
+    message = "The model was updated while its answer was on its way; ask again."
+    return Refusal(503, "unavailable", message, retry_after_s=1.0)
 
 
 def internal() -> Refusal:
@@ -101,6 +128,15 @@ def internal() -> Refusal:
         500,
         "internal",
         "The request failed inside the server; try again, and report it if it persists.",
+    )
+
+
+def deadly() -> Refusal:
+    return Refusal(
+        500,
+        "internal",
+        "Two replicas died while they computed this, so it is not tried again; send its sequences "
+        "one by one to find the one it is, and report it.",
     )
 
 

@@ -20,7 +20,7 @@ from raptide.methods import Pooling, ScanMethod, ScoreMethod, VariantMethod
 from serve.calls import PATHS, Ask, Call, Done
 from serve.gateway.books import Books
 from serve.gateway.keys import KeyRing
-from serve.gateway.refusals import Refusal, internal, invalid, updated
+from serve.gateway.refusals import Refusal, internal, invalid
 from serve.gateway.service import Query, Service, Whole
 from serve.rpc import raptide_pb2 as pb
 
@@ -28,6 +28,7 @@ CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
+    410: grpc.StatusCode.FAILED_PRECONDITION,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     500: grpc.StatusCode.INTERNAL,
     503: grpc.StatusCode.UNAVAILABLE,
@@ -120,19 +121,16 @@ class RpcMethods:
         kind: Any,
         asked: Callable[[Any], Asked],
     ) -> AsyncIterator[Any]:
-        """Answers run by run; those after an update of the model are refused, not mixed in."""
+        """Answers run by run, all from one version of the model."""
         with self._booked(context, PATHS[call]) as books:
             message = self._open(request, kind, context, books)
             query = await self._accept(
                 context, books, message.model, asked(message), None, streamed=True
             )
-            index, weights = 0, None
+            index = 0
             stream = self._service.stream(query)
             async with contextlib.aclosing(stream):  # type: ignore[type-var]
                 async for done in stream:
-                    weights = weights or done.weights
-                    if done.weights != weights:
-                        raise updated()
                     for arrays in _messages(index, list(done.arrays)):
                         yield pb.Arrays(source=_source(query, done), arrays=arrays)
                     index += len(done.arrays)
@@ -194,12 +192,13 @@ class RpcMethods:
             timeout_s=_timeout(metadata),
             variants=variants,
             request_id=metadata.get("request_id", ""),
+            weights=metadata.get("x-raptide-weights", ""),
         )
         books.model = query.model
         await self._service.weigh(query, "arrow")
         if not streamed and 2 * sum(query.answer_bytes) > MESSAGE_BYTES:  # as float64
             raise invalid(query.param, "One message cannot hold so many scores; ask for fewer.")
-        self._service.admit(books.key, query.residues)
+        self._service.admit(books.key, query)
         books.residues = query.residues
         books.lease = await self._service.hold(query, streamed=streamed)
         return query

@@ -7,12 +7,13 @@ first sequence. So one large request spreads over batches and replicas, and leav
 
 from __future__ import annotations
 
-import asyncio
 import math
+import re
 import time
-from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from ray.serve.handle import DeploymentHandle
@@ -21,10 +22,12 @@ from raptide.alphabet import decode_residues, encode_residues
 from raptide.calls.variants import apply_variant, parse_variant
 from raptide.errors import SequenceError
 from serve.calls import Ask, Description, Done, Work, positions_of
-from serve.gateway.dispatch import Dispatcher
-from serve.gateway.keys import Key, Rate
+from serve.gateway.dispatch import Dispatcher, VersionGone
+from serve.gateway.fair import FairUse, News
+from serve.gateway.keys import Key
 from serve.gateway.ledger import Lease, Ledger
-from serve.gateway.refusals import Refusal, invalid, overloaded
+from serve.gateway.refusals import gone, invalid, updated
+from serve.gateway.runs import Lead, in_order
 from serve.gateway.sizes import (
     BYTES,
     Encoding,
@@ -46,8 +49,8 @@ DESCRIBE_S = 30.0
 LONGEST_ID = 128
 """Characters of a request's id that are kept; a client may send any number."""
 
-ATTEMPTS = 5
-"""How often a request is begun again because an update came between its runs."""
+DIGEST = re.compile(r"[0-9a-f]{16}")
+"""Weights, as answers name them."""
 
 
 @dataclass
@@ -68,6 +71,12 @@ class Query:
     """To mask in turn, of each sequence, for the call "masked"."""
     relative: bool = False
     """Whether the first sequence is the wild type, and the answers are to be relative to it."""
+    weights: str = ""
+    """The digest of the only weights the client wants; empty where any will do."""
+    cost: int = 0
+    """Tokens to compute."""
+    key: Key | None = None
+    """Whose it is, once it was let in."""
     answer_bytes: list[int] = field(default_factory=list)
     """What the arrays of each sequence take in memory; filled in by `Service.weigh`."""
 
@@ -79,6 +88,11 @@ class Query:
     def costs(self) -> list[int]:
         """Tokens to compute for each sequence."""
         return costs_of(self.ask, self.sequences, self.positions)
+
+    @property
+    def charge(self) -> dict[str, int]:
+        """By the unit of a rate."""
+        return {"residues": self.residues, "tokens": self.cost}
 
 
 @dataclass
@@ -100,14 +114,16 @@ class Service:
         settings: GatewaySettings,
         models: list[ModelSettings],
         handles: dict[str, DeploymentHandle],
+        tell: Callable[[News], Awaitable[None]] | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = GatewayMetrics()
         self._models = {model.name: model for model in models}
         self._dispatchers = {
-            name: Dispatcher(handle, self._count_retry) for name, handle in handles.items()
+            name: Dispatcher(handle, self._count_retry, cold=self._models[name].is_cold)
+            for name, handle in handles.items()
         }
-        self._rates: dict[str, Rate] = {}
+        self.fair = FairUse(settings, tell)
         self._shapes = Shapes(
             lambda name, allowed_s: self._dispatchers[name].describe(allowed_s), settings.timeout_s
         )
@@ -149,6 +165,7 @@ class Service:
         variants: list[str] | None = None,
         positions: list[list[int]] | None = None,
         request_id: str = "",
+        weights: str = "",
     ) -> Query:
         """Check a request.
 
@@ -156,7 +173,14 @@ class Service:
             Refusal: a rule is broken; the message names the first bad sequence.
         """
         started = time.monotonic()
+        self.fair.refuse_if_stopping()
         chosen = self._choose(model)
+        if weights and not DIGEST.fullmatch(weights):
+            raise invalid(
+                "X-Raptide-Weights",
+                "Weights are named by 16 hex digits, as answers do in X-Raptide-Weights, but "
+                f"{weights[:40]!r} was given.",
+            )
         check_layer_count(ask.layers)
         sequences = self._read(given, param)
         relative = False
@@ -167,7 +191,7 @@ class Service:
                 ask, relative = Ask("score", "pseudo-ppl"), True
         if positions is not None:
             _check_positions(positions, sequences)
-        self._check_cost(chosen, ask, sequences, param, variants or [], positions or [])
+        cost = self._check_cost(chosen, ask, sequences, param, variants or [], positions or [])
         allowed_s = min(timeout_s or math.inf, self.settings.timeout_s)
         self.metrics.tokenise.observe(max(time.monotonic() - started, 1e-6))
         return Query(
@@ -181,28 +205,18 @@ class Service:
             variants or [],
             positions or [],
             relative,
+            weights,
+            cost,
         )
 
-    def admit(self, key: Key | None, residues: int) -> None:
-        """Count residues against the key's rate.
+    def admit(self, key: Key | None, query: Query) -> None:
+        """Count a request against its key.
 
         Raises:
-            Refusal: it is used up.
+            Refusal: the key may not have it, or not now.
         """
-        per_minute = (key and key.residues_per_minute) or self.settings.residues_per_minute
-        if key is None or per_minute is None:
-            return
-        name = f"{key.name}:{per_minute}"
-        rate = self._rates.setdefault(name, Rate(per_minute / self.settings.gateways))
-        wait_s = rate.take(residues)
-        if wait_s > 0:
-            raise Refusal(
-                429,
-                "rate_limit",
-                f"Key {key.name!r} may send {per_minute:,} residues a minute, which are used up; "
-                "wait as long as Retry-After says.",
-                retry_after_s=wait_s,
-            )
+        query.key = key
+        self.fair.admit(key, query.model, query.charge)
 
     async def weigh(self, query: Query, encoding: Encoding) -> None:
         """Find out how large the answer will be.
@@ -228,21 +242,17 @@ class Service:
             Refusal: there is none before the deadline.
         """
         needed = ahead_bytes(query.answer_bytes) if streamed else sum(query.answer_bytes)
-        return await self._ledger.hold(needed, query.deadline)
+        with self.fair.answering(query.key, query.charge):
+            return await self._ledger.hold(needed, query.deadline)
 
     async def gather(self, query: Query) -> Whole:
-        """All answers, from one version of the weights.
+        """All answers, from one version of the weights; begun again where that version goes.
 
         Raises:
             Refusal: there are none, and why.
         """
-        for _ in range(ATTEMPTS):
-            parts = [part async for part in self.stream(query)]
-            if len({part.weights for part in parts}) == 1:
-                break
-            self._count_retry("update")
-        else:
-            raise overloaded(1.0)
+        with self.fair.answering(query.key, query.charge):
+            parts = await self._parts(query)
         arrays = [array for part in parts for array in part.arrays]
         if query.relative:
             totals = np.array(arrays) * [len(sequence) for sequence in query.sequences]
@@ -255,36 +265,68 @@ class Service:
             max(part.compute_s for part in parts),
         )
 
+    async def _parts(self, query: Query) -> list[Done]:
+        while True:
+            try:
+                return [part async for part in self._answers(query)]
+            except VersionGone as version:
+                self._begin_again(query, version)
+
     async def stream(self, query: Query) -> AsyncIterator[Done]:
-        """The answers run by run, in order; while an update is going on, perhaps of two versions.
+        """The answers run by run, in order, all from one version of the weights.
 
         Raises:
-            Refusal: there are none, and why.
+            Refusal: there are none, or no more as that version has gone; and why.
         """
+        told = False
+        with self.fair.answering(query.key, query.charge):
+            while True:
+                try:
+                    async with aclosing(self._answers(query)) as parts:
+                        async for part in parts:
+                            told = True
+                            yield part
+                    return
+                except VersionGone as version:
+                    self._begin_again(query, version)
+                    if told:
+                        raise updated() from None
+
+    def _begin_again(self, query: Query, version: VersionGone) -> None:
+        """Raises Refusal where the client wants that version and no other."""
+        if query.weights:
+            raise gone(query.weights, version.served) from None
+        self._count_retry("update")
+
+    def _answers(self, query: Query) -> AsyncGenerator[Done, None]:
+        """The answers run by run, in order, as `runs.in_order` gives them."""
         costs = query.costs
         budget = self._models[query.model].max_batch_tokens
         runs, at_once = cut_runs(costs, query.answer_bytes, budget)
-        going: deque[asyncio.Task[Done]] = deque()
-        try:
-            while runs or going:
-                while runs and len(going) < at_once:
-                    run = runs.popleft()
-                    going.append(asyncio.create_task(self._run(query, run, sum(costs[run]))))
-                yield await going.popleft()
-        finally:
-            for task in going:
-                task.cancel()
 
-    async def _run(self, query: Query, run: slice, tokens: int) -> Done:
+        def send(run: slice, lead: Lead) -> Coroutine[Any, Any, Done]:
+            return self._run(query, run, sum(costs[run]), lead)
+
+        return in_order(runs, send, query.weights, at_once)
+
+    async def _run(self, query: Query, run: slice, tokens: int, lead: Lead) -> Done:
         sequences = query.sequences[run]
         if query.variants:
             tokens = query.ask.tokens(len(sequences[0]), positions_of(query.variants))
         work = Work(
-            *(query.ask, sequences, tokens, query.timeout_s, query.request_id, query.variants),
+            query.ask,
+            sequences,
+            tokens,
+            query.timeout_s,
+            query.request_id,
+            query.variants,
             query.positions[run],
+            lead.weights,
+            lead.is_asked_for,
+            lead.is_taken,
         )
         done = await self._dispatchers[query.model].run(
-            work, query.deadline, query.param, run.start
+            work, query.deadline, query.param, run.start, lead.take
         )
         self._shapes.saw(query.model, done.weights)
         return done
@@ -339,7 +381,7 @@ class Service:
         param: str,
         variants: list[str],
         positions: list[list[int]],
-    ) -> None:
+    ) -> int:
         changed = positions_of(variants) if variants else None
         if changed is not None:
             cost = ask.tokens(len(sequences[0]), changed)
@@ -351,6 +393,7 @@ class Service:
                 f"`{param}` would take {cost:,} tokens to compute, more than the "
                 f"{model.max_queued_tokens:,} that may wait; send fewer or shorter sequences.",
             )
+        return cost
 
 
 def costs_of(ask: Ask, sequences: list[str], positions: list[list[int]]) -> list[int]:

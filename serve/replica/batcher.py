@@ -14,7 +14,8 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +24,23 @@ from raptide.errors import RaptideError
 Kind = Hashable
 """What is asked of a piece; only pieces of one kind share a batch."""
 
+TELL_S, LONGEST_TELL_S = 0.02, 2.0
+"""How long the event loop has to send word of a piece that is under suspicion, once it comes to it,
+and how long that may take in all."""
+
+ADMITTED_SHARE = 2
+"""Times as many tokens may wait until what belongs to an admitted request is refused."""
+
 LOOKAHEAD = 64
 """Pieces that may be passed over for being too large before a batch is closed."""
 
 
 class QueueFull(RaptideError):
     """As many tokens wait as may; try again later."""
+
+
+class Stopped(RaptideError):
+    """The batcher's thread has ended: nothing is computed any more."""
 
 
 class DeadlinePassed(RaptideError):
@@ -44,8 +56,13 @@ class Waiting:
     tokens: int
     deadline: float
     """`time.monotonic()` after which nobody wants the answer."""
-    order: int
     answer: asyncio.Future[Any] = field(repr=False)
+    begun: asyncio.Event = field(repr=False)
+    """Of all pieces of its caller: set when the first of them is about to be computed."""
+    alone: bool = False
+    """Shares no batch with anybody."""
+    order: int = 0
+    """Of arrival."""
 
 
 @dataclass
@@ -68,13 +85,65 @@ class Answers:
     """From then until the last piece was done, other requests' batches in between included."""
 
 
+class Place:
+    """One caller's pieces in the queue."""
+
+    def __init__(self, items: list[Waiting], begun: asyncio.Event, deadline: float) -> None:
+        self.items = items
+        self._begun = begun
+        self._deadline = deadline
+        self._arrived = time.monotonic()
+
+    async def begun(self) -> None:
+        """Until the first piece is being computed.
+
+        Raises:
+            DeadlinePassed: the deadline came first.
+        """
+        async with self._in_time():
+            await self._begun.wait()
+
+    async def is_over(self, within_s: float) -> bool:
+        """Whether all answers are there so soon."""
+        if not self.items:
+            return True
+        _, left = await asyncio.wait([item.answer for item in self.items], timeout=within_s)
+        return not left
+
+    async def answers(self) -> Answers:
+        """The answers, once all are there.
+
+        Raises:
+            DeadlinePassed: the deadline came first.
+            Stopped: they will never come.
+        """
+        async with self._in_time():
+            results = await asyncio.gather(*(item.answer for item in self.items))
+        started = min([start for start, _ in results], default=self._arrived)
+        return Answers(
+            [value for _, value in results],
+            queue_s=started - self._arrived,
+            compute_s=time.monotonic() - started,
+        )
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        left_s = max(0.0, min(self._deadline - time.monotonic(), 1e9))
+        try:
+            async with asyncio.timeout(left_s):
+                yield
+        except TimeoutError:
+            raise DeadlinePassed("The time allowed was over; allow more, or send less.") from None
+
+
 class TokenBatcher:
     """Runs `compute(kind, payloads) -> answers`, one batch at a time, for many callers.
 
     Args:
         compute: called in the batcher's thread.
         max_batch_tokens: tokens in a batch; a larger piece goes alone.
-        max_queued_tokens: waiting tokens beyond which `submit` refuses.
+        max_queued_tokens: waiting tokens from which on newcomers are refused, large or small alike:
+            a large one would never get in, were there to be room for all of it.
         observe: called with each batch after it was computed.
     """
 
@@ -98,7 +167,9 @@ class TokenBatcher:
         self.computed_tokens = 0
         """Tokens of all batches so far."""
         self._closed = False
-        threading.Thread(target=self._run, name="batcher", daemon=True).start()
+        self._current: list[Waiting] = []
+        self._thread = threading.Thread(target=self._live, name="batcher", daemon=True)
+        self._thread.start()
 
     @property
     def queued_tokens(self) -> int:
@@ -124,22 +195,47 @@ class TokenBatcher:
             QueueFull: too many tokens wait already.
             DeadlinePassed: `deadline` (as `time.monotonic()`) came first.
         """
-        arrived = time.monotonic()
-        loop = asyncio.get_running_loop()
-        items = self._enqueue(kind, pieces, deadline, loop)
+        with self.enter(kind, pieces, deadline) as place:
+            return await place.answers()
+
+    @contextmanager
+    def enter(
+        self,
+        kind: Kind,
+        pieces: Sequence[tuple[Any, int]],
+        deadline: float = float("inf"),
+        *,
+        admitted: bool = False,
+        alone: bool = False,
+    ) -> Iterator[Place]:
+        """A place in the queue for `pieces`; what still waits leaves it with the caller.
+
+        Args:
+            admitted: of a request that others of its pieces have been taken of; it goes before
+                newcomers where there is little room.
+            alone: each piece is a batch of its own.
+
+        Raises:
+            QueueFull: too many tokens wait already.
+            Stopped: nothing is computed any more.
+        """
+        loop, begun = asyncio.get_running_loop(), asyncio.Event()
+        items = [
+            Waiting(kind, payload, tokens, deadline, loop.create_future(), begun, alone)
+            for payload, tokens in pieces
+        ]
+        if not items:
+            begun.set()
+        self._enqueue(kind, items, admitted)
         try:
-            async with asyncio.timeout(max(0.0, min(deadline - arrived, 1e9))):
-                results = await asyncio.gather(*(item.answer for item in items))
-        except TimeoutError:
-            raise DeadlinePassed("The time allowed was over; allow more, or send less.") from None
+            yield Place(items, begun, deadline)
         finally:
             self._leave(items)
-        started = [start for start, _ in results] or [arrived]
-        return Answers(
-            [value for _, value in results],
-            queue_s=min(started) - arrived,
-            compute_s=time.monotonic() - min(started),
-        )
+
+    def check(self) -> None:
+        """Raises Stopped if nothing is computed any more."""
+        if self._closed or not self._thread.is_alive():
+            raise Stopped("The batcher's thread has ended; this process is to be replaced.")
 
     def close(self) -> None:
         """Stop after the batch being computed; what waits is never answered."""
@@ -147,31 +243,18 @@ class TokenBatcher:
             self._closed = True
             self._changed.notify()
 
-    def _enqueue(
-        self,
-        kind: Kind,
-        pieces: Sequence[tuple[Any, int]],
-        deadline: float,
-        loop: asyncio.AbstractEventLoop,
-    ) -> list[Waiting]:
-        if not pieces:
-            return []
-        needed = sum(tokens for _, tokens in pieces)
+    def _enqueue(self, kind: Kind, items: list[Waiting], admitted: bool) -> None:
+        limit = self._max_queued_tokens * (ADMITTED_SHARE if admitted else 1)
         with self._changed:
-            if self._queued_tokens and self._queued_tokens + needed > self._max_queued_tokens:
+            self.check()
+            if self._queued_tokens >= limit:
                 raise QueueFull("Too many residues are waiting; try again shortly.")
-            line = self._lines.setdefault(kind, OrderedDict())
-            items = []
-            for payload, tokens in pieces:
+            for item in items:
                 self._arrivals += 1
-                item = Waiting(
-                    kind, payload, tokens, deadline, self._arrivals, loop.create_future()
-                )
-                line[item.order] = item
-                items.append(item)
-            self._queued_tokens += needed
+                item.order = self._arrivals
+                self._lines.setdefault(kind, OrderedDict())[item.order] = item
+                self._queued_tokens += item.tokens
             self._changed.notify()
-        return items
 
     def _leave(self, items: list[Waiting]) -> None:
         """Take out what still waits: its caller has left, or a neighbour has failed."""
@@ -188,6 +271,16 @@ class TokenBatcher:
         if not line:
             del self._lines[item.kind]
 
+    def _live(self) -> None:
+        """However the thread ends, nobody is left to wait for it."""
+        try:
+            self._run()
+        finally:
+            with self._changed:
+                self._closed = True
+                left = [item for line in self._lines.values() for item in line.values()]
+            self._hand_over([*self._current, *left], Stopped("This replica computes no more."), 0.0)
+
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -195,29 +288,57 @@ class TokenBatcher:
                     self._changed.wait()
                 if self._closed:
                     return
-                batch = self._next_batch()
+                batch = self._current = self._next_batch()
                 self._running_tokens = sum(item.tokens for item in batch)
             if batch:
                 self._answer(batch)
+            self._current = []
 
     def _answer(self, batch: list[Waiting]) -> None:
+        self._tell_begun(batch)
         started = time.monotonic()
-        outcome: Exception | Sequence[Any]
-        try:
-            outcome = self._compute(batch[0].kind, [item.payload for item in batch])
-        except Exception as error:
-            outcome = error
+        outcomes = self._outcomes(batch)
         seconds = time.monotonic() - started
         tokens, self._running_tokens = self._running_tokens, 0  # before anyone has an answer
         self.computed_tokens += tokens
         speed = tokens / max(seconds, 1e-6)
         self._tokens_per_s += (speed - self._tokens_per_s) * (0.1 if self._tokens_per_s else 1.0)
-        try:
-            loop = batch[0].answer.get_loop()
-            loop.call_soon_threadsafe(_deliver, batch, outcome, started)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            return
+        self._hand_over(batch, outcomes, started)
         self._observe(Batch(tokens, len(batch), seconds))
+
+    def _outcomes(self, batch: list[Waiting]) -> list[Any]:
+        """An answer or an exception for each piece. A batch that fails is split and tried again, so
+        that the piece it fails for is found, and fails alone."""
+        try:
+            return list(self._compute(batch[0].kind, [item.payload for item in batch]))
+        except Exception as error:
+            if len(batch) == 1:
+                return [error]
+        half = len(batch) // 2
+        return self._outcomes(batch[:half]) + self._outcomes(batch[half:])
+
+    def _tell_begun(self, batch: list[Waiting]) -> None:
+        """Their callers hear that they are being computed."""
+        self._in_loop(batch, _set_begun, batch)
+        self._let_word_out(batch)
+
+    def _hand_over(self, batch: list[Waiting], outcomes: Any, started: float) -> None:
+        self._in_loop(batch, _deliver, batch, outcomes, started)
+        self._let_word_out(batch)
+
+    def _let_word_out(self, batch: list[Waiting]) -> None:
+        """Of a piece that may kill this process, what is said before and after it is computed is to
+        have left before anything else is computed: by it one is told from another."""
+        if batch and batch[0].alone:
+            out = threading.Event()
+            loop = batch[0].answer.get_loop()
+            self._in_loop(batch, loop.call_later, TELL_S, out.set)
+            out.wait(LONGEST_TELL_S)
+
+    @staticmethod
+    def _in_loop(batch: list[Waiting], call: Callable[..., object], *args: Any) -> None:
+        with suppress(RuntimeError, IndexError):  # the loop is closed, or there is nobody
+            batch[0].answer.get_loop().call_soon_threadsafe(call, *args)
 
     def _next_batch(self) -> list[Waiting]:
         """The oldest piece and those of its kind behind it that fit; taken off the queue."""
@@ -231,8 +352,8 @@ class TokenBatcher:
                 late.append(item)
             elif not batch:
                 batch.append(item)
-                room = self._max_batch_tokens - item.tokens
-            elif item.tokens <= room:
+                room = 0 if item.alone else self._max_batch_tokens - item.tokens
+            elif item.tokens <= room and not item.alone:
                 batch.append(item)
                 room -= item.tokens
             else:
@@ -244,12 +365,23 @@ class TokenBatcher:
         return batch
 
 
-def _deliver(batch: list[Waiting], outcome: Exception | Sequence[Any], started: float) -> None:
-    """Runs in the event loop, once a batch."""
+def _set_begun(batch: list[Waiting]) -> None:
+    for item in batch:
+        item.begun.set()
+
+
+def _deliver(batch: list[Waiting], outcomes: Exception | Sequence[Any], started: float) -> None:
+    """Runs in the event loop, once a batch.
+
+    Args:
+        outcomes: one a piece, or the one of all.
+    """
     for index, item in enumerate(batch):
+        outcome = outcomes if isinstance(outcomes, Exception) else outcomes[index]
+        item.begun.set()
         if item.answer.done():
             continue
         if isinstance(outcome, Exception):
             item.answer.set_exception(outcome)
         else:
-            item.answer.set_result((started, outcome[index]))
+            item.answer.set_result((started, outcome))

@@ -7,8 +7,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+import traceback
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import numpy as np
 import psutil
 import ray
 import torch
+from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from raptide.alphabet import encode_residues
 from raptide.errors import ConfigError
@@ -23,14 +27,43 @@ from raptide.inference.engine import CONTACT_RESIDUES, Engine
 from raptide.model.check import verify_check
 from raptide.model.device import CPU_SIZES, first_sizes
 from raptide.model.formats.tensor_files import digest_weights
-from serve.calls import PATHS, SPECIALS, Ask, Description, Done, Refused, Status, Work
+from serve.calls import (
+    PATHS,
+    SPECIALS,
+    Ask,
+    Begun,
+    Description,
+    Done,
+    Load,
+    Refused,
+    Status,
+    Taken,
+    Work,
+)
 from serve.metrics import Pace, ReplicaMetrics
 from serve.models import open_model
-from serve.replica.batcher import Answers, Batch, DeadlinePassed, QueueFull, TokenBatcher
+from serve.replica.batcher import (
+    Answers,
+    Batch,
+    DeadlinePassed,
+    QueueFull,
+    Stopped,
+    TokenBatcher,
+)
 from serve.replica.plan import Plan, Unfit
 from serve.settings import ModelSettings
 
 logger = logging.getLogger("ray.serve")
+
+BEGUN_S = 0.005
+"""Word that work is being computed is spared where it is over so soon. What kills a replica sooner
+is found all the same, when it is computed alone."""
+
+NEVER = 2**60
+"""Tokens of a replica that computes no more: one that is always idle would be sent everything."""
+
+SLACK_SHARE = 4
+"""Of a batch, which part a replica may have more to do than another before work moves there."""
 
 SWITCH_S = 0.0005
 """How long the event loop may keep the interpreter from the thread that computes (Python's default
@@ -57,35 +90,75 @@ class Replica:
         self._weights = digest_weights(path)[:16]
         step = self._engine.lineage.get("step")
         self._step = step if isinstance(step, int) else None
+        self._name, self._node = _own_place()
         self._metrics = ReplicaMetrics(settings.name, settings.max_batch_tokens)
         self._pace = Pace()
         self._batcher = TokenBatcher(
             self._compute, settings.max_batch_tokens, settings.max_queued_tokens, self._observe
         )
 
-    async def run(self, work: Work) -> AsyncIterator[Done | Refused]:
-        """One answer, or why there is none; never raises for what a client did."""
-        yield await self._answer(work)
-
-    async def _answer(self, work: Work) -> Done | Refused:
-        deadline = time.monotonic() + work.timeout_s
+    async def run(self, work: Work) -> AsyncIterator[Taken | Begun | Done | Refused]:
+        """How far it is, then one answer or why there is none; never raises."""
         try:
-            self._refuse_what_the_model_lacks(work.ask)
-            residues = [self._read(index, s, work.ask) for index, s in enumerate(work.sequences)]
-            plan = Plan(work, residues, self._settings.max_batch_tokens)
+            async with aclosing(self._run(work)) as steps:
+                async for each in steps:
+                    yield each
         except Unfit as unfit:
-            return Refused(unfit.reason, str(unfit), unfit.index)
-        try:
-            answers = await self._batcher.submit(plan.kind, plan.pieces, deadline)
+            yield Refused(unfit.reason, str(unfit), unfit.index)
         except QueueFull:
-            return Refused("full", retry_after_s=max(1, round(self._batcher.drain_s)))
+            wait_s = max(1, round(self._batcher.drain_s))
+            yield Refused("full", retry_after_s=wait_s, load=self._own_load)
         except DeadlinePassed:
-            return Refused("deadline")
+            yield Refused("deadline")
+        except Stopped:
+            yield Refused("stopped", load=Load(self._name, NEVER))
+        except Exception as error:
+            _report(work, error)
+            yield Refused("failed")
         finally:
             self._metrics.queued(self._batcher.queued_tokens)
+
+    async def _run(self, work: Work) -> AsyncGenerator[Taken | Begun | Done | Refused, None]:
+        deadline = time.monotonic() + work.timeout_s
+        if self._is_misled(work):
+            yield Refused("busier", load=self._own_load)
+            return
+        plan = self._plan(work)
+        with self._batcher.enter(
+            plan.kind, plan.pieces, deadline, admitted=work.admitted, alone=work.alone
+        ) as place:
+            if work.leads:
+                yield Taken(self._weights)
+            await place.begun()
+            if work.alone or not await place.is_over(BEGUN_S):
+                yield Begun(self._node)
+            answers = await place.answers()
         self._metrics.request(answers.queue_s)
         self._pace.add(sum(map(len, work.sequences)))
-        return self._done(plan, answers)
+        yield self._done(plan, answers)
+
+    @property
+    def _own_load(self) -> Load:
+        return Load(self._name, self._batcher.pending_tokens)
+
+    def _is_misled(self, work: Work) -> bool:
+        """Whether work came because its gateway had not heard of what others sent here."""
+        if not work.movable or work.instead is None:
+            return False
+        slack = self._settings.max_batch_tokens // SLACK_SHARE
+        return self._batcher.pending_tokens > work.instead + slack
+
+    def _plan(self, work: Work) -> Plan:
+        """Raises Unfit for what this model cannot do, or is not."""
+        if work.weights not in ("", self._weights):
+            raise Unfit(self._weights, reason="version")
+        self._refuse_what_the_model_lacks(work.ask)
+        residues = [self._read(index, s, work.ask) for index, s in enumerate(work.sequences)]
+        return Plan(work, residues, self._settings.max_batch_tokens)
+
+    async def record_replica_metadata(self) -> dict[str, str]:
+        """What routers know of a replica: work that is for one version goes nowhere else."""
+        return {"weights": self._weights}
 
     async def describe(self) -> Description:
         """What /v1/models says."""
@@ -126,13 +199,17 @@ class Replica:
         """Returns once the model has answered, beside whatever is being computed.
 
         A caller that asks during a probe waits for the same answer: /readyz takes no key.
+
+        Raises:
+            Stopped: nothing that waits would be computed any more.
         """
+        self._batcher.check()
         if self._probe is None or self._probe.done():
             self._probe = _in_its_own_thread(self._answer_with_numbers)
         await asyncio.shield(asyncio.wrap_future(self._probe))
 
     async def check_health(self) -> None:
-        """Serve's probe: the model must answer with numbers."""
+        """Serve's probe: the model must answer with numbers, and the queue be worked off."""
         self._metrics.queued(self._batcher.queued_tokens)  # exported once, each time it is set
         await self.probe()
 
@@ -199,7 +276,14 @@ class Replica:
 
     def _done(self, plan: Plan, answers: Answers) -> Done:
         arrays = plan.finish(answers.values)
-        return Done(arrays, self._weights, self._step, answers.queue_s, answers.compute_s)
+        return Done(
+            arrays,
+            self._weights,
+            self._step,
+            answers.queue_s,
+            answers.compute_s,
+            self._own_load,
+        )
 
     def _observe(self, batch: Batch) -> None:
         self._metrics.batch(batch.tokens, batch.seconds)
@@ -223,6 +307,21 @@ def device_given() -> str:
             "none there; install PyTorch for CUDA on that node, or set it to 0."
         )
     return "cuda"
+
+
+def _own_place() -> tuple[str, str]:
+    """The replica's name, as routers know it, and its node; empty outside of Serve."""
+    try:
+        name = str(serve.get_replica_context().replica_id)
+    except RayServeException:
+        return "", ""
+    return name, ray.get_runtime_context().get_node_id()
+
+
+def _report(work: Work, error: Exception) -> None:
+    """Where it happened, without what it said: that may hold sequences."""
+    places = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
+    logger.error("%r failed with %s at %s.", work, type(error).__name__, " ".join(places[-4:]))
 
 
 def _load(settings: ModelSettings, path: Path, device: str) -> tuple[Engine, bool]:

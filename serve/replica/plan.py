@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from raptide.calls.scoring import (
 )
 from raptide.calls.variants import Substitution, parse_variant
 from raptide.errors import SequenceError
-from serve.calls import SPECIALS, Work
+from serve.calls import Reason, Work
 
 Pieces = list[tuple[Any, int]]
 """What the batcher takes: a payload for the engine, and the tokens it costs."""
@@ -24,9 +24,7 @@ Pieces = list[tuple[Any, int]]
 class Unfit(Exception):
     """The work does not fit the model; shown to the client."""
 
-    def __init__(
-        self, message: str, index: int = 0, reason: Literal["input", "layers", "model"] = "input"
-    ) -> None:
+    def __init__(self, message: str, index: int = 0, reason: Reason = "input") -> None:
         super().__init__(message)
         self.index, self.reason = index, reason
 
@@ -55,7 +53,7 @@ class Plan:
         self._positions = [self._wanted(index, each) for index, each in enumerate(residues)]
         self.pieces: Pieces = []
         for sequence, positions in zip(work.sequences, self._positions, strict=True):
-            tokens = len(sequence) + SPECIALS
+            tokens = ask.tokens(len(sequence), 1)
             if not ask.masks:
                 self.pieces.append((sequence, tokens))
                 continue

@@ -8,8 +8,9 @@ import re
 import signal
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from by_hand import Report
 from client_load import ClientLoad
 from ray import serve as ray_serve
 from safetensors.torch import load_file, save_file
-from steady_load import SteadyLoad, longest_stall, say, summary
+from steady_load import KINDS, SteadyLoad, by_kind, longest_stall, say, summary
 
 from processes import free_port
 from raptide.cluster import ray_session
@@ -32,11 +33,17 @@ from raptide.model.formats.detect import write_weights
 from raptide.model.formats.weights import Weights
 from raptide.model.transformer import Esm
 from serve.app import compose
+from serve.gateway.keys import make_key
 from serve.replica.deployment import Replica
 from serve.settings import ModelSettings as ServedModel
 from serve.settings import ServeSettings
 
 SLOW_LOAD_S = 20.0
+
+BATCH_TOKENS, RESIDUES = 64, 50
+"""A protein is a run: so requests of 64 runs end in seconds."""
+
+SERVICER = "serve.rpc.raptide_pb2_grpc.add_RaptideServicer_to_server"
 
 QUICK_PROXY = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
@@ -60,25 +67,80 @@ def bundle(folder: Path, step: int) -> Path:
     return folder
 
 
+class Endable(Replica):
+    """Its batcher's thread can be ended, as an error in it would."""
+
+    async def end_thread(self) -> int:
+        """The process whose thread has ended."""
+        self._batcher.close()
+        return os.getpid()
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the endpoint is, and the key that opens it: gRPC listens on every interface."""
+
+    url: str
+    grpc: str
+    headers: dict[str, str]
+
+    def load(self, clients: int = 8, body: dict | None = None) -> SteadyLoad:
+        """Clients that send `body`, or all kinds of requests in turn, a run a protein."""
+        if body is not None:
+            return SteadyLoad(self.url, clients, body, **self.headers)
+        return SteadyLoad(
+            self.url,
+            clients,
+            kinds=KINDS,
+            residues=RESIDUES,
+            grpc=self.grpc,
+            application="chaos",
+            **self.headers,
+        )
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Target]:
+    """A Ray and a Serve of its own."""
+    with ray_session(num_cpus=6):
+        port, grpc_port = free_port(), free_port()
+        ray_serve.start(
+            http_options={"host": "127.0.0.1", "port": port},
+            grpc_options={"port": grpc_port, "grpc_servicer_functions": [SERVICER]},
+        )
+        key, line = make_key("chaos")
+        (folder / "keys").write_text(line)
+        yield Target(
+            f"http://127.0.0.1:{port}",
+            f"127.0.0.1:{grpc_port}",
+            {"Authorization": f"Bearer {key}"},
+        )
+        ray_serve.shutdown()
+
+
 def deploy(path: Path, replica: type = Replica) -> None:
-    arguments = {"model": str(path), "replicas": 2, "max_queued_tokens": 1_000_000}
+    arguments = {
+        "model": str(path),
+        "replicas": 2,
+        "max_queued_tokens": 1_000_000,
+        "max_batch_tokens": BATCH_TOKENS,
+        "keys_file": str(path.parent / "keys"),
+    }
     settings = parse_settings(ServeSettings, arguments, source="chaos")
     ray_serve.run(compose(settings, replica), name="chaos")
 
 
 def break_it(folder: Path, args: argparse.Namespace, report: Report) -> None:
     os.environ.update(QUICK_PROXY)
-    with ray_session(num_cpus=6):
-        port = free_port()
-        ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-        url = f"http://127.0.0.1:{port}"
-        deploy(bundle(folder / "1", 1))
+    with opened(folder) as target:
+        deploy(bundle(folder / "1", 1), Endable)
         parts: dict[str, Callable[[], dict[str, Any]]] = {
-            "baseline": partial(baseline, url, args.seconds),
-            "kill": partial(kills, url, args.kills),
-            "rollout": partial(rollouts, url, folder),
-            "starvation": partial(starvation, url),
-            "rest": partial(the_rest, url),
+            "baseline": partial(baseline, target, args.seconds),
+            "kill": partial(kills, target, args.kills),
+            "thread": partial(threads, target),
+            "rollout": partial(rollouts, target, folder),
+            "starvation": partial(starvation, target),
+            "rest": partial(the_rest, target),
         }
         if args.skip_rest:
             del parts["rest"]
@@ -86,44 +148,76 @@ def break_it(folder: Path, args: argparse.Namespace, report: Report) -> None:
             with report.part(name):
                 report[name] = run()
                 report |= totals(report)
-        ray_serve.shutdown()
 
 
 def totals(report: dict[str, Any]) -> dict[str, int]:
     """Of the parts that there are in which nothing may fail."""
-    parts = [report[name] for name in ("baseline", "kill", "rollout") if name in report]
+    parts = [report[name] for name in ("baseline", "kill", "thread", "rollout") if name in report]
     kinds = ("requests", "failed", "kills", "rollouts")
     return {kind: sum(part.get(kind, 0) for part in parts) for kind in kinds}
 
 
-def baseline(url: str, seconds: float) -> dict[str, Any]:
-    with SteadyLoad(url, clients=8) as load:
+def baseline(target: Target, seconds: float) -> dict[str, Any]:
+    with target.load() as load:
         time.sleep(seconds)
-    found = summary(load.answers)
+    found = {**summary(load.answers), "kinds": by_kind(load.answers)}
     say(f"baseline: {found}")
     return found
 
 
-def kills(url: str, count: int) -> dict[str, Any]:
+def kills(target: Target, count: int) -> dict[str, Any]:
     """Kill a replica every few seconds, always one that has just answered."""
     handle = ray_serve.get_deployment_handle("replica-raptide", "chaos")
-    with ClientLoad(url) as clients, SteadyLoad(url, clients=8) as load:
+    with ClientLoad(target.url) as clients, target.load() as load:
         for number in range(count):
             pid = handle.process.remote().result()["pid"]
             os.kill(pid, signal.SIGKILL)
             say(f"killed replica {number + 1} of {count} (process {pid})")
-            load.wait_for_more(100)
+            load.wait_for_more(48)
             time.sleep(8)
-    found = {"kills": count, **summary(load.answers), "clients": clients.summary}
+    found = {
+        "kills": count,
+        **summary(load.answers),
+        "kinds": by_kind(load.answers),
+        "clients": clients.summary,
+    }
     say(f"kills: {found}")
     return found
 
 
-def rollouts(url: str, folder: Path) -> dict[str, Any]:
+def threads(target: Target) -> dict[str, Any]:
+    """End the thread in which a replica computes: it is to be replaced, and nobody to notice."""
+    handle = ray_serve.get_deployment_handle("replica-raptide", "chaos")
+    with target.load() as load:
+        load.wait_for_more(20)
+        ended = handle.end_thread.remote().result()
+        started = time.monotonic()
+        while ended in (known := processes()) or len(known) < 2:
+            assert time.monotonic() < started + 120, "it was not replaced"
+            time.sleep(0.5)
+        replaced_s = round(time.monotonic() - started, 1)
+        load.wait_for_more(20)
+    found = {
+        "replaced_after_s": replaced_s,
+        **summary(load.answers),
+        "kinds": by_kind(load.answers),
+    }
+    say(f"a batcher's thread ended: {found}")
+    return found
+
+
+def processes() -> set[int]:
+    """Of the replicas that run."""
+    handle = ray_serve.get_deployment_handle("replica-raptide", "chaos")
+    told = handle.broadcast("process").results(return_exceptions=True)
+    return {each["pid"] for each in told if isinstance(each, dict)}
+
+
+def rollouts(target: Target, folder: Path) -> dict[str, Any]:
     """Checkpoints 2 and 3 (slow to load), then two bad ones."""
     stalls = {}
     refused = []
-    with ClientLoad(url) as clients, SteadyLoad(url, clients=8) as load:
+    with ClientLoad(target.url) as clients, target.load() as load:
         load.wait_for_more(50)
         for step, replica in ((2, Replica), (3, SlowReplica)):
             seen = len(load.answers)
@@ -144,8 +238,8 @@ def rollouts(url: str, folder: Path) -> dict[str, Any]:
             except RuntimeError:
                 refused.append(name)
                 say(f"refused ({name}): {_reason()}")
-            load.wait_for_more(100)
-    after = {told.step for told in load.answers[-100:]}
+            load.wait_for_more(48)
+    after = {told.step for told in load.answers[-48:]}
     found = {
         "rollouts": 2,
         "refused": refused,
@@ -153,6 +247,7 @@ def rollouts(url: str, folder: Path) -> dict[str, Any]:
         "stall_s": stalls,
         **summary(load.answers),
         "clients": clients.summary,
+        "kinds": by_kind(load.answers),
     }
     say(f"rollouts: {found}")
     return found
@@ -166,7 +261,7 @@ def _reason() -> str:
     return found[-1] if found else message
 
 
-def starvation(url: str) -> dict[str, Any]:
+def starvation(target: Target) -> dict[str, Any]:
     """Seconds of a long protein in a flood, against those of the short ones that came with it.
 
     The fair share: what was queued before it, at the speed at which tokens are computed. A short
@@ -174,16 +269,16 @@ def starvation(url: str) -> dict[str, Any]:
     """
     long_body = {"input": "MKTAYIAKQR" * 102 + "MK", "encoding_format": "base64"}
     short_body = {"input": "MKTAYIAKQR" * 6, "encoding_format": "base64"}
-    with SteadyLoad(url, clients=32, body=short_body) as load:
-        load.wait_for_more(100)
+    with target.load(32, short_body) as load:
+        load.wait_for_more(48)
         alone = []
-        with httpx.Client(base_url=url, timeout=120.0) as client:
+        with httpx.Client(base_url=target.url, timeout=120.0, headers=target.headers) as client:
             for _ in range(10):
                 started = time.monotonic()
                 client.post("/v1/embeddings", json=long_body).raise_for_status()
                 alone.append(time.monotonic() - started)
     short = [told.seconds for told in load.answers]
-    with httpx.Client(base_url=url, timeout=120.0) as client:
+    with httpx.Client(base_url=target.url, timeout=120.0, headers=target.headers) as client:
         idle = []
         for _ in range(5):
             started = time.monotonic()
@@ -200,12 +295,12 @@ def starvation(url: str) -> dict[str, Any]:
     return found
 
 
-def the_rest(url: str) -> dict[str, Any]:
+def the_rest(target: Target) -> dict[str, Any]:
     """Kill gateway, proxy and controller, and see how long clients get no answer."""
     found = {}
     patterns = {"gateway": "Gateway", "proxy": "ProxyActor", "controller": "ServeController"}
     for name, title in patterns.items():
-        with ClientLoad(url) as clients, SteadyLoad(url, clients=8) as load:
+        with ClientLoad(target.url) as clients, target.load() as load:
             load.wait_for_more(50)
             victim = child_process(title)
             os.kill(victim, signal.SIGKILL)

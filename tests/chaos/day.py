@@ -6,33 +6,33 @@ import argparse
 import os
 import re
 import signal
-import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401
 import httpx
 import ray
-from breakages import bundle, child_process
+from breakages import SERVICER, bundle, child_process
 from by_hand import Report
 from client_load import ClientLoad
 from ray import serve as ray_serve
-from steady_load import SteadyLoad, say, summary
+from steady_load import KINDS, REFUSED, SteadyLoad, by_kind, say, summary
 
 from processes import free_port
 from raptide.cluster import ray_session
 from serve.app import build
+from serve.drain import drain
 from serve.gateway.keys import make_key
 
 
 class Day:
     """An endpoint, its keys, and what was seen of it."""
 
-    def __init__(self, folder: Path, url: str, report: Report) -> None:
+    def __init__(self, folder: Path, url: str, grpc: str, report: Report) -> None:
         self.folder = folder
         self.url = url
+        self.grpc = grpc
         self.made = {name: make_key(name) for name in ("lab", "guest")}
         self.keys = folder / "keys"
         self.report = report
@@ -44,6 +44,7 @@ class Day:
             "model": str(bundle(self.folder / str(step), step)),
             "keys_file": str(self.keys),
             "max_replicas": 2,
+            "max_batch_tokens": 64,  # a protein of the load is a run
             "target_tokens_per_replica": 600,
             "upscale_delay_s": 1,
             "downscale_delay_s": 10,
@@ -56,6 +57,19 @@ class Day:
 
     def headers(self, name: str) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.made[name][0]}"}
+
+    def load(self, clients: int, **options: Any) -> SteadyLoad:
+        """Clients of the lab that send requests of 1, 3, 8 and 64 runs by all ways."""
+        return SteadyLoad(
+            self.url,
+            clients,
+            kinds=KINDS,
+            residues=50,
+            grpc=self.grpc,
+            application="day",
+            **options,
+            **self.headers("lab"),
+        )
 
     def ask(self, name: str) -> httpx.Response:
         body = {"input": "MKTAYIAKQR"}
@@ -95,9 +109,12 @@ def metrics() -> dict[str, float]:
 
 def live(folder: Path, args: argparse.Namespace, report: Report) -> None:
     with ray_session(num_cpus=6):
-        port = free_port()
-        ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-        day = Day(folder, f"http://127.0.0.1:{port}", report)
+        port, grpc_port = free_port(), free_port()
+        ray_serve.start(
+            http_options={"host": "127.0.0.1", "port": port},
+            grpc_options={"port": grpc_port, "grpc_servicer_functions": [SERVICER]},
+        )
+        day = Day(folder, f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", report)
         with report.part("morning"):
             open_up(day)
             answered = rush_hour(day, args.answers)
@@ -123,17 +140,14 @@ def open_up(day: Day) -> None:
 def rush_hour(day: Day, answers: int) -> int:
     """A second replica and a new checkpoint come under load; how much was answered."""
     say("the morning's load comes: 16 clients")
-    with (
-        ClientLoad(day.url, day.made["lab"][0]) as clients,
-        SteadyLoad(day.url, clients=16, **day.headers("lab")) as load,
-    ):
+    with ClientLoad(day.url, day.made["lab"][0]) as clients, day.load(16) as load:
         grown_s = day.wait_for(lambda: replicas() == 2, 120)
         day.expect(grown_s is not None, f"a second replica runs after {grown_s or 120:.0f} s")
         load.wait_for_more(answers)
         say("a new checkpoint is rolled out under load")
         day.deploy(2)
         load.wait_for(lambda answers: {told.step for told in answers[-32:]} == {"2"})
-    told = summary(load.answers)
+    told = {**summary(load.answers), "kinds": by_kind(load.answers)}
     day.expect(told["failed"] == 0, f"nothing failed: {told}")
     expect_whole_calls(day, clients, "the scale-up and the update")
     return len(load.answers)
@@ -186,16 +200,11 @@ def calm_down(day: Day, answered: int) -> None:
 
 
 def close_down(day: Day) -> None:
-    say("closing time: the endpoint is deleted while a long request is on its way")
-    late: list[httpx.Response] = []
-    body = {"sequences": "MKTAYIAKQR" * 15}
-    post = partial(httpx.post, json=body, headers=day.headers("lab"), timeout=120)
-    asking = threading.Thread(target=lambda: late.append(post(f"{day.url}/v1/scores")))
-    asking.start()
-    time.sleep(1.0)
-    ray_serve.delete("day", _blocking=False)
-    asking.join()
-    day.expect(
-        late[0].status_code == 200 and late[0].elapsed.total_seconds() > 1.0,
-        f"it is answered: {late[0].status_code} after {late[0].elapsed.total_seconds():.1f} s",
-    )
+    say("closing time: the endpoint is drained while requests of all kinds are on their way")
+    with day.load(12, until_refused=True) as load:
+        load.wait_for_more(24)
+        drain(["day"])
+        load.join()
+    lost = [told for told in load.failed if told.status not in REFUSED]
+    day.expect(not lost, f"what was taken is answered: {by_kind(load.answers)}")
+    day.expect(len(load.failed) == 12, "and every client was told that nothing new is taken")

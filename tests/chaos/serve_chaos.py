@@ -6,13 +6,15 @@
 Starts a Ray and an endpoint of its own on the loopback (about four minutes on two cores):
 
     kills       replicas are killed (SIGKILL), one after the other
+    thread      the thread in which a replica computes ends: the replica is replaced
     rollouts    new checkpoints take over, one that takes 20 s to load among them; a damaged one and
                 one of NaNs are refused
     starvation  a 1,022-residue protein among a flood of short ones
     gateway     the gateway is killed, then Serve's proxy, then its controller: what of that shows
 
-`requests` and `failed` count kills and rollouts, where nothing may fail; the last part is counted
-for itself, as the requests inside a dying proxy do fail.
+Clients ask for 1, 3, 8 and 64 runs, as JSON, as Arrow and by gRPC, and `kinds` counts each.
+`requests` and `failed` count kills, thread and rollouts, where nothing may fail; the last part is
+counted for itself, as the requests inside a dying proxy do fail.
 """
 
 from __future__ import annotations

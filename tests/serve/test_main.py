@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import grpc
@@ -13,7 +14,9 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT
+from endpoints import SERVICERS
 from ray.serve.schema import ServeDeploySchema
+from steady_load import KINDS, REFUSED, SteadyLoad, by_kind
 
 from processes import free_port
 from serve.environment import proxies
@@ -23,6 +26,9 @@ from serve.rpc.raptide_pb2_grpc import RaptideStub
 
 SLOW = {"sequences": "MKTAYIAKQR" * 40}
 """400 masked passes: seconds, also for a small model."""
+
+MANY = {"sequences": ["MKTAYIAKQR" * 10] * 24}
+"""24 runs, of which eight are on their way at a time."""
 
 LARGE = {"input": ["MKTAYIAKQR" * 100] * 16, "pooling": "residue"}
 """Its answer is larger than gRPC takes by default, 4 MB."""
@@ -42,10 +48,10 @@ def start(config, folder):
 
 
 def configuration(port, grpc_port=None, **arguments):
-    by_grpc = {"port": grpc_port, "grpc_servicer_functions": ["serve.rpc.service.add_service"]}
+    by_grpc = {"port": grpc_port, "grpc_servicer_functions": SERVICERS} if grpc_port else {}
     return {
         "http_options": {"host": "127.0.0.1", "port": port},
-        "grpc_options": by_grpc if grpc_port else {},
+        "grpc_options": by_grpc,
         "applications": [
             {
                 "name": "raptide",
@@ -58,13 +64,13 @@ def configuration(port, grpc_port=None, **arguments):
 
 
 class Peak:
-    """How much memory the proxy and the gateway take at most, above what they took before."""
+    """How much memory the proxy and a gateway take at most, above what they took before."""
 
     def __init__(self, process):
         names = ("ray::ProxyActor", "ServeReplica:raptide:Gateway")
         of_ray = psutil.Process(process.pid).children(recursive=True)
         found = [each for each in of_ray if any(name in " ".join(each.cmdline()) for name in names)]
-        assert len(found) == 2
+        assert len(found) == 3, "a proxy and two gateways"
         self._folders = [Path(f"/proc/{each.pid}") for each in found]
         for folder in self._folders:
             (folder / "clear_refs").write_text("5")
@@ -93,35 +99,67 @@ def embed_by_grpc(port, size, key):
 
 
 def test_large_answers_pass_and_what_is_being_answered_at_sigterm_is_finished(bundle, tmp_path):
-    """And large gRPC messages do not, with a wrong key they are not even read."""
+    """Of requests of 1, 3, 8 and 64 runs by all ways, and of some that take seconds.
+
+    Large gRPC messages do not pass; with a wrong key they are not even read.
+    """
     port, grpc_port = free_port(), free_port()
     key, line = make_key("tests")
     (tmp_path / "keys").write_text(line)
-    keyed = {"Authorization": f"Bearer {key}"}
-    arguments = {"model": str(bundle), "keys_file": str(tmp_path / "keys")}
-    with start(configuration(port, grpc_port, **arguments), tmp_path) as process:
+    headers = {"Authorization": f"Bearer {key}"}
+    config = configuration(
+        port,
+        grpc_port,
+        model=str(bundle),
+        keys_file=str(tmp_path / "keys"),
+        gateways=2,
+        max_batch_tokens=64,
+        max_queued_tokens=10**7,
+    )
+    with start(config, tmp_path) as process:
         url = f"http://127.0.0.1:{port}"
+        starting = first_word(f"{url}/healthz")
+        assert (starting.status_code, starting.headers["Retry-After"]) == (503, "1"), starting.text
+        assert starting.json()["error"]["type"] == "unavailable"
         assert any(line.strip().endswith(url) for line in process.stdout)
         assert len(embed_by_grpc(grpc_port, 10_000, key)) >= 1
         peak = Peak(process)
         assert embed_by_grpc(grpc_port, 120_000_000, "wrong") == "RESOURCE_EXHAUSTED"
         assert peak.grown_bytes < 4e7
         assert embed_by_grpc(grpc_port, 8_000_000, "wrong") == "UNAUTHENTICATED"
-        large = httpx.post(f"{url}/v1/embeddings", json=LARGE, timeout=120, headers=keyed)
+        large = httpx.post(f"{url}/v1/embeddings", json=LARGE, headers=headers, timeout=120)
         assert large.status_code == 200
         assert len(large.content) > 2**22
         answers = []
-        post = threading.Thread(
-            target=lambda: answers.append(
-                httpx.post(f"{url}/v1/scores", json=SLOW, timeout=120, headers=keyed)
-            )
+
+        def ask(body):
+            answers.append(httpx.post(f"{url}/v1/scores", json=body, headers=headers, timeout=120))
+
+        asking = [threading.Thread(target=ask, args=[body]) for body in (SLOW, MANY)]
+        load = SteadyLoad(
+            url,
+            clients=6,
+            kinds=KINDS,
+            grpc=f"127.0.0.1:{grpc_port}",
+            application="raptide",
+            until_refused=True,
+            **headers,
         )
-        post.start()
-        post.join(0.7)
-        assert not answers, "the request was to take longer"
-        process.send_signal(signal.SIGTERM)
-        post.join()
-        assert answers[0].status_code == 200
+        with load:
+            load.wait_for_more(12)
+            for each in asking:
+                each.start()
+            asking[0].join(0.7)
+            assert not answers, "the requests were to take longer"
+            process.send_signal(signal.SIGTERM)
+            refused = refusal(url)
+            load.join()
+        for each in asking:
+            each.join()
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert refused.status_code == 503
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert {told.status for told in load.answers} <= {200, *REFUSED}, by_kind(load.answers)
         assert process.wait(60) == 0
 
 
@@ -137,6 +175,27 @@ def test_a_proxy_takes_no_larger_message_than_an_application_may_be_sent(bodies,
     ]
     config = ServeDeploySchema.model_validate({"applications": applications})
     assert proxies(config)["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"] == str(most)
+
+
+def first_word(url):
+    """Of Serve's proxy, before there is anything behind it."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        try:
+            return httpx.get(url, timeout=30)
+        except httpx.TransportError:
+            time.sleep(0.05)
+    raise AssertionError("nothing listens")
+
+
+def refusal(url):
+    """Of a probe, once the gateways take nothing new."""
+    for _ in range(100):
+        answer = httpx.get(f"{url}/healthz", timeout=120)
+        if answer.status_code != 200:
+            return answer
+        time.sleep(0.05)
+    raise AssertionError("gateways go on taking requests")
 
 
 def test_a_file_that_is_no_configuration_is_refused(tmp_path):

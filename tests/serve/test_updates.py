@@ -9,7 +9,7 @@ import torch
 from endpoints import make_bundle
 from ray import serve as ray_serve
 from safetensors.torch import load_file, save_file
-from steady_load import SteadyLoad
+from steady_load import KINDS, SteadyLoad, by_kind
 
 from raptide.errors import BundleError
 from serve.app import build
@@ -23,6 +23,7 @@ def deploy(proxy):
 
     def run(path):
         arguments = {"model": str(path), "replicas": 2, "cpus_per_replica": 0.5}
+        arguments["max_batch_tokens"] = 64  # so that each protein of a request is a run
         arguments["keys_file"] = str(proxy.keys_file)
         ray_serve.run(build(arguments), name="updates", route_prefix="/updates")
         return f"{proxy.url}/updates"
@@ -37,6 +38,11 @@ def bundles(tmp_path_factory):
     return {step: make_bundle(folder / str(step), seed=step, step=step) for step in (1, 2)}
 
 
+def every_kind(url, proxy):
+    """Clients that ask for 1, 3, 8 and 64 runs, as JSON, as Arrow and by gRPC."""
+    return SteadyLoad(url, kinds=KINDS, grpc=proxy.grpc, application="updates", **proxy.headers)
+
+
 def test_killed_replicas_cost_no_request_and_come_back_though_their_files_were_pruned(
     deploy, bundles, proxy, tmp_path
 ):
@@ -44,20 +50,21 @@ def test_killed_replicas_cost_no_request_and_come_back_though_their_files_were_p
     url = deploy(model)
     shutil.rmtree(model.parent)
     handle = ray_serve.get_deployment_handle("replica-raptide", "updates")
-    with SteadyLoad(url, **proxy.headers) as load:
+    with every_kind(url, proxy) as load:
         for _ in range(3):  # of two replicas
             os.kill(handle.process.remote().result()["pid"], signal.SIGKILL)
             load.wait_for_more(40)
-    assert not load.failed
+    assert not load.failed, by_kind(load.answers)
 
 
 def test_a_new_checkpoint_comes_without_a_failed_request(deploy, bundles, proxy):
     url = deploy(bundles[1])
-    with SteadyLoad(url, **proxy.headers) as load:
+    with every_kind(url, proxy) as load:
         load.wait_for_more(20)
         deploy(bundles[2])
         load.wait_for(lambda answers: {told.step for told in answers[-8:]} == {"2"})
-    assert not load.failed
+    assert not load.failed, by_kind(load.answers)
+    assert {told.kind for told in load.answers} == {str(kind) for kind in KINDS}
     versions = {(told.step, told.weights) for told in load.answers}
     assert len(versions) == 2, "no answer is of two versions"
 

@@ -11,7 +11,8 @@ from conftest import ROOT
 from raptide.errors import ConfigError
 from serve.gateway import keys
 from serve.gateway.deployment import check_ports
-from serve.gateway.keys import KeyRing, Rate, make_key, parse_keys
+from serve.gateway.fair import Rate
+from serve.gateway.keys import KeyRing, make_key, parse_keys
 
 
 @pytest.fixture

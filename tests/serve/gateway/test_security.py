@@ -63,7 +63,13 @@ def test_a_key_is_revoked_and_added_without_a_restart(keyed):
 
 def test_a_key_has_its_residues_per_minute(keyed):
     with keyed.client("slow") as slow, keyed.client("lab") as lab:
-        assert embed(slow, input=["A" * 350] * 2).status_code == 200
+        dear = embed(slow, input=["A" * 350] * 2)
+        assert dear.status_code == 422
+        assert "costs 700 residues" in dear.json()["error"]["message"]
+        assert embed(slow, input="A" * 590).status_code == 200
+        assert embed(slow, input="A" * 350).status_code == 200, (
+            "a request may overdraw what is left"
+        )
         answer = embed(slow)
         assert answer.status_code == 429
         assert answer.json()["error"]["type"] == "rate_limit"

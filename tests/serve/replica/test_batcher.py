@@ -1,11 +1,13 @@
 import asyncio
 import random
+import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
-from serve.replica.batcher import DeadlinePassed, QueueFull, TokenBatcher
+from serve.replica.batcher import DeadlinePassed, QueueFull, Stopped, TokenBatcher
 
 EMBED = ("embed", "mean")
 
@@ -140,9 +142,10 @@ def test_one_request_spreads_over_batches_that_others_share():
 
 def test_a_full_queue_refuses_and_recovers():
     async def scenario(batcher, recorder):
-        first, tasks = await submit_while_busy(batcher, recorder, [(EMBED, pieces(*[90] * 10))])
-        with pytest.raises(QueueFull):
-            await batcher.submit(EMBED, pieces(190))
+        first, tasks = await submit_while_busy(batcher, recorder, [(EMBED, pieces(*[90] * 12))])
+        for size in (190, 1):
+            with pytest.raises(QueueFull):
+                await batcher.submit(EMBED, pieces(size))
         recorder.open.set()
         await asyncio.gather(first, *tasks)
         assert batcher.queued_tokens == 0
@@ -154,6 +157,45 @@ def test_a_full_queue_refuses_and_recovers():
         assert batcher.drain_s > 0
         recorder.open.set()
         await waiting
+
+    run(scenario)
+
+
+def test_a_large_request_gets_in_wherever_a_small_one_would():
+    """Forty times, beside small ones that never let the queue run empty."""
+
+    async def scenario(batcher, recorder):
+        stop = False
+
+        async def trickle():
+            while not stop:
+                with suppress(QueueFull):  # while the large one has just come
+                    await batcher.submit(EMBED, pieces(20))
+                await asyncio.sleep(0)
+
+        small = [asyncio.create_task(trickle()) for _ in range(8)]
+        await asyncio.sleep(0)
+        for _ in range(40):
+            while not 0 < batcher.queued_tokens <= 160:
+                await asyncio.sleep(0)
+            assert (await batcher.submit(EMBED, pieces(*[95] * 10))).values == [95] * 10
+        stop = True
+        await asyncio.gather(*small)
+
+    run(scenario)
+
+
+def test_what_is_admitted_goes_before_newcomers():
+    async def scenario(batcher, recorder):
+        first, tasks = await submit_while_busy(batcher, recorder, [(EMBED, pieces(*[100] * 10))])
+        with pytest.raises(QueueFull):
+            await batcher.submit(EMBED, pieces(1))
+        with batcher.enter(EMBED, pieces(*[100] * 10), admitted=True) as place:
+            with pytest.raises(QueueFull), batcher.enter(EMBED, pieces(1), admitted=True):
+                pass
+            recorder.open.set()
+            assert (await place.answers()).values == [100] * 10
+        await asyncio.gather(first, *tasks)
 
     run(scenario)
 
@@ -189,6 +231,54 @@ def test_a_failing_batch_fails_its_callers_only():
         with pytest.raises(ValueError, match="bad"):
             await batcher.submit(EMBED, [("bad", 3)])
         assert (await batcher.submit(EMBED, pieces(2))).values == [2]
+
+    run(scenario)
+
+
+def test_a_bad_piece_fails_alone_in_its_batch():
+    async def scenario(batcher, recorder):
+        requests = [(EMBED, pieces(4)), (EMBED, [("bad", 3)]), (EMBED, pieces(5, 6, 7))]
+        first, (before, bad, after) = await submit_while_busy(batcher, recorder, requests)
+        recorder.open.set()
+        await first
+        with pytest.raises(ValueError, match="bad"):
+            await bad
+        assert (await before).values == [4]
+        assert (await after).values == [5, 6, 7]
+
+    batches = run(scenario)
+    assert batches[1] == [4, 3, 5, 6, 7], "they were to share a batch"
+
+
+def test_a_piece_that_goes_alone_shares_no_batch():
+    async def scenario(batcher, recorder):
+        first, (before,) = await submit_while_busy(batcher, recorder, [(EMBED, pieces(10))])
+        with batcher.enter(EMBED, pieces(11, 12), alone=True) as place:
+            after = asyncio.create_task(batcher.submit(EMBED, pieces(13)))
+            await asyncio.sleep(0)
+            recorder.open.set()
+            await place.begun()
+            assert [11] not in recorder.batches, "it is said before it is computed"
+            assert (await place.answers()).values == [11, 12]
+        await asyncio.gather(first, before, after)
+
+    assert run(scenario) == [[1], [10, 13], [11], [12]]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_has_ended(monkeypatch):
+    async def scenario(batcher, recorder):
+        batcher.check()
+        first, tasks = await submit_while_busy(batcher, recorder, [(EMBED, pieces(5))])
+        monkeypatch.setattr(batcher, "_next_batch", sys.exit)
+        recorder.open.set()
+        assert (await first).values == [1]
+        with pytest.raises(Stopped):
+            await tasks[0]
+        with pytest.raises(Stopped):
+            await batcher.submit(EMBED, pieces(5))
+        with pytest.raises(Stopped):
+            batcher.check()
 
     run(scenario)
 
