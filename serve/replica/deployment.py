@@ -65,7 +65,20 @@ class Replica:
 
     async def run(self, work: Work) -> AsyncIterator[Done | Refused]:
         """One answer, or why there is none; never raises for what a client did."""
-        yield await self._answer(work)
+        answer = await self._answer(work)
+        self._write_down(work, answer)
+        yield answer
+
+    @staticmethod
+    def _write_down(work: Work, answer: Done | Refused) -> None:
+        """A line of the log, with the request's id as Serve knows it; nothing of the sequences."""
+        said: dict[str, Any] = {"call": work.ask.call, "tokens": work.tokens}
+        if isinstance(answer, Refused):
+            said["refused"] = answer.reason
+        else:
+            said["queue_s"] = round(answer.queue_s, 4)
+            said["compute_s"] = round(answer.compute_s, 4)
+        logger.info("%r: %s", work, said.get("refused", "done"), extra=said)
 
     async def _answer(self, work: Work) -> Done | Refused:
         deadline = time.monotonic() + work.timeout_s
