@@ -24,6 +24,7 @@ CHAOS = [
         "serve_day",
         "serve_scale",
         "serve_schema",
+        "serve_soak",
         "zero_sizes",
     )
 ]
