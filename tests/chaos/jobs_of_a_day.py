@@ -350,7 +350,7 @@ def _check(day: Day, disk_gb: float) -> dict[str, Any]:
         *("--storage", storage),
         script="check_cluster",
     )
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = json.loads(done.stdout)
     assert len(found["nodes"]) == expected, done.stderr
     nodes = found.pop("nodes")
     return found | {"exit_code": done.returncode, "nodes": sorted(nodes)}
