@@ -351,6 +351,6 @@ def _check(day: Day, disk_gb: float) -> dict[str, Any]:
         script="check_cluster",
     )
     found = json.loads(done.stdout)
-    assert len(found["nodes"]) == expected, done.stderr
+    assert len(found["nodes"]) == expected, found["findings"]
     nodes = found.pop("nodes")
     return found | {"exit_code": done.returncode, "nodes": sorted(nodes)}
