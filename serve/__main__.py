@@ -24,7 +24,7 @@ from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from raptide.cluster import local_cpus, ray_session
 from raptide.errors import ConfigError, RaptideError
-from serve.environment import PROXIES
+from serve.environment import proxies
 
 LOOK_EVERY_S = 1.0
 
@@ -64,7 +64,7 @@ def run(config: ServeDeploySchema) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     names = [application.name for application in config.applications]
-    for name, value in PROXIES.items():
+    for name, value in proxies(config).items():
         os.environ.setdefault(name, value)
     with ray_session(num_cpus=local_cpus()):
         serve.start(

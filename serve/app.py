@@ -24,13 +24,15 @@ from ray.serve.schema import LoggingConfig
 
 from raptide.config import parse_settings
 from raptide.model.formats.detect import read_weights
-from raptide.training.checkpoints.checkpoint import find_bundle
+from raptide.storage import is_uri
+from raptide.training.checkpoints.checkpoint import find_bundle, find_bundle_at, run_of
 from serve.environment import ACTORS
 from serve.gateway.deployment import Gateway
 from serve.gateway.routing import TokenRouter
+from serve.models import keep, open_model
 from serve.replica.deployment import Replica
 from serve.scaling import TokenScaling
-from serve.settings import ModelSettings, ServeSettings
+from serve.settings import ModelSettings, ServedModel, ServeSettings
 
 ONGOING_REQUESTS = 1024
 """Requests a gateway or a replica works on at once. The batcher needs many to fill its batches;
@@ -63,10 +65,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 
 def compose(settings: ServeSettings, replica: type = Replica) -> serve.Application:
     """The application; `replica` is the class that answers."""
-    models = [
-        model.model_copy(update={"path": str(_readable(Path(model.path)))})
-        for model in settings.model_settings()
-    ]
+    models = [_kept(model, settings.staging) for model in settings.model_settings()]
     handles = {model.name: _replicas(model, replica) for model in models}
     gateway = serve.deployment(
         Gateway,
@@ -81,15 +80,21 @@ def compose(settings: ServeSettings, replica: type = Replica) -> serve.Applicati
         logging_config=LOGS,
     )
     # The paths stay out of its arguments, so that a new checkpoint replaces replicas alone.
-    known = [model.model_copy(update={"path": ""}) for model in models]
+    known = [model.model_copy(update={"path": "", "digest": ""}) for model in models]
     return gateway.bind(settings.gateway_settings(), known, handles)
 
 
-def _readable(path: Path) -> Path:
-    """The bundle of a model, after every tensor has been found in its place."""
-    bundle = find_bundle(path)
-    read_weights(bundle)
-    return bundle
+def _kept(model: ModelSettings, staging: str | None) -> ServedModel:
+    """A model put where nothing prunes it, after every tensor has been found in its place."""
+    found = find_bundle_at(model.path) if is_uri(model.path) else str(find_bundle(Path(model.path)))
+    run = None
+    if not is_uri(found):
+        read_weights(found)
+        run = run_of(Path(found))
+    kept = keep(model, found, run, staging)
+    if is_uri(found):
+        read_weights(open_model(kept))
+    return kept
 
 
 def _replicas(model: ModelSettings, replica: type) -> serve.Application:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -126,3 +126,18 @@ def positions_of(variants: Sequence[str]) -> int:
 
 Description = dict[str, Any]
 """What GET /v1/models says of one model, less its name."""
+
+
+class Status(TypedDict):
+    """How one replica stands."""
+
+    node: str
+    weights: str
+    step: int | None
+    queued_tokens: int
+    """That wait."""
+    pending_tokens: int
+    """That wait or are being computed."""
+    residues_per_s: float
+    """Answered, over the last half minute."""
+    model: Description

@@ -49,6 +49,10 @@ class ModelOptions(Settings):
     """Tokens that may wait at a replica. A request that finds no room is refused with 429, one that
     alone takes more with 422; masking each residue in turn takes a pass per residue."""
 
+    model_cache_gb: float = Field(200.0, gt=0.0)
+    """Of each node's disk, for the files of models (`~/.cache/raptide`, or $RAPTIDE_CACHE); beyond
+    it those go that were opened longest ago and that no replica has open."""
+
 
 class ModelSettings(ModelOptions):
     """One model."""
@@ -57,14 +61,21 @@ class ModelSettings(ModelOptions):
     """What clients call it."""
 
     path: str
-    """A bundle, a checkpoint, or a run folder (its newest checkpoint is taken)."""
+    """A bundle, a checkpoint, or a run folder (its newest checkpoint is taken); also by URI."""
+
+
+class ServedModel(ModelSettings):
+    """One model as its replicas find it; `path` is where its files are fetched from."""
+
+    digest: str
+    """Of all its files (`raptide.kept.digest_of`)."""
 
 
 class GatewaySettings(Settings):
     """What the gateways keep to."""
 
     gateways: int = Field(1, ge=1)
-    """Processes that take requests. Each has a share of every key's rate, and its own cache."""
+    """Processes that take requests. Each has a share of every key's rate."""
 
     max_sequences: int = Field(256, ge=1)
     """Sequences, or variants, in one request."""
@@ -74,6 +85,15 @@ class GatewaySettings(Settings):
 
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
     """Bytes of a request; reading stops there."""
+
+    max_answer_bytes: int = Field(2**30, ge=1024)
+    """Bytes of an answer by Arrow or gRPC, which are sent as they are computed."""
+
+    max_json_bytes: int = Field(2**26, ge=1024)
+    """Bytes of an answer in JSON, which is computed as a whole first."""
+
+    max_held_bytes: int = Field(2**30, ge=1024)
+    """Bytes of answers that one gateway holds at a time; further requests wait for their turn."""
 
     max_body_s: float = Field(30.0, gt=0.0)
     """Seconds in which a request's body has to come."""
@@ -87,9 +107,6 @@ class GatewaySettings(Settings):
     residues_per_minute: int | None = Field(None, ge=1)
     """What a key may send whose line sets no other rate; None means any number."""
 
-    cache_bytes: int = Field(0, ge=0)
-    """Memory for answers that may be asked for again; 0 keeps none."""
-
     cors_origins: list[str] = Field(default_factory=list)
     """Web pages that browsers let call the endpoint, e.g. https://lab.example; none by default."""
 
@@ -102,6 +119,10 @@ class ServeSettings(GatewaySettings, ModelOptions):
 
     name: str = "raptide"
     """What clients call the only model."""
+
+    staging: str | None = None
+    """A folder or URI that every node reaches, where models are put at the deploy, by digest; None
+    takes the folder `served/` of the run that a model comes from (serve/models.py)."""
 
     models: list[dict[str, Any]] = Field(default_factory=list)
     """Several models: `name`, `path` and options of their own each."""

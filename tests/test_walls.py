@@ -17,7 +17,7 @@ BREACHES = {
     "platform/raptide/training/checkpoints/saving.py": "raptide.training.watching.metrics",
     "platform/raptide/inference/scoring.py": "ray",
     "serve/replica/batcher.py": "serve.gateway.refusals",
-    "serve/gateway/cache.py": "serve.replica.batcher",
+    "serve/gateway/routing.py": "serve.replica.batcher",
     "serve/metrics.py": "serve.replica.batcher",
     "jobs/processes.py": "serve.settings",
 }

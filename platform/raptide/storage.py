@@ -109,6 +109,15 @@ class Storage:
 
         return self.ask(name, read)
 
+    def fetch(self, name: str, target: Path) -> None:
+        """Copy a file to a path on this machine's file systems, piece by piece."""
+
+        def fetch(path: str) -> None:
+            here = pyarrow.fs.LocalFileSystem()
+            pyarrow.fs.copy_files(path, str(target), self.filesystem, here)
+
+        self.ask(name, fetch)
+
     def write(self, name: str, write: Callable[[Any], None]) -> None:
         """Make a file, whole: `write` is given a file object, more than once if need be.
 
@@ -176,6 +185,12 @@ class Storage:
 
 def is_uri(path: str | Path) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]*://", str(path), re.IGNORECASE) is not None
+
+
+def below(uri: str, name: str) -> str:
+    """The URI of what lies in the folder of another one, whose options it keeps."""
+    folder, mark, options = uri.partition("?")
+    return f"{folder.rstrip('/')}/{name}{mark}{options}"
 
 
 def storage_of(path: str | Path, what: str) -> Storage:

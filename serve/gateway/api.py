@@ -17,26 +17,26 @@ from raptide.alphabet import STANDARD
 from serve.calls import Ask, Done
 from serve.gateway import refusals, schemas
 from serve.gateway.answers import (
-    ARROW,
+    SMALL_BYTES,
     arrow_arrays,
     arrow_scores,
+    in_thread,
+    joined,
+    json_arrays,
     lineage_headers,
-    rows,
     score_rows,
     usage,
     write_json,
 )
 from serve.gateway.guard import Guard
 from serve.gateway.keys import KeyRing
-from serve.gateway.refusals import invalid
+from serve.gateway.refusals import invalid, unavailable
 from serve.gateway.schemas import ErrorResponse
 from serve.gateway.service import Query, Service, Whole
+from serve.gateway.sizes import ARROW, Encoding
 
-LONGEST_ID = 128
-"""Characters of a request's id that are kept; a client may send any number."""
-
-READY_S = 10.0
-"""Seconds a replica may take to show that it is ready."""
+MODEL = {"object": "model", "created": 0, "owned_by": "raptide"}
+"""As OpenAI's clients want them."""
 
 STATUSES = (400, 401, 404, 413, 422, 429, 500, 503, 504)
 REFUSED: dict[int | str, dict[str, Any]] = {s: {"model": ErrorResponse} for s in STATUSES}
@@ -98,8 +98,11 @@ def _add_calls(api: FastAPI, service: Service) -> None:
         ask = Ask("embed", pooling=body.pooling or "mean", layers=layers)
         if body.dimensions is not None:
             await service.refuse_other_width(body.model, body.dimensions)
-        query = _accept(service, request, body.model, ask, body.input, "input", timeout_s)
-        return await _arrays(service, request, query, "embedding", body.encoding_format)
+        encoding = _encoding(request, body.encoding_format)
+        query = await _accept(
+            service, request, body.model, ask, body.input, "input", timeout_s, encoding
+        )
+        return await _arrays(service, request, query, "embedding", encoding)
 
     @api.post(
         "/v1/scores",
@@ -113,11 +116,12 @@ def _add_calls(api: FastAPI, service: Service) -> None:
     ) -> Response:
         """How likely the model finds each sequence, or each variant of one sequence."""
         given, ask = _what_to_score(body)
-        query = _accept(
-            service, request, body.model, ask, *given, timeout_s, variants=body.variants
+        encoding = _encoding(request, None)
+        query = await _accept(
+            service, request, body.model, ask, *given, timeout_s, encoding, variants=body.variants
         )
         whole = await service.gather(query)
-        return _scores(service, request, query, whole, ask.method)
+        return _scores(service, query, whole, ask.method, encoding == "arrow")
 
     @api.post(
         "/v1/scan",
@@ -131,9 +135,12 @@ def _add_calls(api: FastAPI, service: Service) -> None:
     ) -> Response:
         """A row for each residue, a column for each standard one in alphabetical order."""
         ask = Ask("scan", method=body.method or "wt-marginals")
-        query = _accept(service, request, body.model, ask, body.sequence, "sequence", timeout_s)
+        encoding = _encoding(request, body.encoding_format)
+        query = await _accept(
+            service, request, body.model, ask, body.sequence, "sequence", timeout_s, encoding
+        )
         columns = {"columns": list(STANDARD)}
-        return await _arrays(service, request, query, "values", body.encoding_format, columns)
+        return await _arrays(service, request, query, "values", encoding, columns)
 
     @api.post(
         "/v1/contacts",
@@ -146,10 +153,11 @@ def _add_calls(api: FastAPI, service: Service) -> None:
         body: schemas.SequencesRequest, request: Request, timeout_s: Timeout = None
     ) -> Response:
         """Probability that two residues touch (Cβ within 8 Å); the model needs a contact head."""
-        query = _accept(
-            service, request, body.model, Ask("contacts"), body.sequences, "sequences", timeout_s
+        encoding, ask = _encoding(request, body.encoding_format), Ask("contacts")
+        query = await _accept(
+            service, request, body.model, ask, body.sequences, "sequences", timeout_s, encoding
         )
-        return await _arrays(service, request, query, "values", body.encoding_format)
+        return await _arrays(service, request, query, "values", encoding)
 
     @api.post(
         "/v1/logits",
@@ -162,10 +170,11 @@ def _add_calls(api: FastAPI, service: Service) -> None:
         body: schemas.SequencesRequest, request: Request, timeout_s: Timeout = None
     ) -> Response:
         """A row for each residue, a column for each token of the model; nothing is masked."""
-        query = _accept(
-            service, request, body.model, Ask("logits"), body.sequences, "sequences", timeout_s
+        encoding, ask = _encoding(request, body.encoding_format), Ask("logits")
+        query = await _accept(
+            service, request, body.model, ask, body.sequences, "sequences", timeout_s, encoding
         )
-        return await _arrays(service, request, query, "values", body.encoding_format)
+        return await _arrays(service, request, query, "values", encoding)
 
 
 def _add_operations(api: FastAPI, service: Service) -> None:
@@ -177,8 +186,8 @@ def _add_operations(api: FastAPI, service: Service) -> None:
         responses={status: REFUSED[status] for status in (401, 500, 503)},
     )
     async def models() -> Response:
-        """The models being served, and where their weights come from."""
-        data = [await _describe(service, name) for name in service.names]
+        """The models, how they stand, and where their weights come from; none is started."""
+        data = [{**MODEL, **each} for each in await service.standing.describe()]
         return JSONResponse({"object": "list", "data": data})
 
     @api.get(
@@ -189,8 +198,21 @@ def _add_operations(api: FastAPI, service: Service) -> None:
         responses={status: REFUSED[status] for status in (401, 404, 422, 500, 503)},
     )
     async def model(model: str) -> Response:
-        """One of the models being served."""
-        return JSONResponse(await _describe(service, service.name_of(model)))
+        """One of the models; an idle one is started."""
+        name = service.name_of(model)
+        found = await service.describe(name)
+        return JSONResponse({**MODEL, "id": name, "state": "ready", **found})
+
+    @api.get(
+        "/v1/status",
+        summary="Replicas, queues and versions",
+        tags=["operations"],
+        response_model=schemas.StatusResponse,
+        responses={status: REFUSED[status] for status in (401, 500, 503)},
+    )
+    async def status() -> Response:
+        """How many replicas each model has, how busy they are and what they serve."""
+        return JSONResponse({"object": "list", "data": await service.standing.status()})
 
     @api.get("/healthz", summary="Liveness", tags=["operations"], response_model=schemas.Status)
     async def healthz() -> dict[str, str]:
@@ -201,18 +223,17 @@ def _add_operations(api: FastAPI, service: Service) -> None:
         "/readyz",
         summary="Readiness",
         tags=["operations"],
-        response_model=schemas.Status,
-        responses={503: {"model": ErrorResponse}},
+        response_model=schemas.Readiness,
+        responses={503: {"model": schemas.Unready}},
     )
-    async def readyz() -> dict[str, str]:
-        """A replica of every model has just computed an embedding, past the queue."""
-        await service.probe(READY_S)
-        return {"status": "ready"}
-
-
-async def _describe(service: Service, name: str) -> dict[str, Any]:
-    fixed = {"id": name, "object": "model", "created": 0, "owned_by": "raptide"}
-    return {**fixed, **await service.describe(name)}
+    async def readyz() -> Response:
+        """A replica has just computed an embedding, past its queue: which models' did. 503 where
+        none of those does that always have a replica."""
+        models = await service.standing.readiness()
+        if service.standing.serves(models):
+            return JSONResponse({"status": "ready", "models": models})
+        refusal = unavailable()
+        return JSONResponse({**refusal.body(), "models": models}, 503, headers=refusal.headers())
 
 
 def _ask_for_keys(api: FastAPI) -> None:
@@ -255,7 +276,7 @@ def _what_to_score(body: schemas.ScoresRequest) -> tuple[tuple[Any, str], Ask]:
     return given, Ask(call, method=method)  # type: ignore[arg-type]
 
 
-def _accept(
+async def _accept(
     service: Service,
     request: Request,
     model: str | None,
@@ -263,9 +284,11 @@ def _accept(
     given: str | list[str],
     param: str,
     timeout_s: float | None,
+    encoding: Encoding,
     variants: list[str] | None = None,
 ) -> Query:
-    """Check a request, count it against its key, and write it down."""
+    """Check a request, count it against its key, write it down, and wait for room to answer it."""
+    books = request.state.books
     query = service.query(
         model,
         ask,
@@ -273,12 +296,21 @@ def _accept(
         param,
         timeout_s=timeout_s,
         variants=variants,
-        request_id=request.headers.get("X-Request-Id", "")[:LONGEST_ID],
+        request_id=request.headers.get("X-Request-Id", ""),
     )
-    service.admit(request.state.key, query.residues)
-    request.state.books.model = query.model
-    request.state.books.residues = query.residues
+    books.model = query.model
+    await service.weigh(query, encoding)
+    service.admit(books.key, query.residues)
+    books.residues = query.residues
+    books.lease = await service.hold(query, streamed=encoding == "arrow")
     return query
+
+
+def _encoding(request: Request, wanted: schemas.Encoding | None) -> Encoding:
+    """How the client wants numbers."""
+    if ARROW in request.headers.get("Accept", ""):
+        return "arrow"
+    return wanted or "float"
 
 
 async def _arrays(
@@ -286,53 +318,50 @@ async def _arrays(
     request: Request,
     query: Query,
     field: str,
-    encoding: str | None,
+    encoding: Encoding,
     extra: dict[str, Any] | None = None,
 ) -> Response:
     """Arrays as the client wants them."""
-    if _wants_arrow(request):
+    observe = service.metrics.serialised
+    if encoding == "arrow":
         stream = service.stream(query)
         first = await anext(stream)
-        body = arrow_arrays(query.model, len(query.sequences), first, stream)
+        body = arrow_arrays(query.model, len(query.sequences), first, stream, observe)
         return StreamingResponse(
             _closing(body, stream), media_type=ARROW, headers=lineage_headers(query.model, first)
         )
     whole = await service.gather(query)
-    tree = {
-        "object": "list",
-        "model": query.model,
-        "data": rows(whole.arrays, field, encoding or "float"),
-        **(extra or {}),
-        "usage": usage(query.residues),
-    }
-    return _json(service, query, whole, tree)
-
-
-def _scores(
-    service: Service, request: Request, query: Query, whole: Whole, method: str
-) -> Response:
-    scores = [float(score) for array in whole.arrays for score in array.reshape(-1)]
-    if _wants_arrow(request):
-        content = arrow_scores(query.model, whole.weights, scores)
-        return Response(content, media_type=ARROW, headers=lineage_headers(query.model, whole))
-    of_sequences = not (query.variants or query.relative)
-    tree = {
-        "object": "list",
-        "model": query.model,
-        "method": method,
-        "data": score_rows(scores, of_sequences),
-        "usage": usage(query.residues),
-    }
-    return _json(service, query, whole, tree)
-
-
-def _json(service: Service, query: Query, whole: Whole, tree: dict[str, Any]) -> Response:
+    head = {"object": "list", "model": query.model}
+    tail = {**(extra or {}), "usage": usage(query.residues)}
+    headers = lineage_headers(query.model, whole)
+    pieces = json_arrays(head, whole.arrays, field, encoding, tail)
+    if sum(query.answer_bytes) > SMALL_BYTES:
+        streamed = in_thread(joined(pieces), observe)
+        return StreamingResponse(streamed, media_type="application/json", headers=headers)
     started = time.monotonic()
-    content = write_json(tree)
-    service.metrics.serialise.observe(max(time.monotonic() - started, 1e-6))
-    return Response(
-        content, media_type="application/json", headers=lineage_headers(query.model, whole)
-    )
+    content = b"".join(pieces)
+    observe(time.monotonic() - started)
+    return Response(content, media_type="application/json", headers=headers)
+
+
+def _scores(service: Service, query: Query, whole: Whole, method: str, arrow: bool) -> Response:
+    scores = [float(score) for array in whole.arrays for score in array.reshape(-1)]
+    headers = lineage_headers(query.model, whole)
+    started = time.monotonic()
+    if arrow:
+        content = arrow_scores(query.model, whole.weights, scores)
+    else:
+        of_sequences = not (query.variants or query.relative)
+        tree = {
+            "object": "list",
+            "model": query.model,
+            "method": method,
+            "data": score_rows(scores, of_sequences),
+            "usage": usage(query.residues),
+        }
+        content = write_json(tree)
+    service.metrics.serialised(time.monotonic() - started)
+    return Response(content, media_type=ARROW if arrow else "application/json", headers=headers)
 
 
 async def _closing(body: AsyncIterator[bytes], stream: AsyncIterator[Done]) -> AsyncIterator[bytes]:
@@ -342,7 +371,3 @@ async def _closing(body: AsyncIterator[bytes], stream: AsyncIterator[Done]) -> A
             yield chunk
     finally:
         await stream.aclose()  # type: ignore[attr-defined]
-
-
-def _wants_arrow(request: Request) -> bool:
-    return ARROW in request.headers.get("Accept", "")

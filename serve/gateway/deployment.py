@@ -36,6 +36,7 @@ class Gateway(RpcMethods):
         self._keys = KeyRing(Path(settings.keys_file) if settings.keys_file else None)
         if not self._keys:
             check_ports(*_ports())
+        self._keys.watch()
         self._service = Service(settings, models, handles)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

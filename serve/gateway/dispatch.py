@@ -24,7 +24,7 @@ from ray.exceptions import (
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serve.calls import Done, Refused, Work
+from serve.calls import Done, Refused, Status, Work
 from serve.gateway.refusals import Refusal, internal, invalid, overloaded, too_late, unavailable
 
 logger = logging.getLogger("ray.serve")
@@ -108,6 +108,15 @@ class Dispatcher:
             Refusal: none does in time.
         """
         await self._call("probe", timeout_s)
+
+    async def statuses(self, timeout_s: float) -> list[Status]:
+        """How each replica stands that says so in time; none is started for it."""
+        try:
+            response = self._handle.broadcast("status")
+            found = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
+        except (TimeoutError, RayServeException, *GONE):  # there is none
+            return []
+        return [each for each in found if not isinstance(each, BaseException)]
 
     async def _call(self, method: str, timeout_s: float) -> Any:
         until = time.monotonic() + timeout_s

@@ -6,19 +6,16 @@ Plain ASGI, so that a body is refused while it streams in, and nothing is paid f
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
-import traceback
 from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.gateway.books import Books
 from serve.gateway.keys import KeyRing
+from serve.gateway.pace import Pace, Stalled
 from serve.gateway.refusals import Refusal, internal, invalid
 from serve.metrics import GatewayMetrics
-
-logger = logging.getLogger("ray.serve")
 
 OPEN = ("/healthz", "/readyz", "/docs", "/redoc", "/openapi.json", "/static-offline-docs/")
 """Paths that take no key where keys are set: health and documentation."""
@@ -47,32 +44,37 @@ class Guard:
             return
         if scope["type"] != "http":
             raise RuntimeError("Only HTTP is served here.")
-        books = _Books(scope, send, self._metrics)
+        books = Books(self._metrics, "http")
+        wire = _Wire(send, books)
         headers = {name.lower(): value for name, value in scope["headers"]}
-        scope["state"] = {"key": None, "books": books}
+        scope["state"] = {"books": books}
         try:
             body = b""
             # OPTIONS computes nothing: browsers ask by it, without a key, whether they may ask.
             # What takes no key has no use for a body either, and must not wait for one.
             if scope["method"] != "OPTIONS" and not _path(scope).startswith(OPEN):
                 given = headers.get(b"authorization", b"").decode("latin-1")
-                scope["state"]["key"] = self._keys.check(given)
+                books.key = self._keys.check(given)
                 body = await self._read(headers, receive)
-            await self._app(scope, _replay(body, receive), books.send)
+            await self._app(scope, _replay(body, receive), wire.send)
         except Refusal as refusal:
-            books.kind = refusal.kind
-            await refusal.response()(scope, receive, books.send)
+            books.refuse(refusal)
+            await refusal.response()(scope, receive, wire.send)
         except Exception as error:
-            self._report(error)
             if books.complete:  # the application has answered it, and lets it be seen here
+                books.report(error)
                 return
-            if books.status is not None:
+            if wire.begun:
+                _break_off(books, error)
                 # An answer that breaks off must not look whole; its text may repeat what was sent.
                 raise RuntimeError("The answer broke off.") from None
-            books.kind = "internal"
-            await internal().response()(scope, receive, books.send)
+            books.report(error)
+            books.refuse(internal())
+            await internal().response()(scope, receive, wire.send)
         finally:
-            books.close()
+            if "route" in scope:  # by its template: a path may hold what a client has made up
+                books.call = scope["route"].path.removeprefix("/v1").strip("/").split("/")[0]
+            books.close(counted_only=_path(scope).startswith(OPEN))
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         """The whole body, or a refusal as soon as it is known to be too large or too slow."""
@@ -118,67 +120,37 @@ class Guard:
             413,
         )
 
-    @staticmethod
-    def _report(error: Exception) -> None:
-        """Where it happened, without what it said: that may hold sequences."""
-        places = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
-        logger.error("A request failed with %s at %s.", type(error).__name__, " ".join(places[-4:]))
 
+class _Wire:
+    """What the application sends, no faster than it is read, and with its status in the books."""
 
-class _Books:
-    """What is written down of one request: metrics, and one line of the log."""
-
-    def __init__(self, scope: Scope, send: Send, metrics: GatewayMetrics) -> None:
-        self._scope = scope
-        self._send = send
-        self._metrics = metrics
-        self._started = time.monotonic()
-        self.status: int | None = None
-        self.complete = False
-        """Whether the whole answer has gone out."""
-        self.kind: str | None = None
-        """The type of the error, if it is one."""
-        self.model = ""
-        self.residues = 0
+    def __init__(self, send: Send, books: Books) -> None:
+        self._send = Pace(send)
+        self._books = books
+        self.begun = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self.begun = True
+            self._books.status = message["status"]
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.complete = True
+            self._books.complete = True
 
-    def close(self) -> None:
-        seconds = time.monotonic() - self._started
-        path = _path(self._scope)
-        call = path.rsplit("/", 1)[-1] if "route" in self._scope else "other"
-        tags = {"model": self.model, "call": call}
-        status = self.status or 499  # the client has left
-        self._metrics.requests.inc(tags={**tags, "status": str(status)})
-        if status >= 400:
-            self._metrics.errors.inc(tags={"type": self.kind or str(status)})
-        if path.startswith(OPEN):
+
+def _break_off(books: Books, error: BaseException) -> None:
+    """Why an answer ends in its middle: a refusal, a client that reads no further, or a fault."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:  # Starlette raises another one over it
+        causes.append(causes[-1].__cause__)
+    for cause in causes:
+        if isinstance(cause, Stalled):
             return
-        self._metrics.request.observe(seconds, tags=tags)
-        if self.residues:
-            self._metrics.residues.inc(self.residues, tags=tags)
-        key = self._scope["state"]["key"]
-        logger.info(
-            "%s %s %d %.1f ms",
-            call,
-            self.model or "-",
-            status,
-            1e3 * seconds,
-            extra={
-                "call": call,
-                "model": self.model,
-                "status": status,
-                "seconds": round(seconds, 4),
-                "residues": self.residues,
-                "key": key.name if key else None,
-                "error": self.kind,
-            },
-        )
+        if isinstance(cause, Refusal):
+            books.refuse(cause)
+            return
+    books.report(causes[-1])
+    books.refuse(internal())
 
 
 def _path(scope: Scope) -> str:

@@ -18,7 +18,9 @@ import hmac
 import os
 import re
 import secrets
+import threading
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,16 +61,23 @@ class KeyRing:
         self._fewer: tuple[object, float] | None = None
         """A file that lacks keys it had, and since when it has been so."""
         self._filed: list[Key] = []
+        self._watched = False
         self._read()
 
     def __bool__(self) -> bool:
         """Whether keys are asked for at all; a file whose last key was revoked still asks."""
         return self._file is not None or bool(self._fixed)
 
+    def watch(self) -> None:
+        """From now on look after the file in a thread: a slow file system holds up no request."""
+        if self._file is not None:
+            self._watched = True
+            threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True).start()
+
     def find(self, given: str) -> Key | None:
         """The key that a client gave. Takes the same time whichever it is."""
         now = time.monotonic()
-        if now - self._looked >= LOOK_AGAIN_S:
+        if not self._watched and now - self._looked >= LOOK_AGAIN_S:
             self._looked = now
             self._read()
         digest = hashlib.sha256(given.encode()).digest()
@@ -125,6 +134,13 @@ class KeyRing:
             if now - self._fewer[1] < SETTLE_S:
                 return
         self._fewer, self._filed, self._seen = None, found, seen
+
+
+def _watch(ring: weakref.ref[KeyRing]) -> None:
+    while (watched := ring()) is not None:
+        watched._read()
+        del watched  # or it would never end
+        time.sleep(LOOK_AGAIN_S)
 
 
 def _text_of(file: Path) -> str:

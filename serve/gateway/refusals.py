@@ -8,6 +8,9 @@ rate_limit       429                       the key's residues per minute are use
 unavailable      503                       no replica answers: try again
 deadline         504                       allow more time, or send less
 internal         500                       report it
+
+`raptide_errors_total` counts by these types, and those who left before their answer as
+`disconnected` (499).
 """
 
 from __future__ import annotations
@@ -20,9 +23,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+LONGEST = 1000
+"""Characters of a message."""
+
 
 class Refusal(Exception):
-    """A request that gets no answer, and why."""
+    """A request that gets no answer, and why.
+
+    Args:
+        message: one sentence; cut where it repeats too much of what a client sent.
+    """
 
     def __init__(
         self,
@@ -32,6 +42,7 @@ class Refusal(Exception):
         param: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
+        message = message if len(message) <= LONGEST else f"{message[:LONGEST]} [...]"
         super().__init__(message)
         self.status = status
         self.kind = kind
@@ -75,6 +86,12 @@ def too_late(timeout_s: float) -> Refusal:
     )
 
 
+def updated() -> Refusal:
+    return Refusal(
+        503, "unavailable", "The model was updated meanwhile; ask again.", retry_after_s=1.0
+    )
+
+
 def unavailable() -> Refusal:
     return Refusal(503, "unavailable", "No replica answers; try again shortly.", retry_after_s=1.0)
 
@@ -110,8 +127,8 @@ def register(api: FastAPI) -> None:
 
 
 def _answer(request: Request, refusal: Refusal) -> JSONResponse:
-    """Its answer, with its type in the books (guard.py): docs and dashboard go by the type."""
-    request.state.books.kind = refusal.kind
+    """Its answer, with its type in the books: alerts and dashboard go by the type."""
+    request.state.books.refuse(refusal)
     return refusal.response()
 
 

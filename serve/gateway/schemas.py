@@ -22,6 +22,8 @@ Sequence = Annotated[
 Several = Annotated[list[Sequence], Field(json_schema_extra={"minItems": 1})]
 Encoding = Literal["float", "base64"]
 
+State = Literal["ready", "idle", "unavailable"]
+
 EXAMPLE = ["MKTAYIAKQR", "GSHMLEDPVA"]
 
 
@@ -143,19 +145,23 @@ class Model(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
-    width: int
-    layers: int
-    parameters: int
-    dtype: str
-    max_residues: int
+    state: State
+    width: int = Field(0, description="This and what follows is left out until a replica has told")
+    layers: int = 0
+    parameters: int = 0
+    dtype: str = ""
+    max_residues: int = 0
     calls: list[str] = Field(
+        [],
         description="Paths under /v1 that it answers: contacts need a contact head; logits, scan "
-        "and scores a language-model head"
+        "and scores a language-model head",
     )
-    weights: str = Field(description="Digest of the weights")
-    verified: bool = Field(description="A known sequence was answered as the bundle records it")
-    tokens: list[str] = Field(description="The columns of logits")
-    lineage: dict[str, Any] = Field(description="Corpus, run, step and code; {} if unknown")
+    weights: str = Field("", description="Digest of the weights")
+    verified: bool = Field(
+        False, description="A known sequence was answered as the bundle records it"
+    )
+    tokens: list[str] = Field([], description="The columns of logits")
+    lineage: dict[str, Any] = Field({}, description="Corpus, run, step and code; {} if unknown")
 
 
 class ModelsResponse(BaseModel):
@@ -163,8 +169,41 @@ class ModelsResponse(BaseModel):
     data: list[Model]
 
 
+class Replica(BaseModel):
+    node: str
+    weights: str
+    step: int | None
+    queued_tokens: int
+    pending_tokens: int = Field(description="Queued, or being computed")
+    residues_per_s: float
+
+
+class Version(BaseModel):
+    weights: str
+    step: int | None
+    replicas: int
+
+
+class ModelStatus(BaseModel):
+    id: str
+    state: State
+    queued_tokens: int
+    residues_per_s: float = Field(description="Answered, over the last half minute")
+    versions: list[Version]
+    replicas: list[Replica]
+
+
+class StatusResponse(BaseModel):
+    object: Literal["list"]
+    data: list[ModelStatus]
+
+
 class Status(BaseModel):
     status: str
+
+
+class Readiness(Status):
+    models: dict[str, State]
 
 
 class ErrorDetail(BaseModel):
@@ -175,3 +214,7 @@ class ErrorDetail(BaseModel):
 
 class ErrorResponse(BaseModel):
     error: ErrorDetail
+
+
+class Unready(ErrorResponse):
+    models: dict[str, State]

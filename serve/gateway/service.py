@@ -20,27 +20,31 @@ from ray.serve.handle import DeploymentHandle
 from raptide.alphabet import decode_residues, encode_residues
 from raptide.errors import SequenceError
 from raptide.inference.variants import apply_variant, parse_variant
-from serve.calls import Ask, Description, Done, Work, cut, positions_of
-from serve.gateway.cache import Cache, cache_key
+from serve.calls import Ask, Description, Done, Work, positions_of
 from serve.gateway.dispatch import Dispatcher
 from serve.gateway.keys import Key, Rate
+from serve.gateway.ledger import Lease, Ledger
 from serve.gateway.refusals import Refusal, invalid, overloaded
+from serve.gateway.sizes import (
+    BYTES,
+    Encoding,
+    Shapes,
+    ahead_bytes,
+    check_layer_count,
+    check_layers_differ,
+    check_size,
+    count_numbers,
+    cut_runs,
+)
+from serve.gateway.standing import Standing
 from serve.metrics import GatewayMetrics
 from serve.settings import GatewaySettings, ModelSettings
-
-RUNS_AT_ONCE = 8
-"""Runs of one request on their way at a time; each holds at most about one batch."""
 
 DESCRIBE_S = 30.0
 """How long a model may take to say what it is: with no replica, one has to load first."""
 
-LEARN_S = 5.0
-"""How long after an update the cache may answer for the weights before it."""
-
-PROBED_S = 2.0
-"""How long a probe's outcome holds."""
-
-MOST_LAYERS = 256
+LONGEST_ID = 128
+"""Characters of a request's id that are kept; a client may send any number."""
 
 ATTEMPTS = 5
 """How often a request is begun again because an update came between its runs."""
@@ -62,6 +66,8 @@ class Query:
     variants: list[str] = field(default_factory=list)
     relative: bool = False
     """Whether the first sequence is the wild type, and the answers are to be relative to it."""
+    answer_bytes: list[int] = field(default_factory=list)
+    """What the arrays of each sequence take in memory; filled in by `Service.weigh`."""
 
     @property
     def residues(self) -> int:
@@ -94,16 +100,12 @@ class Service:
         self._dispatchers = {
             name: Dispatcher(handle, self._count_retry) for name, handle in handles.items()
         }
-        self._cache = Cache(settings.cache_bytes)
-        self._newest: dict[str, tuple[str, float]] = {}
-        """The weights each model answered with last, and when."""
         self._rates: dict[str, Rate] = {}
-        self._probed: asyncio.Future[None] | None = None
-        self._probed_at = 0.0
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._models)
+        self._shapes = Shapes(
+            lambda name, allowed_s: self._dispatchers[name].describe(allowed_s), settings.timeout_s
+        )
+        self._ledger = Ledger(settings.max_held_bytes)
+        self.standing = Standing(models, self._dispatchers)
 
     async def describe(self, name: str) -> Description:
         """What a model is and where its weights come from, as one of its replicas says."""
@@ -120,29 +122,14 @@ class Service:
     async def refuse_other_width(self, model: str | None, width: int) -> None:
         """Raises Refusal where a model's vectors have another number of values."""
         name = self.name_of(model)
-        own = (await self.describe(name))["width"]
+        until = time.monotonic() + DESCRIBE_S
+        own = (await self._shapes.of(name, DESCRIBE_S, until)).width
         if width != own:
             raise invalid(
                 "dimensions",
                 f"Vectors of {name} have {own} values and are never cut, but {width} were asked "
                 f"for; leave `dimensions` out, or give {own}.",
             )
-
-    async def probe(self, timeout_s: float) -> None:
-        """Every model that always has a replica has just computed something, past its queue.
-
-        Whoever asks within PROBED_S shares one computation: probes take no key.
-        """
-        now = time.monotonic()
-        probed = self._probed
-        if probed is None or (probed.done() and now - self._probed_at > PROBED_S):
-            self._probed_at = now
-            probed = self._probed = asyncio.ensure_future(self._probe(timeout_s))
-        await asyncio.shield(probed)
-
-    async def _probe(self, timeout_s: float) -> None:
-        always = [m for m in self._models.values() if m.max_replicas is None or m.min_replicas]
-        await asyncio.gather(*(self._dispatchers[m.name].probe(timeout_s) for m in always))
 
     def query(
         self,
@@ -162,12 +149,7 @@ class Service:
         """
         started = time.monotonic()
         chosen = self._choose(model)
-        if len(set(ask.layers)) < len(ask.layers) or len(ask.layers) > MOST_LAYERS:
-            raise invalid(
-                "layers",
-                f"`layers` names each layer once, and at most {MOST_LAYERS}, but "
-                f"{len(ask.layers):,} were given, {len(set(ask.layers)):,} of them different.",
-            )
+        check_layer_count(ask.layers)
         sequences = self._read(given, param)
         relative = False
         if variants is not None:
@@ -185,7 +167,7 @@ class Service:
             param,
             started + allowed_s,
             allowed_s,
-            request_id,
+            request_id[:LONGEST_ID],
             variants or [],
             relative,
         )
@@ -210,6 +192,32 @@ class Service:
                 "wait as long as Retry-After says.",
                 retry_after_s=wait_s,
             )
+
+    async def weigh(self, query: Query, encoding: Encoding) -> None:
+        """Find out how large the answer will be.
+
+        Raises:
+            Refusal: too large, a layer is named twice, or no replica says what the model is.
+        """
+        shape = await self._shapes.of(query.model, query.timeout_s, query.deadline)
+        check_layers_differ(query.ask.layers, shape)
+        lengths = [len(each) for each in query.sequences]
+        counts = count_numbers(query.ask, lengths, len(query.variants), shape)
+        rows = max(len(counts), len(query.variants))
+        check_size(sum(counts), rows, encoding, query.param, self.settings)
+        query.answer_bytes = [BYTES * count for count in counts]
+
+    async def hold(self, query: Query, *, streamed: bool) -> Lease:
+        """Room in memory for the answer, which must be given back.
+
+        Args:
+            streamed: it is sent as it is computed, and never held as a whole.
+
+        Raises:
+            Refusal: there is none before the deadline.
+        """
+        needed = ahead_bytes(query.answer_bytes) if streamed else sum(query.answer_bytes)
+        return await self._ledger.hold(needed, query.deadline)
 
     async def gather(self, query: Query) -> Whole:
         """All answers, from one version of the weights.
@@ -244,11 +252,11 @@ class Service:
         """
         costs = [query.ask.tokens(len(sequence)) for sequence in query.sequences]
         budget = self._models[query.model].max_batch_tokens
-        runs = deque(cut(costs, budget))
+        runs, at_once = cut_runs(costs, query.answer_bytes, budget)
         going: deque[asyncio.Task[Done]] = deque()
         try:
             while runs or going:
-                while runs and len(going) < RUNS_AT_ONCE:
+                while runs and len(going) < at_once:
                     run = runs.popleft()
                     going.append(asyncio.create_task(self._run(query, run, sum(costs[run]))))
                 yield await going.popleft()
@@ -260,30 +268,12 @@ class Service:
         sequences = query.sequences[run]
         if query.variants:
             tokens = query.ask.tokens(len(sequences[0]), positions_of(query.variants))
-        key = None
-        if self._cache.max_bytes and len(query.sequences) == 1:
-            newest, when = self._newest.get(query.model, ("", 0.0))
-            key = cache_key(query.model, newest, query.ask, sequences[0], query.variants)
-            fresh = time.monotonic() - when < LEARN_S
-            kept = self._cache.get(key) if fresh else None
-            self.metrics.cache.inc(tags={"result": "hit" if kept else "miss"})
-            if kept is not None:
-                return kept
         work = Work(query.ask, sequences, tokens, query.timeout_s, query.request_id, query.variants)
         done = await self._dispatchers[query.model].run(
             work, query.deadline, query.param, run.start
         )
-        if self._cache.max_bytes:
-            self._keep(query, key, done)
+        self._shapes.saw(query.model, done.weights)
         return done
-
-    def _keep(self, query: Query, key: bytes | None, done: Done) -> None:
-        """Remember an answer under the weights it came from, and that these are the newest."""
-        before, _ = self._newest.get(query.model, ("", 0.0))
-        self._newest[query.model] = (done.weights, time.monotonic())
-        if key is not None and before == done.weights:
-            self._cache.put(key, done)
-            self.metrics.cache_bytes.set(self._cache.held_bytes)
 
     def _count_retry(self, reason: str) -> None:
         self.metrics.retries.inc(tags={"reason": reason})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 import time
@@ -14,20 +15,30 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
+import torch
 
 from raptide.alphabet import encode_residues
+from raptide.errors import ConfigError
 from raptide.inference.engine import CONTACT_RESIDUES, Engine
 from raptide.model.check import verify_check
+from raptide.model.device import CPU_SIZES, first_sizes
 from raptide.model.formats.tensor_files import digest_weights
-from serve.calls import PATHS, Ask, Description, Done, Refused, Work
-from serve.metrics import ReplicaMetrics
+from serve.calls import PATHS, SPECIALS, Ask, Description, Done, Refused, Status, Work
+from serve.metrics import Pace, ReplicaMetrics
+from serve.models import open_model
 from serve.replica.batcher import Answers, Batch, DeadlinePassed, QueueFull, TokenBatcher
 from serve.replica.plan import Plan, Unfit
 from serve.settings import ModelSettings
 
+logger = logging.getLogger("ray.serve")
+
 SWITCH_S = 0.0005
 """How long the event loop may keep the interpreter from the thread that computes (Python's default
 is ten times that, which the next layer would wait for)."""
+
+
+WARM_UP_S = 60.0
+"""How long a replica computes for practice; the pass that is going on then is finished."""
 
 
 class Replica:
@@ -40,12 +51,14 @@ class Replica:
     def __init__(self, settings: ModelSettings) -> None:
         sys.setswitchinterval(SWITCH_S)
         self._settings = settings
-        self._engine, self._verified = _in_its_own_thread(_load, settings).result()
+        path, device = open_model(settings), device_given()
+        self._engine, self._verified = _in_its_own_thread(_load, settings, path, device).result()
         self._probe: Future[None] | None = None
-        self._weights = digest_weights(Path(settings.path))[:16]
+        self._weights = digest_weights(path)[:16]
         step = self._engine.lineage.get("step")
         self._step = step if isinstance(step, int) else None
         self._metrics = ReplicaMetrics(settings.name, settings.max_batch_tokens)
+        self._pace = Pace()
         self._batcher = TokenBatcher(
             self._compute, settings.max_batch_tokens, settings.max_queued_tokens, self._observe
         )
@@ -71,6 +84,7 @@ class Replica:
         finally:
             self._metrics.queued(self._batcher.queued_tokens)
         self._metrics.request(answers.queue_s)
+        self._pace.add(sum(map(len, work.sequences)))
         return self._done(plan, answers)
 
     async def describe(self) -> Description:
@@ -87,6 +101,18 @@ class Replica:
             "weights": self._weights,
             "verified": self._verified,
             "lineage": self._engine.lineage,
+        }
+
+    async def status(self) -> Status:
+        """How this replica stands, for /v1/models and /v1/status."""
+        return {
+            "node": ray.get_runtime_context().get_node_id(),
+            "weights": self._weights,
+            "step": self._step,
+            "queued_tokens": self._batcher.queued_tokens,
+            "pending_tokens": self._batcher.pending_tokens,
+            "residues_per_s": self._pace.per_s,
+            "model": await self.describe(),
         }
 
     @property
@@ -107,6 +133,7 @@ class Replica:
 
     async def check_health(self) -> None:
         """Serve's probe: the model must answer with numbers."""
+        self._metrics.queued(self._batcher.queued_tokens)  # exported once, each time it is set
         await self.probe()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -179,12 +206,48 @@ class Replica:
         self._metrics.queued(self._batcher.queued_tokens)
 
 
-def _load(settings: ModelSettings) -> tuple[Engine, bool]:
-    """The engine, and whether its bundle had a check, which it has passed."""
+def device_given() -> str:
+    """The device that Ray gave this process: "cpu", unless it was given a GPU or a part of one.
+
+    Ray hides no GPU from a process that asked for none.
+
+    Raises:
+        ConfigError: it was given a GPU that PyTorch does not see.
+    """
+    given = ray.is_initialized() and ray.get_runtime_context().get_accelerator_ids().get("GPU")
+    if not given:
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"`gpus_per_replica` asks for a GPU, and Ray gave GPU {given[0]}, but PyTorch sees "
+            "none there; install PyTorch for CUDA on that node, or set it to 0."
+        )
+    return "cuda"
+
+
+def _load(settings: ModelSettings, path: Path, device: str) -> tuple[Engine, bool]:
+    """The engine, warm, and whether its bundle had a check, which it has passed."""
     engine = Engine.load(
-        settings.path, dtype=settings.dtype, max_batch_tokens=settings.max_batch_tokens
+        path, device=device, dtype=settings.dtype, max_batch_tokens=settings.max_batch_tokens
     )
-    return engine, verify_check(Path(settings.path), engine.model)
+    verified = verify_check(path, engine.model)
+    warm_up(engine)
+    return engine, verified
+
+
+def warm_up(engine: Engine) -> None:
+    """Compute what is slow only once, so that no client waits for it; within about WARM_UP_S."""
+    until = time.monotonic() + WARM_UP_S
+    compute = engine.logits if engine.model.has_head else engine.embed
+    for size in first_sizes(engine.model.embed.weight.device, engine.max_batch_tokens):
+        residues = max(1, size - SPECIALS)
+        longest = min(residues, engine.max_residues)
+        compute(["M" * longest] * max(1, residues // longest))
+        if time.monotonic() > until:
+            logger.warning("Batches above %d tokens were not computed before traffic.", size)
+            return
+    if engine.model.contact_head is not None:
+        engine.contacts(["M" * CPU_SIZES[-1]])
 
 
 def _in_its_own_thread(compute: Callable[..., Any], *args: Any) -> Future[Any]:

@@ -70,7 +70,8 @@ class RaptideServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Embed(self, request, context):
-        """Arrays come batch by batch, in the order of the request.
+        """Arrays come batch by batch, in the order of the request. No message holds more than 3 MB: of a
+        larger array the values come in several messages (serve/rpc/joining.py joins them).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -285,6 +285,18 @@ def test_long_lists_go_in_bounded_chunks_in_parallel_and_come_back_in_order(serv
     assert 1 < server.most_running <= 4
 
 
+def test_residues_of_many_layers_are_asked_for_less_at_a_time_and_by_arrow(server):
+    """So that no answer is larger than one of one layer, and none in JSON is refused."""
+    with Client(server.url) as client:
+        client.embed(["M" * 98] * 40, "residue", layers=range(10))
+        client.embed(["M" * 98] * 40, layers=range(10))
+    residues = [b for b, _ in server.requests if b["pooling"] == "residue"]
+    assert len(residues) == 10
+    assert max(sum(len(s) + 2 for s in body["input"]) for body in residues) <= 409
+    assert len(server.requests) == 11
+    assert {headers["Accept"] for _, headers in server.requests} == {ARROW}
+
+
 def test_a_generator_is_read_a_bounded_way_ahead(server):
     read = 0
 

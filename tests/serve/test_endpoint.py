@@ -158,6 +158,24 @@ def test_the_model_comes_with_its_lineage(client):
     assert headers["X-Raptide-Step"] == "5"
 
 
+def test_the_status_says_who_serves_what_and_how_busy_it_is(client):
+    client.post("/v1/embeddings", json={"input": ["MKTAYIAKQR"] * 30})
+    (model,) = client.get("/v1/models").json()["data"]
+    until = time.monotonic() + 20
+    while (status := client.get("/v1/status").json()["data"][0])["residues_per_s"] < 10:
+        assert time.monotonic() < until, status
+        time.sleep(0.5)  # gateways share what they hear for two seconds
+    assert (status["id"], status["state"], status["queued_tokens"]) == ("raptide", "ready", 0)
+    assert status["versions"] == [{"weights": model["weights"], "step": 5, "replicas": 1}]
+    (replica,) = status["replicas"]
+    assert replica["residues_per_s"] >= 10
+    assert set(replica) == {
+        *("node", "weights", "step", "queued_tokens", "pending_tokens", "residues_per_s")
+    }
+    keyless = httpx.get(f"{client.base_url}/v1/status")
+    assert keyless.status_code == 401
+
+
 def test_a_request_keeps_its_id(client):
     given = client.post("/v1/embeddings", json={"input": "MK"}, headers={"X-Request-Id": "abc-123"})
     assert given.headers.get_list("X-Request-Id") == ["abc-123"]
@@ -167,10 +185,10 @@ def test_a_request_keeps_its_id(client):
 
 def test_health_readiness_and_docs(client):
     assert client.get("/healthz").json() == {"status": "ok"}
-    assert client.get("/readyz").json() == {"status": "ready"}
+    assert client.get("/readyz").json() == {"status": "ready", "models": {"raptide": "ready"}}
     assert client.get("/docs").status_code == 200
     paths = client.get("/openapi.json").json()["paths"]
-    calls = {"embeddings", "scores", "scan", "contacts", "logits", "models"}
+    calls = {"embeddings", "scores", "scan", "contacts", "logits", "models", "status"}
     others = {"/v1/models/{model}", "/healthz", "/readyz"}
     assert {f"/v1/{call}" for call in calls} | others == set(paths)
 

@@ -1,6 +1,7 @@
 """Replicas die and checkpoints change under load, and no client sees it."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -36,11 +37,15 @@ def bundles(tmp_path_factory):
     return {step: make_bundle(folder / str(step), seed=step, step=step) for step in (1, 2)}
 
 
-def test_a_killed_replica_costs_no_request(deploy, bundles, proxy):
-    url = deploy(bundles[1])
+def test_killed_replicas_cost_no_request_and_come_back_though_their_files_were_pruned(
+    deploy, bundles, proxy, tmp_path
+):
+    model = shutil.copytree(bundles[1], tmp_path / "step-1/model")
+    url = deploy(model)
+    shutil.rmtree(model.parent)
     handle = ray_serve.get_deployment_handle("replica-raptide", "updates")
     with SteadyLoad(url, **proxy.headers) as load:
-        for _ in range(2):
+        for _ in range(3):  # of two replicas
             os.kill(handle.process.remote().result()["pid"], signal.SIGKILL)
             load.wait_for_more(40)
     assert not load.failed

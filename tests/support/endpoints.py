@@ -1,4 +1,4 @@
-"""One Serve for all modules: an endpoint, and one with several keys, two models and a cache."""
+"""One Serve for all modules: an endpoint, and one with several keys and two models."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def engine(bundle: Path) -> Engine:
     return Engine.load(bundle)
 
 
-SERVICER = "serve.rpc.raptide_pb2_grpc.add_RaptideServicer_to_server"
+SERVICER = "serve.rpc.service.add_service"
 
 
 @dataclass
@@ -135,7 +135,6 @@ def keyed(proxy: Proxy, bundle: Path, tmp_path_factory: pytest.TempPathFactory) 
     arguments = {
         "models": models,
         "keys_file": str(endpoint.file),
-        "cache_bytes": 2**20,
         "cors_origins": ["https://lab.example"],
     }
     ray_serve.run(build(arguments), name="keyed", route_prefix="/keyed")

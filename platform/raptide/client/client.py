@@ -33,7 +33,8 @@ from raptide.methods import Pooling, ScanMethod, ScoreMethod, VariantMethod
 
 CHUNK_TOKENS = 4_096
 """Tokens to compute in one request. Small enough that what is in flight is answered in time by an
-endpoint on CPUs; per-residue answers are then at most 21 MB at 1,280 values a residue."""
+endpoint on CPUs; per-residue answers are then at most 21 MB at 1,280 values a residue. Of several
+layers each is a share of it, so that an answer is no larger."""
 
 VARIANT_CHUNK_TOKENS = 32_768
 """The same for variants by pseudo perplexity: each request scores the sequence itself again."""
@@ -147,11 +148,18 @@ class Client:
         options: dict[str, Any] = {"pooling": pooling}
         if layers is not None:
             options["layers"] = list(layers)
-        large = pooling == "residue"
+        residues = pooling == "residue"
+        depth = len(layers or (-1,))
         results = self._map_arrays(
-            sequences, "/v1/embeddings", "input", options, "embedding", large
+            sequences,
+            "/v1/embeddings",
+            "input",
+            options,
+            "embedding",
+            large=residues or depth > 1,
+            max_tokens=CHUNK_TOKENS // depth if residues else CHUNK_TOKENS,
         )
-        if large or isinstance(results, Iterator):
+        if residues or isinstance(results, Iterator):
             return results
         return np.stack(results) if results else self._no_vectors(layers)
 
@@ -262,8 +270,14 @@ class Client:
         options: dict[str, Any],
         found: str,
         large: bool,
+        max_tokens: int = CHUNK_TOKENS,
     ) -> Any:
-        """One array a sequence; `given` and `found` are the fields of request and answer."""
+        """One array a sequence; `given` and `found` are the fields of request and answer.
+
+        Args:
+            large: take Arrow.
+            max_tokens: of one request.
+        """
         read = partial(read_arrays, field=found)
         accept = ARROW if large else "application/json"
 
@@ -271,13 +285,14 @@ class Client:
             body = {given: chunk, "encoding_format": "base64"} | options
             return self._post(path, body, read, len(chunk), stop, accept)
 
-        return self._map(sequences, send)
+        return self._map(sequences, send, max_tokens=max_tokens)
 
     def _map(
         self,
         sequences: Sequence[str] | Iterator[str],
         send: Callable[[Chunk, threading.Event], list[T]],
         passes_each: bool = False,
+        max_tokens: int = CHUNK_TOKENS,
     ) -> Any:
         """A list for a list, an iterator for an iterator."""
         if isinstance(sequences, str):
@@ -296,7 +311,7 @@ class Client:
         if not isinstance(sequences, Iterator):
             plain = list(plain)  # a mistake in a list is found before anything is sent
             total = len(plain)
-        chunks = cut_chunks(plain, self._chunk_sequences, CHUNK_TOKENS, passes_each)
+        chunks = cut_chunks(plain, self._chunk_sequences, max_tokens, passes_each)
         results = self._in_order(send_counted, chunks, total, " sequences")
         return results if total is None else list(results)
 
@@ -333,6 +348,9 @@ class Client:
     def _no_vectors(self, layers: Sequence[int] | None) -> np.ndarray:
         """What the engine gives for an empty list."""
         models = {model["id"]: model for model in self.models()}
-        width = models.get(self._model, next(iter(models.values())))["width"]
+        model = models.get(self._model, next(iter(models.values())))
+        if "width" not in model:  # no replica has told it yet
+            model = self._transport.ask("GET", f"/v1/models/{model['id']}", httpx.Response.json)
+        width = model["width"]
         several = layers is not None and len(layers) > 1
         return np.empty((0, len(layers or ()), width) if several else (0, width), np.float32)

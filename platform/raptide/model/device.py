@@ -53,6 +53,16 @@ CPU_SIZES = (512, 256, 128, 64, 16)
 ROUND_UP_BELOW = 128
 
 
+def first_sizes(device: torch.device, max_tokens: int) -> list[int]:
+    """Sizes of batches, in tokens, smallest first, of which the first takes longer than the next.
+
+    For a GPU's layers are compiled, and memory for a full batch is set aside; on CPUs oneDNN
+    generates code by the number of rows.
+    """
+    sizes = CPU_SIZES if device.type == "cpu" else (CPU_SIZES[-1], max_tokens)
+    return sorted(size for size in sizes if size <= max_tokens)
+
+
 def token_chunks(x_TD: torch.Tensor) -> Iterator[tuple[int, int, int]]:
     """Cut T tokens for functions that treat each by itself: start, stop, and size to pad to.
 

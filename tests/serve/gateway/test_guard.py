@@ -1,16 +1,21 @@
 """The guard by itself: bodies that never end, answers that break, pages that may read refusals."""
 
 import asyncio
+import json
 import time
 from types import SimpleNamespace
 
+import fake_replicas
 import httpx
+import large_answer
 import pytest
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from starlette.middleware.cors import CORSMiddleware
 
+from serve.calls import Refused
 from serve.gateway import refusals
+from serve.gateway.api import build_api
 from serve.gateway.guard import Guard
 from serve.gateway.keys import KeyRing, make_key
 
@@ -143,6 +148,85 @@ def test_an_answer_that_breaks_off_does_not_look_whole(app, ring, metrics):
 
     sent = asyncio.run(call())
     assert sent[-1].get("more_body") is True
+    assert [tags["status"] for tags in metrics.requests.seen] == ["500"], "not 200, as it began"
+    assert metrics.errors.seen == [{"type": "internal"}]
+
+
+def test_an_arrow_stream_whose_later_run_is_refused_counts_as_that():
+    replicas = fake_replicas.FakeReplicas(failure=Refused("deadline"), fails_at=3)
+    app, service = fake_replicas.make_app(replicas)
+    body = {"input": ["M" * 4000] * 5, "pooling": "residue"}
+
+    async def discard(message):
+        pass
+
+    with pytest.raises(RuntimeError, match="broke off"):
+        asyncio.run(large_answer.post(app, body, large_answer.ARROW, discard))
+    assert dict(service.metrics["requests"].seen) == {("m", "embeddings", "504"): 1}
+    assert dict(service.metrics["errors"].seen) == {("deadline",): 1}
+    assert service._ledger.held_bytes == 0
+
+
+def test_who_leaves_in_the_middle_of_an_answer_is_counted_as_gone():
+    replicas = fake_replicas.FakeReplicas()
+    app, service = fake_replicas.make_app(replicas)
+    body = {"input": ["M" * 4000] * 5, "pooling": "residue"}
+
+    async def call():
+        begun = asyncio.Event()
+
+        async def hang(message):
+            begun.set()
+            if message.get("body"):
+                await asyncio.sleep(60)
+
+        task = asyncio.create_task(large_answer.post(app, body, large_answer.ARROW, hang))
+        await begun.wait()
+        task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(call())
+    assert dict(service.metrics["requests"].seen) == {("m", "embeddings", "499"): 1}
+    assert dict(service.metrics["errors"].seen) == {("disconnected",): 1}
+    assert service._ledger.held_bytes == 0
+
+
+def test_nothing_that_a_client_makes_up_becomes_a_label():
+    replicas = fake_replicas.FakeReplicas()
+    app, service = fake_replicas.make_app(replicas)
+    for path in ("models", "models/m", f"models/{'x' * 5000}", "y" * 5000):
+        ask(app, f"/v1/{path}", method="GET")
+    assert dict(service.metrics["requests"].seen) == {
+        ("", "models", "200"): 2,
+        ("", "models", "404"): 1,
+        ("", "other", "404"): 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "kind"),
+    [
+        ("embeddings", {"input": "M1"}, {}, "invalid_request"),
+        ("embeddings", {"inputs": "MK"}, {}, "invalid_request"),
+        ("embeddings", {"input": ["M" * 700] * 3}, {}, "invalid_request"),  # 413, by the guard
+        ("nothing", {}, {}, "invalid_request"),
+        ("embeddings", {"input": "MK"}, {"Authorization": "Bearer no"}, "authentication"),
+        ("embeddings", {"input": "MK"}, {}, "overloaded"),
+        ("embeddings", {"input": "MK"}, {}, "internal"),
+        ("embeddings", {"input": "MK"}, {"X-Raptide-Timeout-S": "0.001"}, "deadline"),
+    ],
+)
+def test_errors_are_counted_by_the_type_that_clients_read(path, body, headers, kind, ring):
+    """The documented alert asks for `internal|unavailable`."""
+    failure = {"overloaded": Refused("full"), "internal": ZeroDivisionError()}.get(kind)
+    replicas = fake_replicas.FakeReplicas(failure=failure)
+    if kind == "deadline":
+        replicas.gate.clear()
+    service = fake_replicas.make_service(replicas, max_body_bytes=2000)
+    app = build_api(service, ring[0])
+    answer = ask(app, f"/v1/{path}", json.dumps(body).encode(), ring[1] | headers)
+    assert answer.json()["error"]["type"] == kind
+    assert dict(service.metrics["errors"].seen) == {(kind,): 1}
 
 
 def test_a_page_that_is_let_in_may_read_refusals_and_asks_without_a_key(app, ring, metrics):

@@ -2,6 +2,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -74,6 +75,34 @@ def test_a_file_that_is_being_rewritten_locks_nobody_out(tmp_path, at_once, monk
     time.sleep(0.4)
     assert ring.find(second) is None, "what stays away was revoked"
     assert ring.find(first)
+
+
+def test_a_watched_file_is_read_by_a_thread_of_its_own_and_holds_nobody_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(keys, "LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr(keys, "SETTLE_S", 0.0)
+    (first, line), (second, other) = make_key("a"), make_key("b")
+    file = tmp_path / "keys"
+    file.write_text(line)
+    ring = KeyRing(file)
+    reading, may_go_on = threading.Event(), threading.Event()
+    read = keys._text_of
+
+    def read_slowly(path):
+        reading.set()
+        assert may_go_on.wait(60)
+        return read(path)
+
+    monkeypatch.setattr(keys, "_text_of", read_slowly)
+    ring.watch()
+    file.write_text(f"{line}\n{other}\n")
+    assert reading.wait(60)
+    assert ring.find(first), "nobody waits for the file system"
+    assert ring.find(second) is None
+    may_go_on.set()
+    until = time.monotonic() + 30
+    while ring.find(second) is None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_keys_come_from_the_environment_too(tmp_path, at_once, monkeypatch):

@@ -1,12 +1,14 @@
 """The same calls over gRPC, against the engine."""
 
 import json
+import time
 
 import grpc
 import numpy as np
 import pytest
 
 from serve.rpc import raptide_pb2 as pb
+from serve.rpc.joining import join_arrays
 from serve.rpc.raptide_pb2_grpc import RaptideStub
 
 SEQUENCES = ["MKTAYIAKQR", "GSHMLEDPVAFYW", "LAGVSERTIDPKQNFYMHWC" * 10]
@@ -28,9 +30,11 @@ def call(client, proxy):
 
 
 def arrays(parts):
-    found = [array for part in parts for array in part.arrays]
-    assert [array.index for array in found] == list(range(len(found)))
-    return [np.frombuffer(each.values, "<f4").reshape(each.shape) for each in found]
+    parts = list(parts)
+    first = [array.index for part in parts for array in part.arrays if array.offset == 0]
+    assert first == list(range(len(first)))
+    assert max(part.ByteSize() for part in parts) <= 3_000_000
+    return list(join_arrays(parts))
 
 
 def test_embeddings_are_the_engines_and_come_batch_by_batch(call, engine):
@@ -40,6 +44,17 @@ def test_embeddings_are_the_engines_and_come_batch_by_batch(call, engine):
     for ours, theirs in zip(arrays(parts), engine.embed(given, (0, -1), "residue"), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert (parts[0].source.model, parts[0].source.step) == ("raptide", 5)
+
+
+def test_an_array_above_three_megabytes_comes_in_parts(call, engine):
+    given = ["MKTAYIAKQR" * 50, "MK", "GSHML" * 100]
+    layers = (0, 1, 2)
+    parts = call("Embed", pb.EmbedRequest(sequences=given, pooling="residue", layers=layers))
+    for ours, theirs in zip(arrays(parts), engine.embed(given, layers, "residue"), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    tables = arrays(call("Contacts", pb.SequencesRequest(sequences=given)))
+    for ours, theirs in zip(tables, engine.contacts(given), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_the_other_arrays_are_the_engines(call, engine):
@@ -85,6 +100,27 @@ def test_models_come_with_their_lineage(call):
             "DEADLINE_EXCEEDED",
             "0.05 s",
         ),
+        (
+            "Embed",
+            pb.EmbedRequest(sequences=["MK"]),
+            {"x_raptide_timeout_s": "nan"},
+            "INVALID_ARGUMENT",
+            "above 0, but 'nan'",
+        ),
+        (
+            "Embed",
+            pb.EmbedRequest(sequences=["MK"], layers=[2, -1]),
+            {},
+            "INVALID_ARGUMENT",
+            "2 and -1 are the same",
+        ),
+        (
+            "Embed",
+            pb.EmbedRequest(sequences=["A" * 400] * 300),
+            {},
+            "INVALID_ARGUMENT",
+            "at most 100,000 bytes",
+        ),
     ],
 )
 def test_errors_have_a_status_and_one_sentence(call, method, request_, more, code, message):
@@ -93,6 +129,20 @@ def test_errors_have_a_status_and_one_sentence(call, method, request_, more, cod
     assert caught.value.code().name == code
     assert message in caught.value.details()
     assert "Traceback" not in caught.value.details()
+
+
+def test_the_rpcs_own_deadline_ends_what_it_has_begun(client, proxy):
+    """More than the queue holds is asked for and given up, again and again."""
+    metadata = [("application", "raptide"), ("authorization", f"Bearer {proxy.key}")]
+    request = pb.ScoreRequest(sequences=["A" * 250])
+    with grpc.insecure_channel(proxy.grpc) as channel:
+        score = RaptideStub(channel).Score
+        for _ in range(6):
+            with pytest.raises(grpc.RpcError) as caught:
+                score(request, metadata=metadata, timeout=0.05)
+            assert caught.value.code().name == "DEADLINE_EXCEEDED"
+        time.sleep(0.5)
+        assert len(score(request, metadata=metadata, timeout=60).scores) == 1
 
 
 def test_a_model_without_a_language_model_head_says_so(proxy, keyed):

@@ -1,13 +1,17 @@
-"""An endpoint with keys, two models and a cache, over HTTP."""
+"""An endpoint with keys and two models, over HTTP."""
 
+import contextlib
 import re
 import time
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import ray
-from ray import serve as ray_serve
+
+from serve.rpc import raptide_pb2 as pb
+from serve.rpc.raptide_pb2_grpc import RaptideStub
 
 SECRET = "WWHHWWHHCCMMWW"
 """A sequence that occurs nowhere else, to look for in logs."""
@@ -112,27 +116,6 @@ def test_each_model_answers_by_its_name_and_an_idle_one_starts_when_asked(keyed)
         assert embed(lab, model="other").status_code == 404
 
 
-def test_an_answer_that_was_given_before_comes_from_the_cache(keyed):
-    replica = ray_serve.get_deployment_handle("replica-base", "keyed")
-
-    def computed():
-        return replica.process.remote().result()["computed_tokens"]
-
-    with keyed.client("lab") as lab:
-        embed(lab)
-        body = {"input": "MKTAYIAKQRCACHE", "pooling": "residue"}
-        before = computed()
-        first = lab.post("/v1/embeddings", json=body)
-        once = computed()
-        assert once == before + len("MKTAYIAKQRCACHE") + 2
-        again = lab.post("/v1/embeddings", json=body)
-        assert computed() == once, "computed anew"
-        assert first.json() == again.json()
-        other = lab.post("/v1/embeddings", json={**body, "pooling": "mean"})
-        assert other.status_code == 200
-        assert computed() > once, "another pooling is another answer"
-
-
 @pytest.fixture
 def logs():
     """Everything that Ray and Serve have logged in this session."""
@@ -146,7 +129,31 @@ def logs():
     return read
 
 
-def test_no_log_holds_a_sequence_or_a_key(keyed, logs):
+def _send_secrets_by_grpc(proxy, keyed):
+    """One request that is answered, and some of each kind that are not."""
+    requests = [
+        ("Embed", pb.EmbedRequest(sequences=[SECRET]), {}),
+        ("Embed", pb.EmbedRequest(sequences=[SECRET]), {"authorization": f"Bearer {SECRET}"}),
+        ("Embed", pb.EmbedRequest(sequences=[SECRET + "1"]), {}),
+        ("Embed", pb.EmbedRequest(sequences=["M"], pooling=SECRET), {}),
+        ("Logits", pb.SequencesRequest(sequences=[SECRET], model="tuned"), {}),
+        ("Scan", pb.ScanRequest(sequence=SECRET, model=SECRET), {}),
+        ("Score", pb.ScoreRequest(sequences=[SECRET], variants=[SECRET]), {}),
+        ("Score", pb.ScoreRequest(sequences=[SECRET]), {"x-raptide-timeout-s": SECRET}),
+        ("Score", pb.ScoreRequest(sequences=[SECRET * 30]), {"x-raptide-timeout-s": "0.001"}),
+    ]
+    lab = {"application": "keyed", "authorization": f"Bearer {keyed.keys['lab']}"}
+    with grpc.insecure_channel(proxy.grpc) as channel:
+        for index, (method, request, more) in enumerate(requests):
+            metadata = list((lab | more).items())
+            with contextlib.nullcontext() if index == 0 else pytest.raises(grpc.RpcError):
+                found = getattr(RaptideStub(channel), method)(
+                    request, metadata=metadata, timeout=60
+                )
+                list(found)
+
+
+def test_no_log_holds_a_sequence_or_a_key(keyed, proxy, logs):
     with keyed.client("lab") as lab:
         good = lab.post(
             "/v1/embeddings", json={"input": SECRET}, headers={"X-Request-Id": "find-me-1"}
@@ -165,10 +172,28 @@ def test_no_log_holds_a_sequence_or_a_key(keyed, logs):
             assert 400 <= lab.post(f"/v1/{call}", json=body).status_code < 500
         broken = lab.post("/v1/scores", content=f'{{"sequences": "{SECRET}', timeout=30)
         assert broken.status_code == 422
-    wait_until(lambda: "find-me-1" in logs(), 10)
+        sent = [
+            (
+                "scores",
+                {"sequence": SECRET, "variants": ["W1A"], "method": "masked-marginals"},
+                200,
+            ),
+            ("scores", {"sequence": SECRET, "variants": [SECRET], "method": "pseudo-ppl"}, 422),
+            ("scan", {"sequence": SECRET, "model": "tuned"}, 422),
+        ]
+        for call, body, status in sent:
+            assert lab.post(f"/v1/{call}", json=body).status_code == status
+        late = {"X-Raptide-Timeout-S": "0.001"}
+        body = {"sequences": [SECRET * 30]}
+        assert lab.post("/v1/scores", json=body, headers=late).status_code == 504
+    _send_secrets_by_grpc(proxy, keyed)
+    wait_until(lambda: "find-me-1" in logs() and logs().count('"protocol": "grpc"') >= 8, 10)
     written = logs()
     assert SECRET not in written
     assert not any(key in written for key in keyed.keys.values())
     line = next(line for line in written.splitlines() if "find-me-1" in line and '"call"' in line)
+    grpc_lines = [line for line in written.splitlines() if '"protocol": "grpc"' in line]
+    statuses = {int(re.search(r'"status": (\d+)', line)[1]) for line in grpc_lines}
+    assert {200, 401, 404, 422, 504} <= statuses
     for part in ('"residues": 14', '"key": "lab"', '"status": 200', '"model": "base"'):
         assert re.search(part, line), line

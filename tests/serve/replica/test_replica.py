@@ -2,8 +2,16 @@
 
 import asyncio
 import threading
+from types import SimpleNamespace
 
-from serve.replica.deployment import Replica
+import pytest
+import ray
+import torch
+
+from raptide.errors import ConfigError
+from raptide.inference.engine import Engine
+from serve.replica import deployment
+from serve.replica.deployment import Replica, device_given, warm_up
 from serve.settings import ModelSettings
 
 
@@ -36,3 +44,69 @@ def test_who_asks_during_a_probe_waits_for_its_answer(bundle):
         return started
 
     assert asyncio.run(threads_of_many_probes()) <= 3  # the batcher's, the probe's, one that ends
+
+
+@pytest.fixture
+def ray_gave(monkeypatch):
+    """Let Ray have given this process these GPUs, on a machine that has some."""
+
+    def give(*ids, seen=True):
+        context = SimpleNamespace(get_accelerator_ids=lambda: {"GPU": list(ids), "TPU": []})
+        monkeypatch.setattr(ray, "is_initialized", lambda: True)
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: seen)
+
+    return give
+
+
+def test_the_device_is_what_ray_gave(bundle, ray_gave, monkeypatch):
+    asked = []
+    load = Engine.load
+
+    def spy(path, *, device="auto", **options):
+        asked.append(device)
+        return load(path, device="cpu", **options)
+
+    monkeypatch.setattr(Engine, "load", spy)
+    for ids, device in (((), "cpu"), (("3",), "cuda")):
+        ray_gave(*ids)
+        Replica(ModelSettings(name="alone", path=str(bundle)))
+        assert asked.pop() == device
+
+
+def test_a_gpu_that_torch_does_not_see_is_an_error_and_no_silent_cpu(ray_gave):
+    ray_gave("0", seen=False)
+    with pytest.raises(ConfigError, match=r"Ray gave GPU 0, but PyTorch sees none"):
+        device_given()
+
+
+class Recorder:
+    """An engine that says the tokens of each pass."""
+
+    def __init__(self, engine):
+        self.model, self.max_residues = engine.model, engine.max_residues
+        self.max_batch_tokens = 300
+        self.passes = []
+
+    def logits(self, sequences):
+        self.passes.append(sum(len(sequence) + 2 for sequence in sequences))
+
+    def contacts(self, sequences):
+        self.passes.append("contacts")
+
+
+def test_before_traffic_every_size_of_batch_is_computed_once_in_bounded_time(engine, monkeypatch):
+    recorder = Recorder(engine)
+    warm_up(recorder)
+    assert recorder.passes == [16, 64, 128, 256, "contacts"]
+    monkeypatch.setattr(deployment, "WARM_UP_S", 0.0)
+    recorder = Recorder(engine)
+    warm_up(recorder)
+    assert recorder.passes == [16]
+
+
+def test_a_replica_is_warm_before_it_is_there(bundle, monkeypatch):
+    warmed = []
+    monkeypatch.setattr(deployment, "warm_up", warmed.append)
+    Replica(ModelSettings(name="alone", path=str(bundle)))
+    assert [type(each) for each in warmed] == [Engine]

@@ -8,11 +8,12 @@ Each format is one file that knows neither the others nor what becomes of its te
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from raptide.errors import BundleError
-from raptide.model.check import write_check
+from raptide.model.check import CHECK, write_check
 from raptide.model.formats import bundle, fair_esm
 from raptide.model.formats.strangers import recognise
 from raptide.model.formats.weights import Weights, name_tensors, place_tensors
@@ -23,6 +24,30 @@ Format = Literal["bundle", "fair_esm"]
 def detect(path: Path) -> Format:
     """Which format a path holds, or shall hold: a .pt file is fair-esm's, all else a folder."""
     return "fair_esm" if path.suffix == ".pt" else "bundle"
+
+
+def model_files(names: Iterable[str], file: str = "") -> list[str]:
+    """Of the names in a folder, those that make a model.
+
+    Args:
+        file: the .pt file that is the model; "" means the folder is.
+    """
+    if file:
+        wanted = {file, fair_esm.regression_file(Path(file)).name}
+        return [name for name in names if name in wanted]
+    names = list(names)
+    plain = {bundle.CONFIG, bundle.VOCABULARY, bundle.LINEAGE, CHECK}
+    kinds = (".safetensors", ".bin")
+    kind = next((k for k in kinds if any(n.endswith(k) for n in names)), "")
+    endings = (kind, f"{kind}.index.json")
+    return [name for name in names if name in plain or (kind and name.endswith(endings))]
+
+
+def model_in(folder: Path) -> Path:
+    """The model in a folder of nothing but `model_files`: the folder, or the .pt file in it."""
+    files = sorted(each for each in folder.glob("*.pt"))
+    heads = {fair_esm.regression_file(each) for each in files}
+    return next((each for each in files if each not in heads), folder)
 
 
 def read_weights(path: str | Path) -> Weights:

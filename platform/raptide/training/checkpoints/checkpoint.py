@@ -12,9 +12,9 @@ latest checkpoint is not used: it registers late and verifies nothing.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,8 +30,10 @@ from raptide.config import parse_settings
 from raptide.data.streaming.batch import Cursor
 from raptide.data.streaming.stream import describe_difference
 from raptide.errors import BundleError, CheckpointError
+from raptide.kept import make_whole
 from raptide.model.formats.detect import read_weights
 from raptide.model.formats.strangers import recognise
+from raptide.storage import below
 from raptide.training.checkpoints.scratch import made_once
 from raptide.training.planning.recipe import Recipe
 from raptide.training.planning.resuming import refuse_changes
@@ -135,12 +137,7 @@ class SavedCheckpoint:
         for file in self.manifest["files"]:
             if file.startswith(only):
                 (target / file).parent.mkdir(parents=True, exist_ok=True)
-                pyarrow.fs.copy_files(
-                    f"{self.storage.path}/{self.name}/{file}",
-                    str(target / file),
-                    source_filesystem=self.storage.filesystem,
-                    destination_filesystem=pyarrow.fs.LocalFileSystem(),
-                )
+                self.storage.fetch(f"{self.name}/{file}", target / file)
 
     @property
     def key(self) -> str:
@@ -218,17 +215,42 @@ def find_bundle(folder: Path) -> Path:
     return local_checkpoint(folder, saved) / MODEL
 
 
+def find_bundle_at(uri: str) -> str:
+    """The same for a URI: of a model, a checkpoint, or a folder of checkpoints; a URI again.
+
+    Raises:
+        BundleError: there is none.
+    """
+    storage = Storage.at(uri, "model")
+    if storage.is_local:
+        return str(find_bundle(Path(storage.path)))
+    if storage.path.endswith(".pt") or storage.holds("config.json"):
+        return uri
+    if storage.holds(f"{MODEL}/config.json"):
+        return below(uri, MODEL)
+    saved = newest_checkpoint(storage, only=f"{MODEL}/")
+    if saved is None:
+        raise BundleError(
+            f"{uri} is no model folder, no checkpoint, and holds no complete checkpoint; name "
+            "another URI."
+        )
+    return below(uri, f"{saved.name}/{MODEL}")
+
+
+def run_of(path: Path) -> Path | None:
+    """The folder of the run that a path lies in; None if it lies in none."""
+    return next((each for each in path.parents if (each / RUN_INFO).is_file()), None)
+
+
 def local_checkpoint(run: Path, saved: SavedCheckpoint) -> Path:
     """A local folder with a checkpoint's bundle: its own, or one in the run folder."""
     if saved.storage.is_local:
         return Path(saved.storage.path) / saved.name
     target = run / FETCHED / saved.key
-    if not target.exists():
-        partial = target.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        saved.copy_to(partial, only=f"{MODEL}/")
-        partial.rename(target)
-    return target
+    if target.exists():
+        return target
+    fill = functools.partial(saved.copy_to, only=f"{MODEL}/")
+    return make_whole(target.parent, fill, lambda _: saved.key)
 
 
 def prune(
