@@ -30,10 +30,11 @@ from serve.gateway.answers import (
 )
 from serve.gateway.guard import Guard
 from serve.gateway.keys import KeyRing
-from serve.gateway.refusals import invalid, unavailable
+from serve.gateway.refusals import absent, invalid
 from serve.gateway.schemas import ErrorResponse
 from serve.gateway.service import Query, Service, Whole
 from serve.gateway.sizes import ARROW, Encoding
+from serve.gateway.standing import READY_S
 
 MODEL = {"object": "model", "created": 0, "owned_by": "raptide"}
 """As OpenAI's clients want them."""
@@ -245,10 +246,11 @@ def _add_operations(api: FastAPI, service: Service) -> None:
     async def readyz() -> Response:
         """A replica has just computed an embedding, past its queue: which models' did. 503 where
         none of those does that always have a replica."""
+        service.fair.refuse_if_stopping()
         models = await service.standing.readiness()
         if service.standing.serves(models):
             return JSONResponse({"status": "ready", "models": models})
-        refusal = unavailable()
+        refusal = absent(READY_S, cold=False)
         return JSONResponse({**refusal.body(), "models": models}, 503, headers=refusal.headers())
 
 

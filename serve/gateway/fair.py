@@ -97,17 +97,18 @@ class FairUse:
         self._tell = tell
         self._telling: asyncio.Task[None] | None = None
         self._accounts: dict[str, Account] = {}
-        self._stopping = False
+        self.is_stopping = False
+        """Whether this gateway takes nothing new."""
         self._ongoing = 0
 
     def refuse_if_stopping(self) -> None:
         """Raises Refusal once this gateway takes nothing new."""
-        if self._stopping:
+        if self.is_stopping:
             raise stopping()
 
     async def drain(self) -> None:
         """Take nothing new from now on; returns once all that was taken is answered."""
-        self._stopping = True
+        self.is_stopping = True
         until = time.monotonic() + self._settings.timeout_s
         idle = 0
         while idle < QUIET_LOOKS and time.monotonic() < until:

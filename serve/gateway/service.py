@@ -19,9 +19,9 @@ import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from raptide.alphabet import decode_residues, encode_residues
-from raptide.calls.variants import apply_variant, parse_variant
 from raptide.errors import SequenceError
 from serve.calls import Ask, Description, Done, Work, positions_of
+from serve.gateway.asked import check_positions, costs_of, mutants
 from serve.gateway.dispatch import Dispatcher, VersionGone
 from serve.gateway.fair import FairUse, News
 from serve.gateway.keys import Key
@@ -187,10 +187,10 @@ class Service:
         if variants is not None:
             self._check_count(variants, "variants", "variants")
             if ask.method == "pseudo-ppl":  # a comparison of whole sequences
-                sequences, variants = _mutants(sequences[0], variants), None
+                sequences, variants = mutants(sequences[0], variants), None
                 ask, relative = Ask("score", "pseudo-ppl"), True
         if positions is not None:
-            _check_positions(positions, sequences)
+            check_positions(positions, sequences)
         cost = self._check_cost(chosen, ask, sequences, param, variants or [], positions or [])
         allowed_s = min(timeout_s or math.inf, self.settings.timeout_s)
         self.metrics.tokenise.observe(max(time.monotonic() - started, 1e-6))
@@ -394,41 +394,3 @@ class Service:
                 f"{model.max_queued_tokens:,} that may wait; send fewer or shorter sequences.",
             )
         return cost
-
-
-def costs_of(ask: Ask, sequences: list[str], positions: list[list[int]]) -> list[int]:
-    """Tokens to compute for each sequence."""
-    if positions:
-        pairs = zip(sequences, positions, strict=True)
-        return [ask.tokens(len(sequence), len(some)) for sequence, some in pairs]
-    return [ask.tokens(len(sequence)) for sequence in sequences]
-
-
-def _check_positions(positions: list[list[int]], sequences: list[str]) -> None:
-    """Raises Refusal where positions do not fit the sequences."""
-    param = "masked_positions"
-    if len(positions) != len(sequences):
-        raise invalid(
-            param,
-            f"`{param}` needs a list for each sequence, but {len(positions)} were given for "
-            f"{len(sequences)} sequences.",
-        )
-    for index, (sequence, some) in enumerate(zip(sequences, positions, strict=True)):
-        outside = next((each for each in some if not 1 <= each <= len(sequence)), None)
-        if outside is not None or not 0 < len(set(some)) == len(some):
-            raise invalid(
-                param,
-                f"`{param}` names positions from 1 to {len(sequence)} of sequence {index}, at "
-                f"least one and each once, but {some[:3] if outside is None else outside} was "
-                "given.",
-            )
-
-
-def _mutants(sequence: str, variants: list[str]) -> list[str]:
-    """The wild type, and what each variant makes of it."""
-    residues = encode_residues(sequence)
-    try:
-        changed = [apply_variant(residues, parse_variant(each, residues)) for each in variants]
-    except SequenceError as error:
-        raise invalid("variants", str(error)) from None
-    return [sequence, *map(decode_residues, changed)]

@@ -74,13 +74,13 @@ class Standing:
 
     def serves(self, states: dict[str, str]) -> bool:
         """Whether the endpoint is of use: one is ready of the models that always have a replica."""
-        always = [name for name, model in self._models.items() if not _may_sleep(model)]
+        always = [name for name, model in self._models.items() if not model.is_cold]
         return not always or any(states[name] == "ready" for name in always)
 
     def _state(self, name: str, found: list[Status]) -> str:
         if found:
             return "ready"
-        return "idle" if _may_sleep(self._models[name]) else "unavailable"
+        return "idle" if self._models[name].is_cold else "unavailable"
 
     async def _ask_replicas(self) -> dict[str, list[Status]]:
         asked = [self._dispatchers[name].statuses(STATUS_S) for name in self._models]
@@ -112,7 +112,7 @@ class Standing:
 
     async def _probe(self, name: str) -> str:
         dispatcher = self._dispatchers[name]
-        if _may_sleep(self._models[name]) and not await dispatcher.statuses(STATUS_S):
+        if self._models[name].is_cold and not await dispatcher.statuses(STATUS_S):
             return "idle"
         try:
             await dispatcher.probe(READY_S)
@@ -136,11 +136,6 @@ class _Shared(Generic[T]):
             self._began = now
             found = self._found = asyncio.ensure_future(self._compute())
         return await asyncio.shield(found)
-
-
-def _may_sleep(model: ModelSettings) -> bool:
-    """Whether it may have no replica while nobody asks."""
-    return model.max_replicas is not None and model.min_replicas == 0
 
 
 def _versions(found: list[Status]) -> list[dict[str, Any]]:

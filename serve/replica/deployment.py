@@ -40,7 +40,7 @@ from serve.calls import (
     Taken,
     Work,
 )
-from serve.metrics import Pace, ReplicaMetrics
+from serve.metrics import ReplicaMetrics, Speed
 from serve.models import open_model
 from serve.replica.batcher import (
     Answers,
@@ -92,13 +92,31 @@ class Replica:
         self._step = step if isinstance(step, int) else None
         self._name, self._node = _own_place()
         self._metrics = ReplicaMetrics(settings.name, settings.max_batch_tokens)
-        self._pace = Pace()
+        self._speed = Speed()
         self._batcher = TokenBatcher(
             self._compute, settings.max_batch_tokens, settings.max_queued_tokens, self._observe
         )
 
     async def run(self, work: Work) -> AsyncIterator[Taken | Begun | Done | Refused]:
         """How far it is, then one answer or why there is none; never raises."""
+        async with aclosing(self._steps(work)) as steps:
+            async for each in steps:
+                if isinstance(each, Done | Refused):
+                    self._write_down(work, each)
+                yield each
+
+    @staticmethod
+    def _write_down(work: Work, answer: Done | Refused) -> None:
+        """A line of the log, with the request's id as Serve knows it; nothing of the sequences."""
+        said: dict[str, Any] = {"call": work.ask.call, "tokens": work.tokens}
+        if isinstance(answer, Refused):
+            said["refused"] = answer.reason
+        else:
+            said["queue_s"] = round(answer.queue_s, 4)
+            said["compute_s"] = round(answer.compute_s, 4)
+        logger.info("%r: %s", work, said.get("refused", "done"), extra=said)
+
+    async def _steps(self, work: Work) -> AsyncGenerator[Taken | Begun | Done | Refused, None]:
         try:
             async with aclosing(self._run(work)) as steps:
                 async for each in steps:
@@ -134,7 +152,7 @@ class Replica:
                 yield Begun(self._node)
             answers = await place.answers()
         self._metrics.request(answers.queue_s)
-        self._pace.add(sum(map(len, work.sequences)))
+        self._speed.add(sum(map(len, work.sequences)))
         yield self._done(plan, answers)
 
     @property
@@ -184,7 +202,7 @@ class Replica:
             "step": self._step,
             "queued_tokens": self._batcher.queued_tokens,
             "pending_tokens": self._batcher.pending_tokens,
-            "residues_per_s": self._pace.per_s,
+            "residues_per_s": self._speed.per_s,
             "model": await self.describe(),
         }
 
