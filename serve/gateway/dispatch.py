@@ -64,9 +64,6 @@ MOVES = 3
 SILENT_S = 10.0
 """No word from any replica for so long: there is none."""
 
-LEAST_S = 0.05
-"""A request that lasts no longer than this might be too short for any replica to take it."""
-
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 
 
@@ -211,7 +208,7 @@ class Dispatcher:
                 if not trip.goes_on(answer):
                     raise self._refusal(answer, work, param, first)
             await trip.pause()
-        if trip.is_routed or work.timeout_s < LEAST_S or self._is_answered():
+        if trip.is_routed or self._is_answered():
             raise too_late(work.timeout_s)
         raise absent(work.timeout_s, cold=self._cold)
 

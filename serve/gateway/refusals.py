@@ -28,6 +28,9 @@ from starlette.exceptions import HTTPException
 LONGEST = 1000
 """Characters of a message."""
 
+LEAST_S = 0.05
+"""A request that lasts no longer than this might be too short for any replica to take it."""
+
 COLD_S = 10.0
 """What a client is asked to wait while a model loads."""
 
@@ -92,7 +95,9 @@ def too_late(timeout_s: float) -> Refusal:
 
 
 def absent(waited_s: float, *, cold: bool) -> Refusal:
-    """No replica has taken a request, or answered at all."""
+    """No replica has taken a request, or answered at all; unless it was too short for any."""
+    if waited_s < LEAST_S:
+        return too_late(waited_s)
     message = f"No replica took it within {waited_s:g} s; try again shortly."
     if cold:
         message = (

@@ -125,7 +125,9 @@ class Service:
         }
         self.fair = FairUse(settings, tell)
         self._shapes = Shapes(
-            lambda name, allowed_s: self._dispatchers[name].describe(allowed_s), settings.timeout_s
+            lambda name, allowed_s: self._dispatchers[name].describe(allowed_s),
+            settings.timeout_s,
+            cold={model.name for model in models if model.is_cold},
         )
         self._ledger = Ledger(settings.max_held_bytes)
         self.standing = Standing(models, self._dispatchers)

@@ -6,13 +6,13 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from raptide.alphabet import STANDARD
 from serve.calls import Ask, Description, cut
-from serve.gateway.refusals import invalid, too_late
+from serve.gateway.refusals import absent, invalid
 from serve.settings import GatewaySettings
 
 ARROW = "application/vnd.apache.arrow.stream"
@@ -152,12 +152,17 @@ class Shapes:
     Args:
         describe: asks a replica of a model for at most so many seconds.
         timeout_s: how long a model may take to say it: with no replica, one has to load first.
+        cold: names of the models that may have no replica while nobody asks.
     """
 
     def __init__(
-        self, describe: Callable[[str, float], Awaitable[Description]], timeout_s: float
+        self,
+        describe: Callable[[str, float], Awaitable[Description]],
+        timeout_s: float,
+        cold: Collection[str] = (),
     ) -> None:
         self._describe = describe
+        self._cold = cold
         self._timeout_s = timeout_s
         self._known: dict[str, Shape] = {}
         self._asking: dict[str, asyncio.Task[Shape]] = {}
@@ -180,7 +185,7 @@ class Shapes:
             async with asyncio.timeout(deadline - time.monotonic()):
                 return await asyncio.shield(self._ask(model))
         except TimeoutError:
-            raise too_late(timeout_s) from None
+            raise absent(timeout_s, cold=model in self._cold) from None
 
     def saw(self, model: str, weights: str) -> None:
         """Other weights have answered: during an update, or after it, their shape may differ."""

@@ -116,6 +116,7 @@ class _Statuses:
 class _Response:
     def __init__(self, replicas, work, number):
         self._replicas, self._work, self._number = replicas, work, number
+        self._replica_result_future = SimpleNamespace(done=lambda: True, cancelled=lambda: False)
 
     def cancel(self):
         self._replicas.cancelled += 1

@@ -134,7 +134,7 @@ class Endpoint:
         """The version that answered, and its vectors.
 
         Raises:
-            AssertionError, RpcError: it was refused.
+            AssertionError: it was refused.
         """
         if how == "grpc":
             return await self._embed_by_grpc(sequences, **headers)
@@ -153,6 +153,7 @@ class Endpoint:
         context = Context(headers)
         request = pb.EmbedRequest(sequences=sequences)
         parts = [part async for part in self.rpc.Embed(request, context)]
+        assert context.code is None, context.details
         (weights,) = {part.source.weights for part in parts}
         found = [array for part in parts for array in part.arrays]
         return weights, np.array([np.frombuffer(each.values, "<f4") for each in found])
@@ -164,6 +165,8 @@ class Context:
     def __init__(self, headers: dict[str, str]) -> None:
         self._headers = headers
         self.code: Any = None
+        self.details = ""
+        self.trailing: dict[str, str] = {}
 
     def invocation_metadata(self) -> list[tuple[str, str]]:
         return [(name.lower().replace("_", "-"), value) for name, value in self._headers.items()]
@@ -173,3 +176,6 @@ class Context:
 
     def set_details(self, details: str) -> None:
         self.details = details
+
+    def set_trailing_metadata(self, pairs: Any) -> None:
+        self.trailing = dict(pairs)

@@ -10,7 +10,7 @@ from in_one_process import Endpoint, Handle, Scripted, in_turn
 from ray.exceptions import RayActorError
 
 from serve.calls import Ask, Begun, Done, Refused, Work
-from serve.gateway import api, dispatch
+from serve.gateway import dispatch, standing
 from serve.gateway.dispatch import Dispatcher
 from serve.gateway.refusals import Refusal
 from serve.replica.deployment import Replica
@@ -178,7 +178,8 @@ def test_a_bad_sequence_fails_alone(bundle):
 
 @ends_threads
 def test_health_and_readiness_fail_with_the_batchers_thread(bundle, monkeypatch):
-    monkeypatch.setattr(api, "READY_S", 0.2)
+    monkeypatch.setattr(standing, "READY_S", 0.2)
+    monkeypatch.setattr(standing, "HOLDS_S", 0.0)
     settings = ModelSettings(name="raptide", path=str(bundle))
 
     async def main():
@@ -192,7 +193,6 @@ def test_health_and_readiness_fail_with_the_batchers_thread(bundle, monkeypatch)
         lost = await ask
         with pytest.raises(Exception, match="thread has ended"):
             await replica.check_health()
-        endpoint.service._probed_at = 0.0
         after = await endpoint.http("/readyz", None)
         handle.replicas.append(other)
         again = await endpoint.http("/v1/embeddings", {"input": "MK"})

@@ -203,6 +203,8 @@ def test_rates_hold_over_http(tmp_path, monkeypatch):
 
     handle = Handle([], in_turn())
     handle.run = SimpleNamespace(remote=run)
+    shape = {"weights": "a" * 16, "width": 8, "layers": 1, "tokens": [""] * 33}
+    handle.describe = SimpleNamespace(remote=lambda: asyncio.sleep(0, shape))
 
     async def main():
         endpoint = Endpoint(
