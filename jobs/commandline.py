@@ -101,6 +101,8 @@ def shipped_file(given: Path, folder: str) -> Path:
     for name in (given.name, f"{given.name}.yaml"):
         if (here / name).is_file():
             return here / name
+    if given.suffix:  # meant as a file: whoever reads it says what is wrong
+        return given
     known = sorted(path.stem for path in here.glob("*.yaml"))
     close = difflib.get_close_matches(given.stem, known, n=1)
     hint = (
