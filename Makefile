@@ -5,6 +5,7 @@
 # make test      the suite but for what is marked thorough
 # make test-all  everything, and property tests with ten times as many examples
 # make test-gpu  what a GPU makes of it, in eight minutes; GPU_PYTHON needs torch, not the rest
+# make doctor    is this machine fit to train on; ARGS="--address URL" asks a cluster
 # make check     format, lint, types, layering
 # make clean     everything the other targets made
 
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUT ?=
 
-.PHONY: install demo test test-all test-gpu check package versions newest clean
+.PHONY: install demo test test-all test-gpu doctor check package versions newest clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +36,9 @@ test-all: install
 
 test-gpu:
 	@exec $(GPU_PYTHON) tests/gpu/gpu_run.py $(ARGS)
+
+doctor: install
+	@exec $(BIN)/python jobs/check_cluster.py $(ARGS)
 
 check: install
 	$(BIN)/ruff format --check .

@@ -16,6 +16,9 @@ run of another recipe is refused, with the fields that differ.
 
 A dry run checks the recipe, every file of the corpus, the run folder and what the cluster has, and
 prints steps, epochs and memory without training.
+
+SIGTERM, as `submit_job.py stop` and schedulers send it, lets a run end its step and save before it
+goes; a second one, or Ctrl-C, ends it at once.
 """
 
 from __future__ import annotations
@@ -25,12 +28,14 @@ import shlex
 from contextlib import nullcontext
 from pathlib import Path
 
+from check_cluster import refuse_unfit
 from commandline import job_parser, refuse_output, run_job, shipped_file
 from raptide.cluster import joins_cluster, ray_session, training_cpus
 from raptide.config import load_settings
 from raptide.errors import ConfigError
 from raptide.evaluation.beside import RunBenchmark
 from raptide.training.planning.deepspeed_config import check_deepspeed
+from raptide.training.planning.estimate import checkpoint_bytes
 from raptide.training.planning.overview import describe_run
 from raptide.training.planning.recipe import Recipe
 from raptide.training.planning.room import choose_device, describe_room, look_around
@@ -106,6 +111,8 @@ def main() -> None:
         print(describe_room(recipe, device, room))
         return
     with session:
+        if recipe.cluster.check_first:
+            refuse_unfit(recipe.checkpoint.storage or str(folder), 2 * checkpoint_bytes(recipe))
         result = pretrain(recipe, plan, folder, replace=args.replace, bench=bench)
     _print_summary(result)
 

@@ -126,9 +126,20 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    """The run of training/small_runs.py: two workers, ZeRO-2, never interrupted."""
+def watched(
+    corpus: Corpus, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunResult, dict[str, float]]:
+    """The run of training/small_runs.py, and what it exported to Prometheus."""
+    from exported import series_seen
     from small_runs import as_recipe, make_recipe, run_to_the_end
 
     folder = tmp_path_factory.mktemp("whole") / "run"
-    return run_to_the_end(as_recipe(make_recipe(corpus, tracked=True)), folder)
+    with series_seen("ray_raptide_train_") as series:
+        result = run_to_the_end(as_recipe(make_recipe(corpus, tracked=True)), folder)
+    return result, series
+
+
+@pytest.fixture(scope="session")
+def whole(watched: tuple[RunResult, dict[str, float]]) -> RunResult:
+    """The run of training/small_runs.py: two workers, ZeRO-2, never interrupted."""
+    return watched[0]

@@ -18,6 +18,7 @@ CHAOS = [
     ROOT / f"tests/chaos/{name}.py"
     for name in (
         "bulk_chaos",
+        "cluster_day",
         "evaluation_chaos",
         "pretrain_chaos",
         "serve_chaos",
@@ -113,6 +114,7 @@ def test_a_report_that_cannot_be_written_is_refused(script, tmp_path):
         ("benchmarks/bench_serving", "pyhmmer", ("--parts", "latency")),
         ("benchmarks/bench_serving", "transformers", ()),
         ("benchmarks/bench_training", "transformers", ()),
+        ("chaos/cluster_day", "pyhmmer", ()),
         ("chaos/pretrain_chaos", "pyhmmer", ()),
         ("chaos/serve_schema", "schemathesis", ()),
         ("chaos/zero_sizes", "pyhmmer", ()),

@@ -10,6 +10,7 @@
     │   └── CheckpointError    nothing to resume from, or another stream than before
     ├── FetchError             a download broke off for good, or arrived damaged
     ├── ServiceError           an endpoint cannot be reached, stays full or fails
+    ├── ClusterError           a cluster does not answer, lost a job, or is not fit to train on
     ├── StreamStalled          no batch arrived in time
     ├── TrainingDiverged       the loss is no number any more
     ├── CheckpointUnsaved      a checkpoint could not be saved, and the recipe says to stop then
@@ -67,6 +68,10 @@ class FetchError(RaptideError):
 
 class ServiceError(RaptideError):
     """An endpoint cannot be reached, stays full or fails."""
+
+
+class ClusterError(RaptideError):
+    """A cluster does not answer, has lost a job, or is not fit to train on."""
 
 
 class StreamStalled(RaptideError):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
+
+SHIPPED = "RAPTIDE_CODE_VERSION"
+"""Variable that tells a submitted job of which commit its checkout is; git does not come along."""
 
 SHOWN = ("numpy", "pyarrow", "httpx", "torch", "ray", "deepspeed", "wandb")
 
@@ -33,6 +37,8 @@ def commit() -> str:
 
 def code_version() -> str:
     """The package's version, with the commit where it is known."""
+    if SHIPPED in os.environ:
+        return os.environ[SHIPPED]
     version = importlib.metadata.version("raptide")
     return f"{version}+{commit()}" if commit() else version
 

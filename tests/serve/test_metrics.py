@@ -6,11 +6,10 @@ import shutil
 import subprocess
 import time
 
-import httpx
 import pytest
-import ray
 import yaml
 from conftest import ROOT
+from exported import scrape
 
 from serve.gateway import refusals
 
@@ -25,14 +24,8 @@ promtool = pytest.mark.skipif(
 )
 
 
-def exported():
-    """Metrics as the node's Prometheus port shows them."""
-    port = ray.nodes()[0]["MetricsExportPort"]
-    return httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
-
-
 def _unseen(patterns):
-    text = exported()
+    text = scrape()
     return {pattern for pattern in patterns if not re.search(pattern, text)}
 
 
@@ -62,7 +55,7 @@ def series():
     """Every series that is exported now: its name with its labels, to its value."""
     found = {}
     for name, labels, value in re.findall(
-        r"^(ray_raptide_\w+)\{(.*)\} (\S+)$", exported(), re.MULTILINE
+        r"^(ray_raptide_\w+)\{(.*)\} (\S+)$", scrape(), re.MULTILINE
     ):
         found[name, labels] = float(value)
     return found

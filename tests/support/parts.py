@@ -13,6 +13,7 @@ PARTS = [
     "jobs",
     "bulk",
     "evaluation",
+    "operations",
     "serve",
     "data",
     "inference",

@@ -94,6 +94,7 @@ FREE = {
     "cluster.max_failures": 1,
     "cluster.data_timeout_s": 5.0,
     "cluster.hang_timeout_s": 5.0,
+    "cluster.check_first": True,
     "checkpoint.when_unsaved": "stop",
     "evaluation.asynchronous": True,
     "evaluation.benchmark": "b.yaml",

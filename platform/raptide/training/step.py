@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +31,41 @@ class StepResult:
     stop: bool = False
     """Rank 0 asks all ranks to end the run."""
 
+    leave: bool = False
+    """Rank 0 asks all ranks to save and to go, to be resumed another time."""
+
+
+class ForwardTime:
+    """How long a rank's forward passes take, whoever it waits for afterwards.
+
+    At ZeRO stages 0 to 2 nothing in them waits for other ranks; at stage 3 every layer does.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def pass_through(self) -> Iterator[None]:
+        """The block is a forward pass; nothing here waits for the device."""
+        begins = self._mark()
+        yield
+        self._marks.append((begins, self._mark()))
+
+    def seconds(self) -> float:
+        """All passes since the last call; on a GPU once the device is through with them."""
+        marks, self._marks = self._marks, []
+        if self._on_gpu:  # not exercised without a GPU
+            return sum(begins.elapsed_time(ends) for begins, ends in marks) / 1000
+        return sum(ends - begins for begins, ends in marks)
+
+    def _mark(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # not exercised without a GPU
+        event.record()
+        return event
+
 
 class Stepper:
     """Updates a model on one global batch after the other."""
@@ -39,6 +77,9 @@ class Stepper:
                 steps, and has `module`, `optimizer` and `device`.
         """
         self._engine, self._workers = engine, workers
+        self._forward = ForwardTime(torch.device(engine.device))
+        self.forward_s = 0.0
+        """Seconds of this rank's own forward passes in the last step."""
         self._finite = torch.ones((), dtype=torch.bool, device=engine.device)
         for parameter in engine.module.parameters():
             parameter.register_hook(self._only_if_finite)
@@ -48,7 +89,13 @@ class Stepper:
         return torch.where(self._finite, gradient, 0.0)
 
     def step(
-        self, share: Share, rate: float, *, look: bool = False, stop: bool = False
+        self,
+        share: Share,
+        rate: float,
+        *,
+        look: bool = False,
+        stop: bool = False,
+        leave: bool = False,
     ) -> StepResult:
         """One update.
 
@@ -57,19 +104,22 @@ class Stepper:
         workers and by accumulation, which the factor takes back. A micro-batch whose loss is not
         finite is left out of the update.
 
-        What rank 0 asks of the others, `look` and `stop`, travels with the loss.
+        What rank 0 asks of the others, `look`, `stop` and `leave`, travels with the loss.
         """
-        total = self.launch(share, rate, look=look, stop=stop)
-        nats, left_out, look_sum, stop_sum = total.tolist()
+        total = self.launch(share, rate, look=look, stop=stop, leave=leave)
+        nats, left_out, *asked = total.tolist()
+        self.forward_s = self._forward.seconds()
         kept = max(share.batch.num_targets, 1) - left_out
         loss = nats / kept if kept > 0 else math.nan
-        return StepResult(loss, int(left_out), look_sum > 0, stop_sum > 0)
+        return StepResult(loss, int(left_out), *(ask > 0 for ask in asked))
 
-    def launch(self, share: Share, rate: float, *, look: bool, stop: bool) -> torch.Tensor:
+    def launch(
+        self, share: Share, rate: float, *, look: bool, stop: bool, leave: bool = False
+    ) -> torch.Tensor:
         """Everything but reading what came of it: nothing here waits for the device.
 
-        Returns over all workers the nats, the targets left out, and who asks to look and to stop,
-        [4] float64.
+        Returns over all workers the nats, the targets left out, and who asks to look, to stop and
+        to leave, [5] float64.
         """
         engine = self._engine
         for group in engine.optimizer.param_groups:
@@ -77,15 +127,17 @@ class Stepper:
         factor = self._workers * len(share.micro) / max(share.batch.num_targets, 1)
         found = torch.zeros(2, dtype=torch.float64, device=engine.device)
         for micro in share.micro:
-            loss = engine(micro.packed, micro.targets).sum()
+            with self._forward.pass_through():
+                loss = engine(micro.packed, micro.targets).sum()
             self._finite = torch.isfinite(loss.detach())
             kept = torch.where(self._finite, loss, 0.0)
             left_out = torch.where(self._finite, 0.0, float(len(micro.targets.at_N)))
             found += torch.stack([kept.detach(), left_out])
             engine.backward(kept * factor)
             engine.step()
-        asked = found.new_full((2,), float(look))
-        asked[1:].fill_(float(stop))
+        asked = found.new_full((3,), float(look))
+        asked[1].fill_(float(stop))
+        asked[2].fill_(float(leave))
         total = torch.cat([found, asked])
         if self._workers > 1:
             dist.all_reduce(total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from raptide.training.run_folder import (
     refuse_folder,
 )
 from raptide.training.watching.heldout import heldout_rows, unigram_ece
+from raptide.training.watching.leaving import LEFT, saved_on_sigterm
 from raptide.training.watching.picture import draw_run
 from raptide.training.watching.progress import BoardActor, shown
 from raptide.training.watching.validation import Bench
@@ -115,6 +117,7 @@ def pretrain(
         bench: asked of each checkpoint that is evaluated beside the training.
 
     Raises:
+        KeyboardInterrupt: the run was told to end by SIGTERM, and has saved.
         ConfigError: the workers have no room on this machine or cluster; another process trains
             the run.
         StreamStalled: no data came.
@@ -152,9 +155,12 @@ def _train(
         board=board,
         bench=bench,
     )
-    with shown(board, recipe.training.steps):
+    with shown(board, recipe.training.steps), saved_on_sigterm(board):
         _fit(run)
     ended, _ = ray.get(board.read.remote())
+    if ended["phase"] == LEFT:
+        print(f"{folder} is saved at step {ended['step']}; --resume goes on.", file=sys.stderr)
+        raise KeyboardInterrupt
     result = read_result(folder, recipe, step=ended["step"])
     draw_run(folder, result.unigram_ece.all_chosen)
     write_result(result)

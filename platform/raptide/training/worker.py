@@ -39,16 +39,15 @@ from raptide.training.process import collect_garbage, garbage_by_hand, prepare_p
 from raptide.training.step import Stepper, StepResult
 from raptide.training.watching.audit import AuditWriter
 from raptide.training.watching.heldout import Evaluations, HeldoutEvaluator, heldout_rows
+from raptide.training.watching.leaving import LEFT, TRAINING
 from raptide.training.watching.metrics import StepMetrics
+from raptide.training.watching.ranks import BoardWatch
 from raptide.training.watching.tracking import Tracker, start_tracking
 from raptide.training.watching.validation import Bench, RunEvaluations
-from raptide.training.watching.watch import HangWatch, LossWatch, describe_hang
+from raptide.training.watching.watch import HangWatch, LossWatch, begin_attempt
 
 LOOK_EVERY_S = 5.0
 """Seconds between two looks at what goes on beside the steps: preemption notices, evaluations."""
-
-ATTEMPTS = "attempts"
-"""File of a run that says how often its workers were started."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,8 @@ def train_worker(config: dict[str, Any]) -> None:
     training = run.recipe.training
     prepare_process(run.device, training.precision, compiles=training.compile)
     rank = ray.train.get_context().get_world_rank()
-    attempt = broadcast_from_rank_zero(_begin_attempt(run) if rank == 0 else None)
+    begun = begin_attempt(Path(run.folder), run.board) if rank == 0 else None
+    attempt = broadcast_from_rank_zero(begun)
     if attempt is None:  # Ray Train restarts after any error; this one no restart can mend
         return
     try:
@@ -90,18 +90,6 @@ def train_worker(config: dict[str, Any]) -> None:
         mistake = OutOfMemory(explain_memory(run.recipe, workers, rank))
         ray.get(run.board.give_up.remote(mistake))
         raise mistake from error
-
-
-def _begin_attempt(run: Run) -> int | None:
-    """How often the workers of this run have started, or None if they should give up."""
-    if ray.get(run.board.mistake.remote()) is not None:
-        return None
-    file = Path(run.folder) / ATTEMPTS
-    attempt = int(file.read_text()) + 1 if file.exists() else 1
-    file.write_text(f"{attempt}\n")
-    if (hang := describe_hang(Path(run.folder), attempt - 1)) is not None:
-        run.board.warn.remote(hang)
-    return attempt
 
 
 class Worker:
@@ -141,9 +129,10 @@ class Worker:
         self._measures = StepMetrics(self._recipe, run.device, self._workers)
         self._looked = time.monotonic()
         self._leaving: set[str] = set()
-        self._save_at_once = False
+        self._save_at_once = self._left = False
         self._tracker = self._start_tracking(stack)
         self._stepper = Stepper(self._engine, self._workers)
+        self._board_watch = BoardWatch(run.board, self._rank, attempt)
         cut = partial(cut_share, self._bounds, ALPHABETS[run.plan.alphabet], self._engine.device)
         self._shares = SharesAhead(reader.batches(self._steps_left), cut, self._engine.device)
         stack.callback(self._shares.close)
@@ -154,13 +143,17 @@ class Worker:
 
     def train(self) -> None:
         """All steps that are left, which may be none, and what a run ends with."""
-        self._post(phase=f"training on {self._workers}", step=self._step)
+        self._post(phase=f"{TRAINING} on {self._workers}", step=self._step)
         last_too = self._steps_left or self._run.bench is not None
         self._evaluations.take_up(self._step if last_too else self._step - 1)
         if self._steps_left:
             with garbage_by_hand():
                 self._train_steps()
-        self._finish()
+        if self._left:
+            self._refuse_unsaved(leaving=True)
+            self._post(phase=LEFT, step=self._step)
+        else:
+            self._finish()
 
     @property
     def _steps_left(self) -> int:
@@ -179,6 +172,8 @@ class Worker:
             self._post(step=self._step, loss=result.loss, step_s=step_s, tokens_per_s=speed)
             last = result.stop or self._step == recipe.training.steps
             evaluate = last or self._step % recipe.evaluation.every_steps == 0
+            self._left = result.leave and not last
+            last = last or result.leave
             if evaluate and not recipe.evaluation.asynchronous:
                 evaluation = self._evaluator.measure(self._engine, self._engine.device)
                 self._evaluations.take(evaluation, self._step)
@@ -220,7 +215,9 @@ class Worker:
             learning_rate(recipe.optimizer, self._step + 1, recipe.training.steps),
             look=self._rank == 0 and time.monotonic() - self._looked > LOOK_EVERY_S,
             stop=self._rank == 0 and self._improves_no_more,
+            leave=self._board_watch.leave,
         )
+        self._board_watch.took(self._stepper.forward_s, share)
         self._step += 1
         self._tokens += batch.num_tokens
         if self._loss_watch.see(result):
@@ -242,10 +239,11 @@ class Worker:
             self._warn(f"A node is to go away: saving a checkpoint after step {self._step}.")
         self._refuse_unsaved()
         self._evaluations.look()
+        self._board_watch.look()
 
-    def _refuse_unsaved(self) -> None:
+    def _refuse_unsaved(self, *, leaving: bool = False) -> None:
         unsaved = self._writer.problem
-        if unsaved is not None and self._recipe.checkpoint.when_unsaved == "stop":
+        if unsaved and (leaving or self._recipe.checkpoint.when_unsaved == "stop"):
             raise CheckpointUnsaved(unsaved)
 
     @property
@@ -297,6 +295,7 @@ class Worker:
             "progress/tokens": self._tokens,
             "progress/epoch": batch.next_cursor.epoch,
             "system/restarts": self._attempt - 1,
+            **self._board_watch.metrics,
         }
         if stall_s is not None:
             metrics["speed/checkpoint_stall_s"] = stall_s

@@ -123,6 +123,10 @@ class ClusterSettings(Settings):
     """Seconds without progress after which a worker writes the stacks of its threads to the run
     folder and ends, so that the run goes on from its last checkpoint."""
 
+    check_first: bool = False
+    """Look at every node and try it out before the workers start (`jobs/check_cluster.py
+    --before-training`); a run on a cluster that is not fit is refused."""
+
     peak_tflops: float | None = Field(None, gt=0.0)
     """What one worker's device can do at best, in 10^12 operations a second, for MFU; None takes
     the data sheet of GPUs that are known."""

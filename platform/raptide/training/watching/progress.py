@@ -13,6 +13,7 @@ import ray
 from tqdm import tqdm
 
 from raptide.errors import RaptideError
+from raptide.training.watching.ranks import RankTimes, Slowest
 
 POLL_S = 0.5
 LAST_LOOK_S = 30.0
@@ -33,6 +34,21 @@ class Board:
         self._warnings: list[str] = []
         self._mistake: RaptideError | None = None
         self._answers: dict[tuple[int, str], dict[int, Any]] = {}
+        self._leaving = False
+        self._times = RankTimes()
+
+    def leave(self) -> None:
+        """Let the workers save and go, once they look."""
+        self._leaving = True
+        self.warn("The run was told to end: it ends its step and saves first.")
+
+    def took(self, attempt: int, rank: int, where: str, seconds: float) -> None:
+        """What a rank's own passes take; see `RankTimes`."""
+        self._times.take(attempt, rank, where, seconds)
+
+    def notices(self) -> tuple[bool, Slowest | None]:
+        """Whether the run is to leave, and its slowest rank."""
+        return self._leaving, self._times.slowest()
 
     def give_up(self, mistake: RaptideError) -> None:
         """Keep an error that no restart can mend."""
@@ -136,4 +152,6 @@ def describe_state(state: dict[str, Any], total_steps: int) -> list[str]:
         seconds = int((total_steps - state["step"]) * state["step_s"])
         figures.append(f"{state['tokens_per_s']:,.0f} tokens/s")
         figures.append(f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left")
+    if state.get("slowest"):
+        figures.append(state["slowest"])
     return figures

@@ -1,4 +1,4 @@
-"""Metrics of a run: W&B and a plain JSONL copy, written by rank 0 alone."""
+"""Metrics of a run: W&B, a plain JSONL copy and Prometheus, from rank 0 alone."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from urllib.parse import urlsplit
 
 from raptide.data.corpus import MANIFEST, Corpus
 from raptide.training.planning.recipe import Recipe, TrackingSettings
+from raptide.training.watching.exporting import RunExporter
 
 STEP = "trainer/global_step"
 METRICS = "metrics.jsonl"
 
 
 class Tracker:
-    """Writes metrics to `metrics.jsonl` and to W&B under an id that survives restarts."""
+    """Writes metrics to `metrics.jsonl`, and to W&B under an id that survives restarts."""
 
     def __init__(
         self,
@@ -30,7 +31,13 @@ class Tracker:
         run_id: str,
         name: str,
         config: dict[str, Any],
+        exporter: RunExporter | None = None,
     ) -> None:
+        """
+        Args:
+            exporter: shows the metrics to Prometheus as well; closed with this.
+        """
+        self._exporter = exporter
         self._file = (run_folder / METRICS).open("a")
         self._wandb: Any = None
         if mode == "disabled":
@@ -55,6 +62,8 @@ class Tracker:
         record = {STEP: step, **metrics}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        if self._exporter is not None:
+            self._exporter.export(record)
         if self._wandb is not None:
             self._wandb.log(record)
 
@@ -89,6 +98,8 @@ class Tracker:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
+        if self._exporter is not None:
+            self._exporter.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error is None else 1)
 
@@ -106,6 +117,7 @@ def start_tracking(
         name=recipe.name,
         config=recipe.model_dump()
         | {"corpus_manifest": known[0] if len(known) == 1 else known, **facts},
+        exporter=RunExporter(run_folder.name),
     )
 
 

@@ -6,11 +6,17 @@ import faulthandler
 import statistics
 from collections import deque
 from pathlib import Path
+from typing import Any
+
+import ray
 
 from raptide.errors import TrainingDiverged
 from raptide.training.step import StepResult
 
 HANGS = "hangs"
+
+ATTEMPTS = "attempts"
+"""File of a run that says how often its workers were started."""
 
 WINDOW, LEAST = 64, 16
 """Losses that a new one is compared with, and how many there must be."""
@@ -89,6 +95,18 @@ class HangWatch:
         self._file.close()
         if self._path.stat().st_size == 0:
             self._path.unlink()
+
+
+def begin_attempt(run: Path, board: Any) -> int | None:
+    """How often the workers of this run have started, or None if they should give up."""
+    if ray.get(board.mistake.remote()) is not None:
+        return None
+    file = run / ATTEMPTS
+    attempt = int(file.read_text()) + 1 if file.exists() else 1
+    file.write_text(f"{attempt}\n")
+    if (hang := describe_hang(run, attempt - 1)) is not None:
+        board.warn.remote(hang)
+    return attempt
 
 
 def describe_hang(run: Path, attempt: int) -> str | None:
