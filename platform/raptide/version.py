@@ -11,7 +11,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
-SHIPPED = "RAPTIDE_CODE_VERSION"
+VERSION = "RAPTIDE_CODE_VERSION"
 """Variable that tells a submitted job of which commit its checkout is; git does not come along."""
 
 SHOWN = ("numpy", "pyarrow", "httpx", "torch", "ray", "deepspeed", "wandb")
@@ -37,8 +37,8 @@ def commit() -> str:
 
 def code_version() -> str:
     """The package's version, with the commit where it is known."""
-    if SHIPPED in os.environ:
-        return os.environ[SHIPPED]
+    if VERSION in os.environ:
+        return os.environ[VERSION]
     version = importlib.metadata.version("raptide")
     return f"{version}+{commit()}" if commit() else version
 

@@ -33,7 +33,7 @@ def test_the_extras_come_together_in_all():
     ]
     (everything,) = extras["all"]
     assert set(re.findall(r"\w+", everything)[1:]) == extras.keys() - {
-        *("all", "dev", "bench", "engine")
+        *("all", "dev", "bench", "engine", "cloud")
     }
 
 

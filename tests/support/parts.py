@@ -20,6 +20,7 @@ PARTS = [
     "model",
     "gpu",
     "packaging",
+    "deploy",
     "client",
     "tests",
 ]

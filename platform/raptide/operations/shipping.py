@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raptide.errors import ConfigError
-from raptide.version import SHIPPED
+from raptide.version import VERSION
 
 PARTS = ("platform", "jobs", "serve", "pyproject.toml", "constraints.txt")
 """What of a checkout jobs need; whatever else lies in it stays at home."""
@@ -68,7 +68,7 @@ def pack(
             "excludes": _excludes(checkout),
             "env_vars": {
                 "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s),
-                SHIPPED: code_version,
+                VERSION: code_version,
             },
         },
     )
