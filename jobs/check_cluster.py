@@ -19,6 +19,7 @@ cluster that RAY_ADDRESS names, or starts a Ray of its own and looks at this mac
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 
@@ -27,6 +28,7 @@ from raptide.cluster import local_cpus, ray_session
 from raptide.errors import ClusterError
 from raptide.operations.check import CheckOptions, Report, check_cluster
 from raptide.operations.findings import LEAST_DISK_GB
+from raptide.operations.following import JobOutput
 from submit_job import submit_and_follow, submit_parser
 
 MEASURES = {
@@ -69,7 +71,13 @@ def _as_job(args: argparse.Namespace) -> int:
     given += ["--before-training"] if args.before_training else []
     given += ["--json"] if args.json else []
     options = ["--address", args.address, "--name", "check_cluster", "check_cluster", *given]
-    return submit_and_follow(submit_parser().parse_args(options))
+    log = io.StringIO()
+    output = JobOutput(out=log) if args.json else JobOutput()
+    code = submit_and_follow(submit_parser().parse_args(options), output)
+    for line in log.getvalue().splitlines():
+        # What else the job said was not for those who read JSON.
+        print(line, file=sys.stdout if line.startswith('{"ok"') else sys.stderr)
+    return code
 
 
 def _say(doing: str) -> None:

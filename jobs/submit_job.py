@@ -33,7 +33,7 @@ from typing import Any
 
 from commandline import job_parser, run_job
 from raptide.errors import ConfigError
-from raptide.operations.following import JobOutput, follow
+from raptide.operations.following import JobOutput, Place, follow
 from raptide.operations.shipping import STOP_WAIT_S, default_name, job_names, pack
 from raptide.operations.submission import (
     INTERRUPTED,
@@ -93,8 +93,13 @@ def submit_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def submit_and_follow(args: argparse.Namespace) -> int:
-    """The exit code of the job, or 0 where nobody waits for it."""
+def submit_and_follow(args: argparse.Namespace, output: JobOutput | None = None) -> int:
+    """The exit code of the job, or 0 where nobody waits for it.
+
+    Args:
+        args: of `submit_parser`.
+        output: takes what the job says, instead of stdout and stderr.
+    """
     if not (CHECKOUT / "platform/raptide").is_dir():
         raise ConfigError(
             "Jobs are submitted from a checkout, which goes along with them, and raptide is "
@@ -116,7 +121,7 @@ def submit_and_follow(args: argparse.Namespace) -> int:
         _tell(job, ours, shipment.command)
         if args.detach:
             return 0
-        ended = watch(server, job)
+        ended = watch(server, job, output or JobOutput())
         if ended is None:
             return INTERRUPTED
         if not (ended.lost and tries_left):
@@ -139,9 +144,15 @@ def _tell(job: Job, ours: bool, command: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
 
-def watch(server: Any, job: Job, ask: Callable[[Job], str] | None = None) -> Job | None:
-    """Follow a job to its end; None where it goes on without us."""
-    output = JobOutput()
+def watch(
+    server: Any, job: Job, output: JobOutput, ask: Callable[[Job], str] | None = None
+) -> Job | None:
+    """Follow a job to its end; None where it goes on without us.
+
+    Args:
+        ask: what Ctrl-C is to mean: detach, stop or follow.
+    """
+    output.place = Place()
     asked_to_stop = False
     while True:
         try:
@@ -232,7 +243,7 @@ def stop(args: argparse.Namespace) -> int:
     if not job.live:
         raise ConfigError(f"{job.id} cannot be stopped: it is {job.status.lower()} already.")
     _stop(server, job)
-    if not args.detach and watch(server, job) is None:
+    if not args.detach and watch(server, job, JobOutput()) is None:
         return INTERRUPTED
     return 0
 

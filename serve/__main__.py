@@ -91,6 +91,7 @@ def run(config: ServeDeploySchema) -> None:
             proxy_location=config.proxy_location,
             http_options=config.http_options.model_dump(),
             grpc_options=config.grpc_options.model_dump(),
+            tracing_config=config.tracing_config,
         )
         try:
             _get_global_client().deploy_apps(config, _blocking=False)

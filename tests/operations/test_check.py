@@ -143,18 +143,25 @@ def test_all_nodes_have_a_wandb_key_that_works_or_none_has(monkeypatch, having, 
     assert [each.node for each in outside.try_wandb(nodes)] == found
 
 
-def test_with_an_address_the_check_is_a_job_of_that_cluster(monkeypatch):
+def test_with_an_address_the_check_is_a_job_of_that_cluster_and_stdout_is_json(monkeypatch, capsys):
     given = []
-    monkeypatch.setattr(check_cluster, "submit_and_follow", lambda args: given.append(args) or 1)
-    monkeypatch.setattr(
-        "sys.argv", ["check_cluster.py", "--address", "http://h:1", "--json", "--storage", "/s"]
-    )
+
+    def submit_and_follow(args, output):
+        given.append(args)
+        output.feed('  looking at 3 nodes\n(raylet) noise\n{"ok": false}\n')
+        output.close()
+        return 1
+
+    monkeypatch.setattr(check_cluster, "submit_and_follow", submit_and_follow)
+    command = ["check_cluster.py", "--address", "http://h:1", "--json", "--storage", "/s"]
+    monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit) as ended:
         check_cluster.main()
     assert ended.value.code == 1
     (args,) = given
     assert (args.address, args.name, args.job) == ("http://h:1", "check_cluster", "check_cluster")
     assert args.arguments == ["--disk-gb=20", "--storage=/s", "--json"]
+    assert json.loads(capsys.readouterr().out) == {"ok": False}
 
 
 def test_options_have_their_defaults():

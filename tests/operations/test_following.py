@@ -171,7 +171,7 @@ class Interrupted:
 def test_ctrl_c_detaches_stops_or_goes_on(server, monkeypatch, capsys, choice, stopped, calls):
     interrupted = Interrupted(server)
     monkeypatch.setattr(submit_job, "follow", interrupted)
-    ended = submit_job.watch(server, find_job(server, "x"), ask=lambda job: choice)
+    ended = submit_job.watch(server, find_job(server, "x"), JobOutput(), ask=lambda job: choice)
     assert (server.stopped, interrupted.calls) == (stopped, calls)
     assert (ended is None) == (choice == "detach")
     told = capsys.readouterr().err
@@ -182,7 +182,7 @@ def test_ctrl_c_detaches_stops_or_goes_on(server, monkeypatch, capsys, choice, s
 def test_without_a_terminal_ctrl_c_leaves_the_job_alone_and_says_so(server, monkeypatch, capsys):
     monkeypatch.setattr(submit_job, "follow", Interrupted(server))
     monkeypatch.setattr("sys.stdin", io.StringIO("s\n"))
-    assert submit_job.watch(server, find_job(server, "x")) is None
+    assert submit_job.watch(server, find_job(server, "x"), JobOutput()) is None
     assert server.stopped == []
     assert "`stop x` ends it" in capsys.readouterr().err
 

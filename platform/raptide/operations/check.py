@@ -22,7 +22,7 @@ from raptide.operations.findings import (
 )
 from raptide.operations.nodes import NodeFacts, clock, node_facts
 from raptide.operations.outside import try_storage, try_wandb
-from raptide.operations.places import ANSWER_S, Place, alive_places, answers, reason_of
+from raptide.operations.places import ANSWER_S, TRIES, Place, alive_places, answers, reason_of
 
 NEIGHBOURS = 4
 """Nodes whose ports each one tries to reach, besides the head's: all pairs would be too many."""
@@ -102,7 +102,7 @@ def check_cluster(options: CheckOptions, say: Callable[[str], None] = lambda _: 
 
 def _look(places: Sequence[Place], report: Report) -> dict[Place, NodeFacts]:
     """The facts of each node that answers."""
-    look = ray.remote(num_cpus=0, max_retries=0)(node_facts)
+    look = ray.remote(num_cpus=0, max_retries=TRIES)(node_facts)
     folder = ray._private.worker._global_node.get_session_dir_path()
     tasks = {
         place: look.options(scheduling_strategy=place.strategy).remote(
@@ -121,7 +121,7 @@ def _ports_to_reach(places: Sequence[Place], number: int) -> list[tuple[str, int
 
 def _skews(places: Iterable[Place]) -> dict[str, float]:
     """How far each clock is ahead of this process's, in seconds, with the way there taken off."""
-    ask = ray.remote(num_cpus=0, max_retries=0)(clock)
+    ask = ray.remote(num_cpus=0, max_retries=TRIES)(clock)
     skews = {}
     for place in places:
         before = time.time()

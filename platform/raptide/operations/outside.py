@@ -11,7 +11,7 @@ import ray
 
 from raptide.operations.findings import Finding
 from raptide.operations.nodes import NodeFacts, has_wandb_key
-from raptide.operations.places import Place, answers
+from raptide.operations.places import TRIES, Place, answers
 from raptide.storage import Storage, storage_of
 
 LOGIN_S = 20
@@ -20,8 +20,8 @@ LOGIN_S = 20
 def try_storage(places: Sequence[Place], uri: str) -> Iterator[Finding]:
     """Every node writes a file, which the next one reads."""
     storage, folder = storage_of(uri, "--storage"), f"raptide-check-{uuid.uuid4().hex[:12]}"
-    write = ray.remote(num_cpus=0, max_retries=0)(_write)
-    read = ray.remote(num_cpus=0, max_retries=0)(_read)
+    write = ray.remote(num_cpus=0, max_retries=TRIES)(_write)
+    read = ray.remote(num_cpus=0, max_retries=TRIES)(_read)
     remedy = "mount it on every node under one path, and let the nodes' users or keys write to it"
     silent: list[Finding] = []
     steps = {

@@ -17,6 +17,9 @@ from raptide.operations.nodes import NodeFacts
 ANSWER_S = 180.0
 """Seconds that a node may take to start a process and to answer."""
 
+TRIES = 2
+"""More, where a worker dies beside a task: Ray may end one just as it is given the task."""
+
 
 @dataclass(frozen=True)
 class Place:
