@@ -23,7 +23,7 @@ import io
 import json
 import sys
 
-from commandline import run_job
+from commandline import job_parser, run_job
 from raptide.cluster import local_cpus, ray_session
 from raptide.errors import ClusterError
 from raptide.operations.check import CheckOptions, Report, check_cluster
@@ -40,19 +40,20 @@ MEASURES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--address", metavar="URL", help="of the cluster's dashboard")
-    parser.add_argument("--storage", metavar="PATH|URI", help="where runs will keep checkpoints")
-    parser.add_argument(
+    parser = job_parser(__doc__, verbose=False)
+    group = parser.add_argument_group("what is checked")
+    group.add_argument("--address", metavar="URL", help="of the cluster's dashboard")
+    group.add_argument("--storage", metavar="PATH|URI", help="where runs will keep checkpoints")
+    group.add_argument(
         "--disk-gb",
         type=float,
         default=LEAST_DISK_GB,
-        help=f"that must be free on each node (default: {LEAST_DISK_GB:g})",
+        metavar="GB",
+        help="that must be free on each node",
     )
-    parser.add_argument("--before-training", action="store_true", help="the short form")
-    parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
+    group.add_argument("--before-training", action="store_true", help="the short form")
+    group = parser.add_argument_group("how it is told")
+    group.add_argument("--json", action="store_true", help="print the whole report as JSON")
     args = parser.parse_args()
     if args.address is not None:
         sys.exit(_as_job(args))

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,8 +21,13 @@ from raptide.errors import ConfigError, RaptideError
 class JobParser(argparse.ArgumentParser):
     """Help that begins with examples and names every default; the nearest name for a wrong one."""
 
-    def __init__(self, **options: Any) -> None:
+    stops_at: Container[str] = ()
+    """Words behind which options are another job's."""
+
+    def __init__(self, verbose: bool = True, **options: Any) -> None:
         super().__init__(formatter_class=JobHelp, **options)
+        if not verbose:
+            return
         self.add_argument(
             "-v", "--verbose", action="store_true", help="show what Ray and its workers print"
         )
@@ -44,7 +49,9 @@ class JobParser(argparse.ArgumentParser):
     def _refuse_unknown(self, given: list[str]) -> None:
         """Before argparse looks: it would complain of what is missing, not of a slip beside it."""
         known = [name for name in self._option_string_actions if name.startswith("--")]
-        for word in given[: given.index("--")] if "--" in given else given:
+        for word in given:
+            if word == "--" or word in self.stops_at:
+                break
             name = word.partition("=")[0]
             if not name.startswith("--") or any(each.startswith(name) for each in known):
                 continue
@@ -65,10 +72,14 @@ class JobHelp(argparse.RawDescriptionHelpFormatter):
         return f"{told} (default: %(default)s)"
 
 
-def job_parser(description: str | None) -> JobParser:
-    """A parser whose help is the job's own docstring."""
+def job_parser(description: str | None, verbose: bool = True) -> JobParser:
+    """A parser whose help is the job's own docstring.
+
+    Args:
+        verbose: whether Ray and workers print what an option may show.
+    """
     command = called_as()
-    return JobParser(description=description, **({"prog": command} if command else {}))
+    return JobParser(verbose, description=description, **({"prog": command} if command else {}))
 
 
 def called_as() -> str | None:
@@ -101,6 +112,8 @@ def shipped_file(given: Path, folder: str) -> Path:
     for name in (given.name, f"{given.name}.yaml"):
         if (here / name).is_file():
             return here / name
+    if given.suffix:  # meant as a file: whoever reads it says what is wrong
+        return given
     known = sorted(path.stem for path in here.glob("*.yaml"))
     close = difflib.get_close_matches(given.stem, known, n=1)
     hint = (

@@ -31,10 +31,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from commandline import run_job
+from commandline import job_parser, run_job
 from raptide.errors import ConfigError
 from raptide.operations.following import JobOutput, Place, follow
-from raptide.operations.shipping import STOP_WAIT_S, default_name, pack
+from raptide.operations.shipping import STOP_WAIT_S, default_name, job_names, pack
 from raptide.operations.submission import (
     INTERRUPTED,
     Job,
@@ -66,23 +66,28 @@ def main() -> None:
 
 def submit_parser() -> argparse.ArgumentParser:
     """What can be said of a job that is submitted."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = job_parser(__doc__, verbose=False)
+    parser.stops_at = {*job_names(CHECKOUT), *COMMANDS}
+    group = parser.add_argument_group("where, and under which name")
+    group.add_argument("--address", metavar="URL", help="of the cluster's dashboard (as above)")
+    group.add_argument("--name", help="what to find the job by (as above)")
+    group = parser.add_argument_group("how it runs, and ends")
+    group.add_argument("--detach", action="store_true", help="submit it and end")
+    group.add_argument(
+        "--retries",
+        type=int,
+        default=0,
+        metavar="N",
+        help="attempts after one whose process was killed",
     )
-    parser.add_argument("--address", metavar="URL", help="of the cluster's dashboard")
-    parser.add_argument("--name", help="what to find the job by")
-    parser.add_argument("--detach", action="store_true", help="submit it and end")
-    parser.add_argument(
-        "--retries", type=int, default=0, help="attempts after one whose process was killed"
-    )
-    parser.add_argument(
+    group.add_argument(
         "--stop-wait",
         type=int,
         default=STOP_WAIT_S,
         metavar="S",
-        help=f"seconds that the job has to end when it is stopped (default: {STOP_WAIT_S})",
+        help="seconds that the job has to end when it is stopped",
     )
-    parser.add_argument("--python", default="python", help="what the nodes call theirs")
+    group.add_argument("--python", default="python", help="what the nodes call theirs")
     parser.add_argument("job", help="a script of jobs/ without .py, serve, or a command")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="the job's own")
     return parser
@@ -95,6 +100,11 @@ def submit_and_follow(args: argparse.Namespace, output: JobOutput | None = None)
         args: of `submit_parser`.
         output: takes what the job says, instead of stdout and stderr.
     """
+    if not (CHECKOUT / "platform/raptide").is_dir():
+        raise ConfigError(
+            "Jobs are submitted from a checkout, which goes along with them, and raptide is "
+            f"installed as a package in {CHECKOUT}; call jobs/submit_job.py of a checkout."
+        )
     name = args.name or default_name(args.job, args.arguments)
     shipment = pack(
         CHECKOUT,

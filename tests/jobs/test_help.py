@@ -42,10 +42,12 @@ def test_help_begins_with_examples_and_has_options_in_groups(parser_of, name):
     parser, shown = parser_of(name)
     first, _, rest = shown.partition("\n\n")
     assert first.endswith((".", ":")), "one sentence says what the job is for"
-    assert rest.startswith(f"    python jobs/{name}"), "examples come next"
+    example = rest.partition("\n\n")[0]
+    assert example.startswith("    "), "examples come next"
+    assert f"    python jobs/{name}" in example
     assert shown.index("python jobs/") < shown.index("usage:")
     optional = parser._optionals._group_actions
-    assert {each.dest for each in optional} == {"help", "verbose"}, "others are in groups"
+    assert {each.dest for each in optional} <= {"help", "verbose"}, "others are in groups"
     for action in parser._actions:
         assert action.help, f"{action.dest} has no help"
 

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from client_load import ClientLoad
 from endpoints import make_bundle
 from ray import serve as ray_serve
 from safetensors.torch import load_file, save_file
@@ -59,12 +60,15 @@ def test_killed_replicas_cost_no_request_and_come_back_though_their_files_were_p
 
 def test_a_new_checkpoint_comes_without_a_failed_request(deploy, bundles, proxy):
     url = deploy(bundles[1])
-    with every_kind(url, proxy) as load:
+    with ClientLoad(url, proxy.key) as clients, every_kind(url, proxy) as load:
         load.wait_for_more(20)
         deploy(bundles[2])
         load.wait_for(lambda answers: {told.step for told in answers[-8:]} == {"2"})
     assert not load.failed, by_kind(load.answers)
     assert {told.kind for told in load.answers} == {str(kind) for kind in KINDS}
+    assert clients.calls
+    assert not clients.failed
+    assert clients.mixed == 0, "a call of many requests has met two models"
     versions = {(told.step, told.weights) for told in load.answers}
     assert len(versions) == 2, "no answer is of two versions"
 
