@@ -1,4 +1,6 @@
-# make install   the environment, in .venv
+# make install   the environment, in .venv; all of it (the extra dev)
+# make package   a wheel and an sdist, in dist
+# make versions  constraints.txt anew; make newest: try the newest of everything, report in newest.md
 # make demo      the whole way on one machine; INPUT=my.fasta takes your own proteins
 # make test      the suite but for what is marked thorough
 # make test-all  everything, and property tests with ten times as many examples
@@ -13,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUT ?=
 
-.PHONY: install demo test test-all test-gpu doctor check clean
+.PHONY: install demo test test-all test-gpu doctor check package versions newest clean
 
 install: $(VENV)/.installed
 
@@ -44,6 +46,15 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+package: install
+	$(BIN)/python -m build
+
+versions: install
+	$(BIN)/python .ci/pin_versions.py
+
+newest:
+	$(PYTHON) .ci/pin_versions.py --try-newest newest.md
+
 clean:
-	rm -rf $(VENV) runs/demo corpora/demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache platform/raptide.egg-info
+	rm -rf $(VENV) runs/demo corpora/demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache platform/raptide.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

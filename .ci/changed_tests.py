@@ -25,7 +25,7 @@ def folders_of(changed: Sequence[str]) -> list[str]:
             parts = parts[2:]
         elif parts[0] == "tests" and len(parts) > 2:
             parts = parts[1:]
-        if parts[0] in ("docs", "deploy", "README.md", "CHANGELOG.md"):
+        if parts[0] in ("docs", "README.md", "CHANGELOG.md"):
             continue
         folder = f"tests/{parts[0]}"
         if parts[0] in SHARED or not (ROOT / folder).is_dir():

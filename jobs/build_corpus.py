@@ -33,6 +33,7 @@ from typing import get_args
 
 from commandline import (
     add_reading_options,
+    as_called,
     job_parser,
     reading_rules,
     refuse_output,
@@ -58,8 +59,9 @@ def main() -> None:
 def inspect(arguments: list[str]) -> None:
     parser = job_parser("Print what a corpus holds, and draw it.")
     parser.prog += " inspect"
-    parser.add_argument("corpus", type=Path, metavar="DIR")
-    parser.add_argument(
+    parser.add_argument("corpus", type=Path, metavar="DIR", help="a corpus")
+    group = parser.add_argument_group("how")
+    group.add_argument(
         "--verify", action="store_true", help="compare every file's hash with the manifest's"
     )
     args = parser.parse_args(arguments)
@@ -121,28 +123,34 @@ def _print_shares(title: str, counter: dict[str, int]) -> None:
 def build() -> None:
     defaults = BuildSettings()
     parser = job_parser(__doc__)
-    parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="FASTA")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument(
+    group = parser.add_argument_group("input and output")
+    group.add_argument(
+        "--input",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FASTA",
+        help="files, plain or compressed",
+    )
+    group.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="the corpus, a new folder"
+    )
+    group = parser.add_argument_group("clusters, and which are held out")
+    group.add_argument(
         "--holdout-fraction",
         type=float,
         default=defaults.holdout_fraction,
-        help="share of clusters held out of training (default: %(default)s)",
+        metavar="SHARE",
+        help="of the clusters, 0 to 1, held out of training",
     )
-    parser.add_argument(
-        "--block-residues",
-        type=int,
-        default=defaults.block_residues,
-        help="residues in a block, the unit of reading and shuffling (default: %(default)s)",
-    )
-    parser.add_argument(
+    group.add_argument(
         "--cluster-tag",
         metavar="NAME",
         help="header field that names a record's cluster, e.g. cluster50 for cluster50=P12345, or "
         "UniRef's Tax for whole species (default: each record is its own cluster); refused if no "
         "header has it",
     )
-    parser.add_argument(
+    group.add_argument(
         "--clusters",
         type=Path,
         nargs="+",
@@ -151,14 +159,14 @@ def build() -> None:
         help="cluster tables as MMseqs2 writes them (representative, tab, member; plain or "
         "compressed); for records that no line names see --unclustered",
     )
-    parser.add_argument(
+    group.add_argument(
         "--unclustered",
         choices=get_args(BuildSettings.model_fields["unclustered"].annotation),
         help="records that no table and no header puts into a cluster: each becomes a cluster "
         "of its own, though relatives may be held out (the default), or is dropped and counted, or "
         "ends the build",
     )
-    parser.add_argument(
+    group.add_argument(
         "--holdout-clusters",
         type=Path,
         metavar="FILE",
@@ -166,17 +174,32 @@ def build() -> None:
         "beside those that the hash chooses; plain or compressed, also FASTA headers; P69905 and "
         "sp|P69905|HBA_HUMAN are one name, as in cluster tables",
     )
-    parser.add_argument(
+    group.add_argument(
         "--clusters-of-a-larger-set",
         action="store_true",
         help="the tables may name members that the input has not, as UniRef's do for a part of it",
     )
+    group = parser.add_argument_group("how it is written")
+    group.add_argument(
+        "--block-residues",
+        type=int,
+        default=defaults.block_residues,
+        metavar="N",
+        help="residues in a block, the unit of reading and shuffling",
+    )
     add_reading_options(parser)
     cleaning = parser.add_argument_group("cleaning")
-    cleaning.add_argument("--min-residues", type=int, metavar="N", help="drop shorter sequences")
-    cleaning.add_argument("--max-residues", type=int, metavar="N", help="drop longer sequences")
     cleaning.add_argument(
-        "--max-unknown-fraction", type=float, metavar="F", help="drop those with more X than this"
+        "--min-residues", type=int, metavar="N", help="drop sequences of fewer residues"
+    )
+    cleaning.add_argument(
+        "--max-residues", type=int, metavar="N", help="drop sequences of more residues"
+    )
+    cleaning.add_argument(
+        "--max-unknown-fraction",
+        type=float,
+        metavar="SHARE",
+        help="drop those of whose residues more than this, 0 to 1, are X",
     )
     cleaning.add_argument(
         "--drop-duplicates",
@@ -221,8 +244,10 @@ def _print_summary(corpus: Corpus) -> None:
     _print_counts(corpus)
     _draw(corpus)
     print(
-        f"Train on it: python jobs/pretrain_model.py --config jobs/recipes/demo.yaml "
-        f"--output runs/mine {shlex.quote(f'corpus={corpus.path}')}"
+        as_called(
+            "Train on it: python jobs/pretrain_model.py --config jobs/recipes/demo.yaml "
+            f"--output runs/mine {shlex.quote(f'corpus={corpus.path}')}"
+        )
     )
 
 

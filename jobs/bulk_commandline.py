@@ -25,11 +25,15 @@ from raptide.data.fasta_text import is_stream
 from raptide.errors import ConfigError
 from raptide.training.checkpoints.checkpoint import find_bundle
 
+Options = argparse._ArgumentGroup
+"""A group of options."""
+
 
 def add_model_options(parser: argparse.ArgumentParser, **more: Any) -> None:
     options = {"help": "model folder, .pt, checkpoint or run", **more}
-    parser.add_argument("--model", type=Path, required=True, **options)
-    parser.add_argument(
+    group = parser.add_argument_group("the model")
+    group.add_argument("--model", type=Path, required=True, **options)
+    group.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="auto",
@@ -37,8 +41,8 @@ def add_model_options(parser: argparse.ArgumentParser, **more: Any) -> None:
     )
 
 
-def add_long_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def add_long_option(group: Options) -> None:
+    group.add_argument(
         "--long",
         choices=("reject", "window", "error"),
         default="reject",
@@ -49,7 +53,8 @@ def add_long_option(parser: argparse.ArgumentParser) -> None:
 
 def add_protein_options(parser: argparse.ArgumentParser) -> None:
     """Options for inputs that are proteins; `protein_sources` reads them."""
-    parser.add_argument(
+    group = parser.add_argument_group("what is read")
+    group.add_argument(
         "--input",
         nargs="+",
         required=True,
@@ -57,8 +62,7 @@ def add_protein_options(parser: argparse.ArgumentParser) -> None:
         help="FASTA (plain or compressed) or Parquet files with id and sequence, folders, globs, "
         "URIs, - for standard input, or one corpus folder",
     )
-    add_long_option(parser)
-    group = parser.add_argument_group("what is read")
+    add_long_option(group)
     group.add_argument(
         "--stop-codons",
         choices=("reject", "split"),
@@ -82,8 +86,8 @@ def add_protein_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_dedup_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def add_dedup_option(group: Options) -> None:
+    group.add_argument(
         "--dedup",
         action="store_true",
         help="find equal sequences in a first pass over all inputs, and compute them once; without "
@@ -112,28 +116,34 @@ def protein_sources(args: argparse.Namespace) -> list[Source]:
 
 def add_bulk_options(parser: argparse.ArgumentParser) -> None:
     """Options of every bulk job; `run_bulk_job` reads them."""
-    parser.add_argument(
-        "--output", required=True, metavar="DIR", help="folder or URI; given again, it goes on"
-    )
     group = parser.add_argument_group("how it runs")
     group.add_argument(
-        "--workers", type=int, help="engines (default: one for each GPU, or share of the CPUs)"
+        "--output", required=True, metavar="DIR", help="folder or URI; given again, it goes on"
+    )
+    group.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="engines (default: one for each GPU, or share of the CPUs)",
     )
     group.add_argument(
         "--threads",
         type=int,
+        metavar="N",
         help="CPUs of one engine where there are no GPUs (default: by the model's size)",
     )
     group.add_argument(
         "--timeout-s",
         type=float,
         default=BulkSettings().timeout_s,
+        metavar="S",
         help="seconds that some 65,000 tokens, or one record of more, may take; then the record "
         "that hangs is found and rejected (default: %(default)s)",
     )
     group.add_argument(
         "--memory-gb",
         type=float,
+        metavar="GB",
         help="that one engine may take; a record that needs more is rejected (default: its share "
         "of the node)",
     )
@@ -144,7 +154,10 @@ def add_bulk_options(parser: argparse.ArgumentParser) -> None:
         "--allow-rejects", action="store_true", help="end with 0, not 3, if records were rejected"
     )
     group.add_argument(
-        "--price-per-hour", type=float, help="of the machines; prices a million such proteins"
+        "--price-per-hour",
+        type=float,
+        metavar="PRICE",
+        help="of the machines, in any currency; prices a million such proteins",
     )
     group.add_argument(
         "--track", action="store_true", help="log the output to W&B, beside its model"

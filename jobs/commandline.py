@@ -3,26 +3,110 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from raptide.__main__ import short_name
 from raptide.data.fasta import ReadingRules
 from raptide.errors import ConfigError, RaptideError
 
 
-def job_parser(description: str | None) -> argparse.ArgumentParser:
+class JobParser(argparse.ArgumentParser):
+    """Help that begins with examples and names every default; the nearest name for a wrong one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=JobHelp, **options)
+        self.add_argument(
+            "-v", "--verbose", action="store_true", help="show what Ray and its workers print"
+        )
+
+    def format_help(self) -> str:
+        """What the job is for, with examples; then its options."""
+        description, self.description = self.description, None
+        try:
+            options = super().format_help()
+        finally:
+            self.description = description
+        return f"{as_called((description or '').strip())}\n\n{options}"
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        self._refuse_unknown(given)
+        return super().parse_known_args(given, namespace)
+
+    def _refuse_unknown(self, given: list[str]) -> None:
+        """Before argparse looks: it would complain of what is missing, not of a slip beside it."""
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        for word in given[: given.index("--")] if "--" in given else given:
+            name = word.partition("=")[0]
+            if not name.startswith("--") or any(each.startswith(name) for each in known):
+                continue
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "--help lists what there is."
+            self.error(f"there is no option {name}; {hint}")
+
+
+class JobHelp(argparse.RawDescriptionHelpFormatter):
+    """Each default that a help does not tell itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told, default = action.help or "", action.default
+        plain = isinstance(default, str | int | float | Path)
+        hidden = default in (False, argparse.SUPPRESS)
+        if not action.option_strings or not plain or hidden or "default" in told:
+            return told
+        return f"{told} (default: %(default)s)"
+
+
+def job_parser(description: str | None) -> JobParser:
     """A parser whose help is the job's own docstring."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    command = called_as()
+    return JobParser(description=description, **({"prog": command} if command else {}))
+
+
+def called_as() -> str | None:
+    """`raptide NAME` where that was called, None where the script was."""
+    return getattr(sys.modules["__main__"], "__command__", None)
+
+
+def as_called(text: str) -> str:
+    """A text with commands for people to copy, written as they have called this one."""
+    if called_as() is None:
+        return text
+    shipped = re.sub(r"jobs/(?:recipes|benchmarks)/(\w+)\.yaml", r"\1", text)
+    return re.sub(
+        r"python jobs/(\w+)\.py", lambda found: f"raptide {short_name(found[1])}", shipped
     )
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="show what Ray and its workers print"
+
+
+def shipped_file(given: Path, folder: str) -> Path:
+    """A file that comes with the jobs by its name alone: `demo` is recipes/demo.yaml.
+
+    Args:
+        folder: "recipes" or "benchmarks".
+
+    Raises:
+        ConfigError: there is no such file, neither as a path nor by that name.
+    """
+    if given.exists() or len(given.parts) > 1:
+        return given
+    here = Path(__file__).parent / folder
+    for name in (given.name, f"{given.name}.yaml"):
+        if (here / name).is_file():
+            return here / name
+    known = sorted(path.stem for path in here.glob("*.yaml"))
+    close = difflib.get_close_matches(given.stem, known, n=1)
+    hint = (
+        f"did you mean {close[0]}?" if close else f"{folder} that come along: {', '.join(known)}."
     )
-    return parser
+    raise ConfigError(f"There is no file {given}; {hint}")
 
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:

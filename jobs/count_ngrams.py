@@ -40,18 +40,21 @@ TESTED = 20_000
 
 def main() -> None:
     parser = job_parser(__doc__)
-    given = parser.add_mutually_exclusive_group(required=True)
+    group = parser.add_argument_group("input and output")
+    given = group.add_mutually_exclusive_group(required=True)
     given.add_argument("--corpus", type=Path, metavar="DIR", help="count its training side")
     given.add_argument("--fasta", type=Path, nargs="+", metavar="FASTA", help="count these")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--replace", action="store_true", help="write over an existing FILE")
-    parser.add_argument(
+    group.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="the counts, 3.5 MB"
+    )
+    group.add_argument("--replace", action="store_true", help="write over an existing FILE")
+    group.add_argument(
         "--sampling",
         choices=get_args(Sampling),
         help="of a corpus: representatives (the default), or of each cluster the member that epoch "
         "0 draws, or all",
     )
-    parser.add_argument(
+    group.add_argument(
         "--test", type=Path, nargs="+", metavar="FASTA", help="proteins to print the ECE of"
     )
     add_reading_options(parser)

@@ -37,24 +37,30 @@ def main() -> None:
     parser = job_parser(__doc__)
     add_model_options(parser)
     add_protein_options(parser)
-    add_dedup_option(parser)
-    parser.add_argument("--pooling", choices=("mean", "bos", "residue"), default="mean")
-    parser.add_argument(
+    group = parser.add_argument_group("what is computed and written")
+    group.add_argument(
+        "--pooling",
+        choices=("mean", "bos", "residue"),
+        default="mean",
+        help="the mean over the residues, the first token, or a vector each",
+    )
+    group.add_argument(
         "--layers",
         type=layer_list,
         default=(-1,),
         metavar="LIST",
         help="such as -1,6: 0 is the embedding, negative ones count from the last (default: -1)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--dtype", choices=("fp32", "fp16"), default="fp32", help="of what is written"
     )
-    parser.add_argument(
+    group.add_argument(
         "--format",
         choices=("parquet", "h5"),
         default="parquet",
         help="h5 makes DIR/embeddings.h5 too, as biotrainer reads it",
     )
+    add_dedup_option(group)
     add_bulk_options(parser)
     args = parser.parse_args()
     if args.format == "h5":

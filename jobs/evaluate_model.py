@@ -24,7 +24,7 @@ import os
 import sys
 from pathlib import Path
 
-from commandline import job_parser, refuse_output, run_job
+from commandline import job_parser, refuse_output, run_job, shipped_file
 from evaluation_tracking import log_evaluation
 from raptide.bulk import BulkSettings
 from raptide.bulk.places import choose_precision
@@ -51,7 +51,7 @@ def main() -> None:
     args = read_arguments()
     output = Path(args.output)
     refuse_output(output, "--output")
-    benchmark = Benchmark.load(args.benchmark, args.tasks)
+    benchmark = Benchmark.load(shipped_file(args.benchmark, "benchmarks"), args.tasks)
     cache = ResultCache((args.cache or output / CACHE).absolute())
     refuse_output(cache.folder, "--cache")
     models = {str(path): Model.find(find_bundle(path)) for path in (*args.model, *args.repeats)}
@@ -85,19 +85,28 @@ def main() -> None:
 
 def read_arguments() -> argparse.Namespace:
     parser = job_parser(__doc__)
-    parser.add_argument(
+    group = parser.add_argument_group("what is asked, and of what")
+    group.add_argument(
         "--model",
         type=Path,
         action="append",
         required=True,
         help="run, checkpoint, model folder or .pt file; given again, the next one",
     )
-    parser.add_argument("--benchmark", type=Path, required=True, metavar="YAML")
-    parser.add_argument("--output", required=True, metavar="DIR")
-    parser.add_argument(
+    group.add_argument(
+        "--benchmark",
+        type=Path,
+        required=True,
+        metavar="YAML",
+        help="a file, or the name of one that comes along",
+    )
+    group.add_argument(
+        "--output", required=True, metavar="DIR", help="folder of the results and the report"
+    )
+    group.add_argument(
         "--tasks", nargs="+", metavar="TASK", help="names or kinds (default: all of the benchmark)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--repeats",
         type=Path,
         nargs="+",
@@ -105,7 +114,7 @@ def read_arguments() -> argparse.Namespace:
         metavar="MODEL",
         help="at least two models that differ in the seed alone: the noise floor",
     )
-    parser.add_argument(
+    group.add_argument(
         "--predictions",
         type=Path,
         nargs="+",
@@ -114,7 +123,7 @@ def read_arguments() -> argparse.Namespace:
         help="CSV or Parquet with mutant, assay and columns of scores: each column is measured as "
         "a model is",
     )
-    parser.add_argument(
+    group.add_argument(
         "--no-baselines", action="store_true", help="ask the models alone, not the baselines"
     )
     group = parser.add_argument_group("how it runs")
@@ -124,8 +133,18 @@ def read_arguments() -> argparse.Namespace:
         default="fp32",
         help="of the computation; auto takes bf16 where it is faster (default: %(default)s)",
     )
-    group.add_argument("--workers", type=int, help="engines (default: a GPU or share of CPUs each)")
-    group.add_argument("--threads", type=int, help="CPUs of one engine where there are no GPUs")
+    group.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="engines (default: one for each GPU, or share of the CPUs)",
+    )
+    group.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPUs of one engine where there are no GPUs (default: by the model's size)",
+    )
     group.add_argument(
         "--cache", type=Path, metavar="DIR", help="results and scratch (default: OUTPUT/cache)"
     )

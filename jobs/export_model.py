@@ -54,12 +54,15 @@ Example = tuple[str, np.ndarray]
 
 def main() -> None:
     parser = job_parser(__doc__)
-    parser.add_argument("source", type=Path, metavar="SOURCE")
-    parser.add_argument("target", type=Path, metavar="TARGET")
-    parser.add_argument("--dtype", choices=DTYPES, help="precision to write (default: as stored)")
-    parser.add_argument("--fit-contacts", type=Path, metavar="PARQUET")
-    parser.add_argument(
-        "--fit-proteins", type=int, default=20, metavar="N", help="(default: %(default)s)"
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="as above")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="as above")
+    group = parser.add_argument_group("what is written")
+    group.add_argument("--dtype", choices=DTYPES, help="precision (default: as stored)")
+    group.add_argument(
+        "--fit-contacts", type=Path, metavar="PARQUET", help="fit a contact head to structures"
+    )
+    group.add_argument(
+        "--fit-proteins", type=int, default=20, metavar="N", help="structures to fit to"
     )
     args = parser.parse_args()
     refuse_existing(args.target)

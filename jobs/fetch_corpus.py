@@ -38,7 +38,7 @@ from typing import NamedTuple
 from isal import igzip
 from tqdm import tqdm
 
-from commandline import job_parser, refuse_output, run_job
+from commandline import as_called, job_parser, refuse_output, run_job
 from raptide.data.building.fetch import RemoteFile, ask_file, fetch, find_files
 from raptide.data.building.heldout import read_list
 from raptide.data.building.uniref import read_members
@@ -119,10 +119,13 @@ SOURCES = {
 
 def main() -> None:
     parser = job_parser(__doc__)
-    parser.add_argument("source", choices=SOURCES)
-    parser.add_argument("--output", type=Path, default=Path("downloads"), metavar="DIR")
-    parser.add_argument("--mirror", metavar="URL", help=f"default: {UNIPROT}, or {FAIR_ESM}")
-    parser.add_argument(
+    parser.add_argument("source", choices=SOURCES, help="as above")
+    group = parser.add_argument_group("where from, and to")
+    group.add_argument(
+        "--output", type=Path, default=Path("downloads"), metavar="DIR", help="folder of the files"
+    )
+    group.add_argument("--mirror", metavar="URL", help=f"default: {UNIPROT}, or {FAIR_ESM}")
+    group.add_argument(
         "--unpack",
         action="store_true",
         help="leave a plain FASTA file beside, which all cores can read at once",
@@ -139,7 +142,7 @@ def main() -> None:
     pattern = Path(source.path).name.removesuffix(".gz" if args.unpack else "")
     files = f"{folder}/{pattern}" if "*" in source.path else shlex.quote(str(file))
     what = source.build.format(files=files, folder=folder)
-    print(f"Next: python jobs/build_corpus.py --input {what}")
+    print(as_called(f"Next: python jobs/build_corpus.py --input {what}"))
 
 
 def _find(source: Source, server: str) -> list[RemoteFile]:

@@ -32,7 +32,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from commandline import job_parser, run_job
+from commandline import as_called, job_parser, run_job
 from raptide import Client, ConfigError, ServiceError
 from raptide.load.levels import Level, LoadGenerator, Request
 from raptide.load.report import HEADER, draw_load, summarise, table_line
@@ -62,25 +62,53 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = job_parser(__doc__)
-    parser.add_argument("url", metavar="URL")
-    parser.add_argument("--clients", type=int, nargs="+", metavar="N", help="closed loop")
-    parser.add_argument("--rate", type=float, nargs="+", metavar="R", help="open loop")
-    parser.add_argument("--duration", type=float, default=20.0, metavar="S", help="of each level")
-    parser.add_argument("--warmup", type=float, default=3.0, metavar="S", help="of each level")
-    parser.add_argument("--input", type=Path, metavar="FASTA", help="proteins to send")
-    parser.add_argument("--proteins", type=int, default=1000, metavar="N", help="how many of them")
-    parser.add_argument(
-        "--longest", type=int, default=1022, metavar="L", help="leave out longer ones"
+    parser.add_argument("url", metavar="URL", help="of the endpoint")
+    group = parser.add_argument_group("how much load")
+    group.add_argument(
+        "--clients",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help=f"closed loop (default: {' '.join(map(str, CLIENTS))}, or none with --rate)",
     )
-    parser.add_argument("--sequences", type=int, default=1, metavar="N", help="in one request")
-    parser.add_argument("--call", choices=("embeddings", "scores"), default="embeddings")
-    parser.add_argument("--pooling", choices=("mean", "bos", "residue"))
-    parser.add_argument("--encoding", choices=("base64", "float", "arrow"), default="base64")
-    parser.add_argument("--model", metavar="NAME", help="for endpoints with several")
-    parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="of one request")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
-    parser.add_argument(
-        "--picture", type=Path, default=Path("load.png"), metavar="PNG", help="default: %(default)s"
+    group.add_argument(
+        "--rate", type=float, nargs="+", metavar="R", help="open loop, requests a second"
+    )
+    group.add_argument(
+        "--duration", type=float, default=20.0, metavar="S", help="seconds of each level"
+    )
+    group.add_argument(
+        "--warmup", type=float, default=3.0, metavar="S", help="seconds before each level"
+    )
+    group = parser.add_argument_group("what is sent")
+    group.add_argument(
+        "--input", type=Path, metavar="FASTA", help="proteins (default: random ones)"
+    )
+    group.add_argument("--proteins", type=int, default=1000, metavar="N", help="how many of them")
+    group.add_argument(
+        "--longest", type=int, default=1022, metavar="N", help="leave out those of more residues"
+    )
+    group.add_argument("--sequences", type=int, default=1, metavar="N", help="in one request")
+    group.add_argument(
+        "--call", choices=("embeddings", "scores"), default="embeddings", help="what is asked for"
+    )
+    group.add_argument(
+        "--pooling", choices=("mean", "bos", "residue"), help="of embeddings (default: mean)"
+    )
+    group.add_argument(
+        "--encoding",
+        choices=("base64", "float", "arrow"),
+        default="base64",
+        help="of the answers' numbers",
+    )
+    group.add_argument("--model", metavar="NAME", help="default: the endpoint's first")
+    group.add_argument(
+        "--timeout", type=float, default=300.0, metavar="S", help="seconds of one request"
+    )
+    group = parser.add_argument_group("what is written")
+    group.add_argument("--json", type=Path, metavar="FILE", help="all figures")
+    group.add_argument(
+        "--picture", type=Path, default=Path("load.png"), metavar="PNG", help="latency against load"
     )
     args = parser.parse_args()
     args.url = args.url.rstrip("/").removesuffix("/v1")
@@ -189,7 +217,7 @@ def print_summary(args: argparse.Namespace, results: list[dict[str, Any]]) -> No
         rates = " ".join(f"{best['requests_per_s'] * share:.2g}" for share in (0.5, 0.7, 0.9))
         print(
             "\nNext, the latency users would see at 50%, 70% and 90% of that:\n"
-            f"  python jobs/load_test.py {args.url} --rate {rates}"
+            + as_called(f"  python jobs/load_test.py {args.url} --rate {rates}")
         )
 
 

@@ -29,7 +29,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from check_cluster import refuse_unfit
-from commandline import job_parser, refuse_output, run_job
+from commandline import job_parser, refuse_output, run_job, shipped_file
 from raptide.cluster import joins_cluster, ray_session, training_cpus
 from raptide.config import load_settings
 from raptide.errors import ConfigError
@@ -46,23 +46,32 @@ from raptide.training.trainer import prepare_run, pretrain
 
 def main() -> None:
     parser = job_parser(__doc__)
-    start = parser.add_mutually_exclusive_group(required=True)
-    start.add_argument("--config", type=Path, metavar="YAML", help="start a new run from a recipe")
+    group = parser.add_argument_group("which run")
+    start = group.add_mutually_exclusive_group(required=True)
+    start.add_argument(
+        "--config",
+        type=Path,
+        metavar="YAML",
+        help="start a new run from a recipe, a file or the name of one that comes along",
+    )
     start.add_argument("--resume", type=Path, metavar="RUN", help="go on with an earlier run")
-    parser.add_argument(
+    group.add_argument(
         "--output", type=Path, metavar="RUN", help="run folder (default: runs/ and the name)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--start-or-resume",
         action="store_true",
         help="with --config: start the run, or go on with it if its folder holds it already",
     )
-    parser.add_argument("--replace", action="store_true", help="delete an earlier run first")
-    parser.add_argument(
+    group.add_argument("--replace", action="store_true", help="delete an earlier run first")
+    group = parser.add_argument_group("how it runs")
+    group.add_argument(
         "--dry-run", action="store_true", help="check everything and print the plan, train nothing"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="settings of the recipe"
+    )
+    group.add_argument(
         "--audit",
         action="store_true",
         help="write which packed rows each step trains on (tracking.audit=true)",
@@ -71,7 +80,7 @@ def main() -> None:
     overrides = [*args.overrides, *(["tracking.audit=true"] if args.audit else [])]
 
     _refuse_contradictions(args)
-    file = load_resumed(args.resume) if args.resume else args.config
+    file = load_resumed(args.resume) if args.resume else shipped_file(args.config, "recipes")
     recipe = load_settings(Recipe, file, overrides)
     folder = args.resume or args.output or Path("runs") / recipe.name
     refuse_output(folder, "--output")

@@ -26,18 +26,18 @@ import httpx
 import numpy as np
 import yaml
 
-from commandline import job_parser, run_job
+from commandline import as_called, called_as, job_parser, run_job
 from processes import free_port, no_orphans, run, running
 from raptide import Corpus, CorpusError, Engine, RaptideError
 from raptide.alphabet import decode_sequences
 from raptide.data.corpus import sha256_of_file
 from raptide.data.fasta_text import refuse_missing
 
-ROOT = Path(__file__).resolve().parent.parent
+JOBS = Path(__file__).resolve().parent
 CORPUS, RUN = Path("corpora/demo"), Path("runs/demo")
 EVALUATION = RUN / "evaluation"
-BENCHMARK = ROOT / "jobs/benchmarks/tiny.yaml"
-RECIPE = ROOT / "jobs/recipes/demo.yaml"
+BENCHMARK = JOBS / "benchmarks/tiny.yaml"
+RECIPE = JOBS / "recipes/demo.yaml"
 PROTEOME = "tests/data/seqs/938293.PRJEB85.HG003687.faa"
 BLOCK_RESIDUES = 65_536
 READY_S = 180.0
@@ -46,7 +46,10 @@ CHECKED_SEQUENCES = 16
 
 def main() -> None:
     parser = job_parser(__doc__)
-    parser.add_argument("--input", type=Path, metavar="FASTA", help="proteins to train on")
+    group = parser.add_argument_group("what it trains on")
+    group.add_argument(
+        "--input", type=Path, metavar="FASTA", help="proteins (default: a proteome of pyhmmer's)"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="settings of the recipe"
     )
@@ -130,7 +133,7 @@ def evaluate() -> None:
 
 
 def _job(script: str, *arguments: object) -> None:
-    command = [sys.executable, str(ROOT / "jobs" / script), *map(str, arguments)]
+    command = [sys.executable, str(JOBS / script), *map(str, arguments)]
     if (code := run(command)) != 0:
         sys.exit(code)
 
@@ -144,7 +147,7 @@ def serve_and_check(bundle: Path, corpus: Corpus) -> float:
     log = RUN / "serve.log"
     command = [str(Path(sys.executable).parent / "serve"), "run", str(config)]
     with (
-        running(command, log=log, RAY_ADDRESS="local", PYTHONPATH=str(ROOT)) as server,
+        running(command, log=log, RAY_ADDRESS="local", PYTHONPATH=str(JOBS.parent)) as server,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120.0) as client,
     ):
         _wait_until_ready(client, server, log)
@@ -227,6 +230,16 @@ def summarise(
     }
 
 
+def next_steps() -> str:
+    """Commands to copy: of the checkout's environment, or of the one that was installed into."""
+    serve = f"serve run serve.app:build model={RUN}     # then http://127.0.0.1:8000/docs"
+    embed = f"python jobs/embed_proteins.py --model {RUN} --input my.fasta --output embeddings"
+    lines = [serve, as_called(embed)]
+    if any((RUN / "wandb").glob("offline-run-*")):
+        lines.append(f"wandb sync {RUN}/wandb/offline-run-*       # the run in W&B")
+    return "\n".join(f"  {'' if called_as() else '.venv/bin/'}{line}" for line in lines)
+
+
 def print_summary(summary: dict[str, Any]) -> None:
     masked, unigram = (summary[f"{name}_ece_masked_only"] for name in ("heldout", "unigram"))
     learned = summary["heldout_ece"] < summary["unigram_ece"] and masked < unigram
@@ -241,12 +254,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         f"{summary['http_library_max_abs_diff']:.1e}. All figures: {RUN}/summary.json\n\n"
         f"What it has learned, beside baselines: {EVALUATION}/report.html\n\n"
         "Try next:\n"
-        f"  .venv/bin/serve run serve.app:build model={RUN}     # then http://127.0.0.1:8000/docs\n"
-        f"  .venv/bin/python jobs/embed_proteins.py --model {RUN} --input my.fasta "
-        "--output embeddings"
+        f"{next_steps()}"
     )
-    if any((RUN / "wandb").glob("offline-run-*")):
-        print(f"  .venv/bin/wandb sync {RUN}/wandb/offline-run-*       # the run in W&B")
     if not learned:
         sys.exit(1)
 

@@ -44,14 +44,20 @@ def main() -> None:
     parser = job_parser(__doc__)
     add_model_options(parser)
     add_protein_options(parser)
-    add_dedup_option(parser)
-    parser.add_argument("--scan", action="store_true", help="every substitution of each protein")
-    parser.add_argument(
+    group = parser.add_argument_group("what is computed and written")
+    group.add_argument("--scan", action="store_true", help="every substitution of each protein")
+    group.add_argument(
         "--method",
         choices=(*METHODS[False], *METHODS[True]),
         help="default: one-pass, or wt-marginals with --scan",
     )
-    parser.add_argument("--format", choices=("parquet", "csv"), default="parquet")
+    group.add_argument(
+        "--format",
+        choices=("parquet", "csv"),
+        default="parquet",
+        help="csv makes DIR/scores.csv too",
+    )
+    add_dedup_option(group)
     add_bulk_options(parser)
     args = parser.parse_args()
     method = choose_method(args)

@@ -77,30 +77,32 @@ def main() -> None:
 
 
 def add_table_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    group = parser.add_argument_group("what is read and computed")
+    group.add_argument(
         "--input",
         nargs="+",
         required=True,
         metavar="TABLE",
         help="tables, folders, globs or URIs",
     )
-    parser.add_argument(
+    group.add_argument(
         "--fasta", nargs="+", metavar="FILE", help="proteins that the column id names"
     )
-    parser.add_argument(
+    group.add_argument(
         "--method",
         nargs="+",
         action="extend",
         choices=METHODS,
         help="one or several (default: wt-marginals)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--offset",
         type=int,
         default=0,
+        metavar="N",
         help="number of the position before a protein's first (default: %(default)s)",
     )
-    add_long_option(parser)
+    add_long_option(group)
 
 
 def model_names(paths: list[Path]) -> list[str]:

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 from commandline import run_job
-from raptide.cluster import code_version
 from raptide.errors import ConfigError
 from raptide.operations.following import JobOutput, Place, follow
 from raptide.operations.shipping import STOP_WAIT_S, default_name, pack
@@ -45,6 +44,7 @@ from raptide.operations.submission import (
     find_job,
     submit,
 )
+from raptide.version import code_version
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 

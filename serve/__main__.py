@@ -1,5 +1,7 @@
-"""Deploy a configuration file and stay; SIGTERM and Ctrl-C drain before the end.
+"""Deploy a model or a configuration file and stay; SIGTERM and Ctrl-C drain before the end.
 
+    python -m serve model=runs/demo
+    python -m serve model=runs/demo replicas=2 dtype=bf16
     python -m serve serve/config.yaml
 
 As `serve run`, for whatever stops processes by SIGTERM (systemd, Kubernetes): nothing new is taken,
@@ -14,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -30,14 +33,31 @@ LOOK_EVERY_S = 1.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m serve", description=__doc__)
+    as_module = Path(sys.argv[0]).name == "__main__.py"
+    name = "python -m serve" if as_module else sys.argv[0]
+    parser = argparse.ArgumentParser(
+        prog=name, description=(__doc__ or "").replace("python -m serve", name)
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("config", type=Path, help="as serve/config.yaml")
+    parser.add_argument(
+        "what", nargs="+", help="a file as serve/config.yaml, or settings of serve/settings.py"
+    )
+    what = parser.parse_args().what
     try:
-        run(read_config(parser.parse_args().config))
+        run(of_settings(what) if "=" in what[0] else read_config(Path(what[0])))
     except RaptideError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def of_settings(given: Sequence[str]) -> ServeDeploySchema:
+    """What `serve run serve.app:build` would deploy of the same `name=value` arguments."""
+    arguments = dict(each.split("=", 1) for each in given if "=" in each)
+    if len(arguments) < len(given):
+        wrong = next(each for each in given if "=" not in each)
+        raise ConfigError(f"Settings have the form name=value, but {wrong!r} was given.")
+    application = {"import_path": "serve.app:build", "route_prefix": "/", "args": arguments}
+    return ServeDeploySchema.model_validate({"applications": [{"name": "raptide", **application}]})
 
 
 def read_config(path: Path) -> ServeDeploySchema:
@@ -71,6 +91,7 @@ def run(config: ServeDeploySchema) -> None:
             proxy_location=config.proxy_location,
             http_options=config.http_options.model_dump(),
             grpc_options=config.grpc_options.model_dump(),
+            tracing_config=config.tracing_config,
         )
         try:
             _get_global_client().deploy_apps(config, _blocking=False)

@@ -14,11 +14,12 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 
-Call = Literal["embed", "logits", "contacts", "score", "variants", "scan"]
+Call = Literal["embed", "logits", "masked", "contacts", "score", "variants", "scan"]
 
 PATHS: dict[Call, str] = {
     "embed": "embeddings",
     "logits": "logits",
+    "masked": "logits",
     "contacts": "contacts",
     "score": "scores",
     "variants": "scores",
@@ -75,6 +76,8 @@ class Work:
     request_id: str = ""
     variants: list[str] = field(default_factory=list)
     """For the call "variants", of the only sequence."""
+    positions: list[list[int]] = field(default_factory=list)
+    """For the call "masked", of each sequence, counted from 1."""
 
     def __repr__(self) -> str:
         """Nothing that is nobody's business: messages end up in logs."""

@@ -12,7 +12,7 @@ from collections import deque
 
 from ray.serve import metrics
 
-PACE_S = 30.0
+SPEED_S = 30.0
 
 SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 TOKENS = [64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0]
@@ -70,8 +70,8 @@ class ReplicaMetrics:
         self._up.set(1, tags=self._tags)
 
 
-class Pace:
-    """What is done a second, over the last PACE_S."""
+class Speed:
+    """How much is done a second, over the last SPEED_S."""
 
     def __init__(self) -> None:
         self._done: deque[tuple[int, int]] = deque()
@@ -85,9 +85,9 @@ class Pace:
 
     @property
     def per_s(self) -> float:
-        while self._done and self._done[0][0] < time.monotonic() - PACE_S:
+        while self._done and self._done[0][0] < time.monotonic() - SPEED_S:
             self._done.popleft()
-        return sum(count for _, count in self._done) / PACE_S
+        return sum(count for _, count in self._done) / SPEED_S
 
 
 def _counter(name: str, description: str, tags: tuple[str, ...]) -> metrics.Counter:

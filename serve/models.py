@@ -13,10 +13,10 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from raptide.errors import BundleError, RaptideError
-from raptide.kept import Shelf, link_or_copy
+from raptide.errors import BundleError, ConfigError, RaptideError
+from raptide.kept import CACHE, Shelf, link_or_copy
 from raptide.model.formats.detect import model_files, model_in
-from raptide.storage import Storage, below, is_uri, storage_of
+from raptide.storage import Storage, below, is_uri, reason_of, storage_of
 from serve.settings import ModelSettings, ServedModel
 
 logger = logging.getLogger("ray.serve")
@@ -33,11 +33,17 @@ def keep(model: ModelSettings, found: str, run: Path | None, staging: str | None
         run: the run that it comes from; its files are never written again, only deleted.
 
     Raises:
-        BundleError: there is no model.
+        ConfigError: there is no room for it on this node.
     """
     copy = partial(copy_model, found, link=run is not None)
     shelf = Shelf.of_node()
-    digest = shelf.put(copy)
+    try:
+        digest = shelf.put(copy)
+    except OSError as error:
+        raise ConfigError(
+            f"The files of model {model.name!r} cannot be kept in {shelf.folder} "
+            f"({reason_of(error)}); make room there, or name another folder in {CACHE}."
+        ) from None
     shelf.trim(model.model_cache_gb * 1e9)
     source, place = found, staging or (str(run / SERVED) if run else None)
     if place is not None:

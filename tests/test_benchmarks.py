@@ -25,6 +25,7 @@ CHAOS = [
         "serve_day",
         "serve_scale",
         "serve_schema",
+        "serve_soak",
         "zero_sizes",
     )
 ]

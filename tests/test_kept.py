@@ -52,7 +52,7 @@ def test_what_is_missing_or_damaged_is_made_anew_and_something_else_is_refused(t
         assert (shelf.open(digest, fill_with(a="1")) / "a").read_text() == "1"
         assert digest_of(tmp_path / digest) == digest
     (tmp_path / digest / "a").unlink()
-    with pytest.raises(RaptideError, match=rf"{digest[:16]} was looked for, but"):
+    with pytest.raises(RaptideError, match=rf"{digest[:16]} was wanted, but"):
         shelf.open(digest, fill_with(a="2"))
 
 

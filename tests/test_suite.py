@@ -25,6 +25,7 @@ from changed_tests import changed_since, folders_of
         (["tests/conftest.py"], ["tests"]),
         (["tests/support/draws.py"], ["tests"]),
         (["docs/a.md"], []),
+        (["deploy/kubernetes/base/rayjob.yaml"], ["tests/deploy"]),
     ],
 )
 def test_a_change_asks_for_the_tests_of_its_folder_or_for_all(changed, folders):

@@ -1,8 +1,9 @@
 """Raptide: train protein language models on a Ray cluster and serve them from it.
 
-    from raptide import Client, Corpus, Engine
+    from raptide import AsyncClient, Client, Corpus, Engine
 
 They are loaded on first use: data tasks and clients need no torch, and the engine needs no Ray.
+`pip install raptide` brings all but what the engine needs (`raptide[engine]`).
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from raptide.errors import (
 )
 
 if TYPE_CHECKING:
-    from raptide.client import Client
+    from raptide.client import AsyncClient, Client
     from raptide.data.corpus import Corpus
     from raptide.inference.engine import Engine
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncClient",
     "BundleError",
     "CheckpointError",
     "Client",
@@ -47,6 +49,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncClient": "raptide.client",
     "Client": "raptide.client",
     "Corpus": "raptide.data.corpus",
     "Engine": "raptide.inference.engine",
@@ -55,5 +58,13 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        try:
+            return getattr(import_module(_HOMES[name]), name)
+        except ModuleNotFoundError as error:
+            if name != "Engine" or (error.name or "").startswith("raptide"):
+                raise
+            raise ImportError(
+                f"raptide.Engine needs the package {error.name}, which is not installed: "
+                "pip install 'raptide[engine]'."
+            ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -113,25 +111,3 @@ def training_cpus(asked: int | None) -> int:
     are cores for it, or all there may be; and those of the data tasks."""
     most = CPUS_PER_CORE * (os.cpu_count() or 1)
     return (most if asked is None else min(asked, most)) + DATA_CPUS
-
-
-VERSION = "RAPTIDE_CODE_VERSION"
-"""Variable that tells a submitted job of which commit its checkout is; git does not come along."""
-
-
-def code_version() -> str:
-    """The package version, with the git commit where the code runs from a checkout."""
-    if VERSION in os.environ:
-        return os.environ[VERSION]
-    version = importlib.metadata.version("raptide")
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=os.path.dirname(__file__),
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return version
-    return f"{version}+{commit}"

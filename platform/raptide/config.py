@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -169,7 +169,8 @@ def _first_problem(cls: type[BaseModel], error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         known = _fields_at(cls, path[:-1])
         close = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}."
+        near = close or _nearest_anywhere(cls, path[-1])
+        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}."
         return f"there is no setting `{field}`; {hint}"
     if problem["type"] == "missing":
         return f"the setting `{field}` is required; add it, or give {field}=value."
@@ -178,6 +179,20 @@ def _first_problem(cls: type[BaseModel], error: ValidationError) -> str:
         return f"`{field}`: {message}"
     value = re.sub(r"//[^/]*@", "//…@", repr(problem["input"]))  # a URI may hold keys
     return f"`{field}` is {value}: {message[:1].lower()}{message[1:]}."
+
+
+def _nearest_anywhere(cls: type[BaseModel], name: str) -> list[str]:
+    """The whole path of the field whose name is nearest, in whatever section it is."""
+    paths = {path.rpartition(".")[2]: path for path in _paths_below(cls, "")}
+    return [paths[each] for each in difflib.get_close_matches(name, paths, n=1)]
+
+
+def _paths_below(cls: type[BaseModel], above: str) -> Iterator[str]:
+    for name, field in cls.model_fields.items():
+        yield above + name
+        for each in (field.annotation, *get_args(field.annotation)):
+            if isinstance(each, type) and issubclass(each, BaseModel):
+                yield from _paths_below(each, f"{above}{name}.")
 
 
 def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:

@@ -69,14 +69,13 @@ class Shelf:
         """
         target = self.folder / digest
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{digest}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            while (held := _hold(target)) is None or digest_of(target) != digest:
-                if held is not None:
-                    os.close(held)
+        if not _hold_whole(target, digest):
+            with (self.folder / f"{digest}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                while not _hold_whole(target, digest):
                     _remove(target)
-                if (made := self._make(fill)) != digest:
-                    raise RaptideError(f"{digest[:16]} was looked for, but {made[:16]} was found.")
+                    if (made := self._make(fill)) != digest:
+                        raise RaptideError(f"{digest[:16]} was wanted, but {made[:16]} was found.")
         os.utime(target)
         return target
 
@@ -137,6 +136,20 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def _hold_whole(folder: Path, digest: str) -> bool:
+    """Hold a folder until this process ends if it is all there, or let it go."""
+    held = _hold(folder)
+    if held is None:
+        return False
+    try:
+        whole = digest_of(folder) == digest
+    except FileNotFoundError:  # another process has found it damaged
+        whole = False
+    if not whole:
+        os.close(held)
+    return whole
+
+
 def _hold(folder: Path) -> int | None:
     """Lock a folder against removal while the returned descriptor is open; None if it is gone."""
     try:
@@ -162,9 +175,10 @@ def _remove_if_free(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """By a rename first, so that nobody finds half of it."""
+    """If it is there; by a rename first, so that nobody finds half of it."""
     gone = folder.with_name(f"{PARTIAL}{os.getpid()}-{time.monotonic_ns()}")
-    folder.rename(gone)
+    with suppress(FileNotFoundError):
+        folder.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 

@@ -167,12 +167,18 @@ def _add_calls(api: FastAPI, service: Service) -> None:
         responses=ANSWERS,
     )
     async def logits(
-        body: schemas.SequencesRequest, request: Request, timeout_s: Timeout = None
+        body: schemas.LogitsRequest, request: Request, timeout_s: Timeout = None
     ) -> Response:
-        """A row for each residue, a column for each token of the model; nothing is masked."""
-        encoding, ask = _encoding(request, body.encoding_format), Ask("logits")
+        """A row for each residue, a column for each token of the model; nothing is masked.
+
+        With `masked_positions` a row for each of these, masked in turn: what pseudo perplexities
+        and masked marginals are made of.
+        """
+        encoding, masked = _encoding(request, body.encoding_format), body.masked_positions
+        ask = Ask("logits") if masked is None else Ask("masked", "masked-marginals")
         query = await _accept(
-            service, request, body.model, ask, body.sequences, "sequences", timeout_s, encoding
+            *(service, request, body.model, ask, body.sequences, "sequences", timeout_s, encoding),
+            positions=masked,
         )
         return await _arrays(service, request, query, "values", encoding)
 
@@ -286,6 +292,7 @@ async def _accept(
     timeout_s: float | None,
     encoding: Encoding,
     variants: list[str] | None = None,
+    positions: list[list[int]] | None = None,
 ) -> Query:
     """Check a request, count it against its key, write it down, and wait for room to answer it."""
     books = request.state.books
@@ -296,6 +303,7 @@ async def _accept(
         param,
         timeout_s=timeout_s,
         variants=variants,
+        positions=positions,
         request_id=request.headers.get("X-Request-Id", ""),
     )
     books.model = query.model

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from raptide.errors import ConfigError
 from serve.gateway.api import build_api
+from serve.gateway.health import HealthMethods
 from serve.gateway.keys import KeyRing
 from serve.gateway.rpc import RpcMethods
 from serve.gateway.service import Service
@@ -20,7 +21,7 @@ from serve.settings import GatewaySettings, ModelSettings
 
 
 @serve.ingress()
-class Gateway(RpcMethods):
+class Gateway(RpcMethods, HealthMethods):
     """One process that takes requests.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import grpc
 import numpy as np
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 from ray.serve.grpc_util import RayServegRPCContext
 
 from raptide.methods import Pooling, ScanMethod, ScoreMethod, VariantMethod

@@ -90,6 +90,17 @@ class SequencesRequest(ArrayRequest):
     sequences: Sequence | Several = Field(examples=[EXAMPLE])
 
 
+class LogitsRequest(SequencesRequest):
+    """Logits of every residue, or log probabilities where residues are masked."""
+
+    masked_positions: list[list[int]] | None = Field(
+        None,
+        description="A list a sequence, counted from 1: each position is masked in a pass of its "
+        "own, and the answer has a row of log probabilities for each, in this order",
+        examples=[None],
+    )
+
+
 class Usage(BaseModel):
     prompt_tokens: int = Field(description="Residues")
     total_tokens: int = Field(description="Residues")

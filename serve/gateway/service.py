@@ -18,8 +18,8 @@ import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from raptide.alphabet import decode_residues, encode_residues
+from raptide.calls.variants import apply_variant, parse_variant
 from raptide.errors import SequenceError
-from raptide.inference.variants import apply_variant, parse_variant
 from serve.calls import Ask, Description, Done, Work, positions_of
 from serve.gateway.dispatch import Dispatcher
 from serve.gateway.keys import Key, Rate
@@ -64,6 +64,8 @@ class Query:
     timeout_s: float
     request_id: str = ""
     variants: list[str] = field(default_factory=list)
+    positions: list[list[int]] = field(default_factory=list)
+    """To mask in turn, of each sequence, for the call "masked"."""
     relative: bool = False
     """Whether the first sequence is the wild type, and the answers are to be relative to it."""
     answer_bytes: list[int] = field(default_factory=list)
@@ -72,6 +74,11 @@ class Query:
     @property
     def residues(self) -> int:
         return sum(map(len, self.sequences))
+
+    @property
+    def costs(self) -> list[int]:
+        """Tokens to compute for each sequence."""
+        return costs_of(self.ask, self.sequences, self.positions)
 
 
 @dataclass
@@ -140,6 +147,7 @@ class Service:
         *,
         timeout_s: float | None = None,
         variants: list[str] | None = None,
+        positions: list[list[int]] | None = None,
         request_id: str = "",
     ) -> Query:
         """Check a request.
@@ -157,7 +165,9 @@ class Service:
             if ask.method == "pseudo-ppl":  # a comparison of whole sequences
                 sequences, variants = _mutants(sequences[0], variants), None
                 ask, relative = Ask("score", "pseudo-ppl"), True
-        self._check_cost(chosen, ask, sequences, param, variants or [])
+        if positions is not None:
+            _check_positions(positions, sequences)
+        self._check_cost(chosen, ask, sequences, param, variants or [], positions or [])
         allowed_s = min(timeout_s or math.inf, self.settings.timeout_s)
         self.metrics.tokenise.observe(max(time.monotonic() - started, 1e-6))
         return Query(
@@ -169,6 +179,7 @@ class Service:
             allowed_s,
             request_id[:LONGEST_ID],
             variants or [],
+            positions or [],
             relative,
         )
 
@@ -201,7 +212,7 @@ class Service:
         """
         shape = await self._shapes.of(query.model, query.timeout_s, query.deadline)
         check_layers_differ(query.ask.layers, shape)
-        lengths = [len(each) for each in query.sequences]
+        lengths = [len(each) for each in query.positions or query.sequences]
         counts = count_numbers(query.ask, lengths, len(query.variants), shape)
         rows = max(len(counts), len(query.variants))
         check_size(sum(counts), rows, encoding, query.param, self.settings)
@@ -250,7 +261,7 @@ class Service:
         Raises:
             Refusal: there are none, and why.
         """
-        costs = [query.ask.tokens(len(sequence)) for sequence in query.sequences]
+        costs = query.costs
         budget = self._models[query.model].max_batch_tokens
         runs, at_once = cut_runs(costs, query.answer_bytes, budget)
         going: deque[asyncio.Task[Done]] = deque()
@@ -268,7 +279,10 @@ class Service:
         sequences = query.sequences[run]
         if query.variants:
             tokens = query.ask.tokens(len(sequences[0]), positions_of(query.variants))
-        work = Work(query.ask, sequences, tokens, query.timeout_s, query.request_id, query.variants)
+        work = Work(
+            *(query.ask, sequences, tokens, query.timeout_s, query.request_id, query.variants),
+            query.positions[run],
+        )
         done = await self._dispatchers[query.model].run(
             work, query.deadline, query.param, run.start
         )
@@ -318,15 +332,52 @@ class Service:
             )
 
     def _check_cost(
-        self, model: ModelSettings, ask: Ask, sequences: list[str], param: str, variants: list[str]
+        self,
+        model: ModelSettings,
+        ask: Ask,
+        sequences: list[str],
+        param: str,
+        variants: list[str],
+        positions: list[list[int]],
     ) -> None:
-        positions = positions_of(variants) if variants else None
-        cost = sum(ask.tokens(len(sequence), positions) for sequence in sequences)
+        changed = positions_of(variants) if variants else None
+        if changed is not None:
+            cost = ask.tokens(len(sequences[0]), changed)
+        else:
+            cost = sum(costs_of(ask, sequences, positions))
         if cost > model.max_queued_tokens:
             raise invalid(
                 param,
                 f"`{param}` would take {cost:,} tokens to compute, more than the "
                 f"{model.max_queued_tokens:,} that may wait; send fewer or shorter sequences.",
+            )
+
+
+def costs_of(ask: Ask, sequences: list[str], positions: list[list[int]]) -> list[int]:
+    """Tokens to compute for each sequence."""
+    if positions:
+        pairs = zip(sequences, positions, strict=True)
+        return [ask.tokens(len(sequence), len(some)) for sequence, some in pairs]
+    return [ask.tokens(len(sequence)) for sequence in sequences]
+
+
+def _check_positions(positions: list[list[int]], sequences: list[str]) -> None:
+    """Raises Refusal where positions do not fit the sequences."""
+    param = "masked_positions"
+    if len(positions) != len(sequences):
+        raise invalid(
+            param,
+            f"`{param}` needs a list for each sequence, but {len(positions)} were given for "
+            f"{len(sequences)} sequences.",
+        )
+    for index, (sequence, some) in enumerate(zip(sequences, positions, strict=True)):
+        outside = next((each for each in some if not 1 <= each <= len(sequence)), None)
+        if outside is not None or not 0 < len(set(some)) == len(some):
+            raise invalid(
+                param,
+                f"`{param}` names positions from 1 to {len(sequence)} of sequence {index}, at "
+                f"least one and each once, but {some[:3] if outside is None else outside} was "
+                "given.",
             )
 
 

@@ -64,7 +64,7 @@ def count_numbers(ask: Ask, lengths: Sequence[int], variants: int, shape: Shape)
     """Numbers in the answer to each sequence.
 
     Args:
-        lengths: residues of each.
+        lengths: residues of each, or how many of them are masked.
         variants: how many of the only sequence are scored, if any.
     """
     if ask.call in ("score", "variants"):
@@ -72,7 +72,7 @@ def count_numbers(ask: Ask, lengths: Sequence[int], variants: int, shape: Shape)
     if ask.call == "embed":
         width = len(ask.layers) * shape.width
         return [width * (length if ask.pooling == "residue" else 1) for length in lengths]
-    columns = {"logits": shape.tokens, "scan": len(STANDARD)}
+    columns = {"logits": shape.tokens, "masked": shape.tokens, "scan": len(STANDARD)}
     return [length * columns.get(ask.call, length) for length in lengths]  # contacts are square
 
 

@@ -24,7 +24,7 @@ from raptide.model.check import verify_check
 from raptide.model.device import CPU_SIZES, first_sizes
 from raptide.model.formats.tensor_files import digest_weights
 from serve.calls import PATHS, SPECIALS, Ask, Description, Done, Refused, Status, Work
-from serve.metrics import Pace, ReplicaMetrics
+from serve.metrics import ReplicaMetrics, Speed
 from serve.models import open_model
 from serve.replica.batcher import Answers, Batch, DeadlinePassed, QueueFull, TokenBatcher
 from serve.replica.plan import Plan, Unfit
@@ -58,14 +58,27 @@ class Replica:
         step = self._engine.lineage.get("step")
         self._step = step if isinstance(step, int) else None
         self._metrics = ReplicaMetrics(settings.name, settings.max_batch_tokens)
-        self._pace = Pace()
+        self._speed = Speed()
         self._batcher = TokenBatcher(
             self._compute, settings.max_batch_tokens, settings.max_queued_tokens, self._observe
         )
 
     async def run(self, work: Work) -> AsyncIterator[Done | Refused]:
         """One answer, or why there is none; never raises for what a client did."""
-        yield await self._answer(work)
+        answer = await self._answer(work)
+        self._write_down(work, answer)
+        yield answer
+
+    @staticmethod
+    def _write_down(work: Work, answer: Done | Refused) -> None:
+        """A line of the log, with the request's id as Serve knows it; nothing of the sequences."""
+        said: dict[str, Any] = {"call": work.ask.call, "tokens": work.tokens}
+        if isinstance(answer, Refused):
+            said["refused"] = answer.reason
+        else:
+            said["queue_s"] = round(answer.queue_s, 4)
+            said["compute_s"] = round(answer.compute_s, 4)
+        logger.info("%r: %s", work, said.get("refused", "done"), extra=said)
 
     async def _answer(self, work: Work) -> Done | Refused:
         deadline = time.monotonic() + work.timeout_s
@@ -84,7 +97,7 @@ class Replica:
         finally:
             self._metrics.queued(self._batcher.queued_tokens)
         self._metrics.request(answers.queue_s)
-        self._pace.add(sum(map(len, work.sequences)))
+        self._speed.add(sum(map(len, work.sequences)))
         return self._done(plan, answers)
 
     async def describe(self) -> Description:
@@ -111,7 +124,7 @@ class Replica:
             "step": self._step,
             "queued_tokens": self._batcher.queued_tokens,
             "pending_tokens": self._batcher.pending_tokens,
-            "residues_per_s": self._pace.per_s,
+            "residues_per_s": self._speed.per_s,
             "model": await self.describe(),
         }
 

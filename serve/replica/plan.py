@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from raptide.errors import SequenceError
-from raptide.inference.scoring import (
+from raptide.calls.scoring import (
     log_likelihood,
     log_softmax,
     score_changes,
     score_substitutions,
 )
-from raptide.inference.variants import Substitution, parse_variant
+from raptide.calls.variants import Substitution, parse_variant
+from raptide.errors import SequenceError
 from serve.calls import SPECIALS, Work
 
 Pieces = list[tuple[Any, int]]
@@ -40,6 +40,7 @@ class Plan:
 
     def __init__(self, work: Work, residues: list[np.ndarray], budget: int) -> None:
         self._ask = ask = work.ask
+        self._asked = work.positions
         self._residues = residues
         self._changes: list[list[Substitution]] = []
         if ask.call == "variants":
@@ -51,7 +52,7 @@ class Plan:
             self.kind = ("contacts",)
         else:
             self.kind = ("masked",) if ask.masks else ("logits",)
-        self._positions = [self._wanted(each) for each in residues]
+        self._positions = [self._wanted(index, each) for index, each in enumerate(residues)]
         self.pieces: Pieces = []
         for sequence, positions in zip(work.sequences, self._positions, strict=True):
             tokens = len(sequence) + SPECIALS
@@ -63,8 +64,10 @@ class Plan:
                 some = positions[start : start + size]
                 self.pieces.append(((sequence, some), tokens * len(some)))
 
-    def _wanted(self, residues: np.ndarray) -> np.ndarray:
+    def _wanted(self, index: int, residues: np.ndarray) -> np.ndarray:
         """Positions whose log probabilities matter."""
+        if self._ask.call == "masked":
+            return np.array(self._asked[index], int) - 1
         if self._ask.call != "variants":
             return np.arange(len(residues))
         return np.unique([each.position for change in self._changes for each in change]).astype(int)
@@ -74,6 +77,8 @@ class Plan:
         if self._ask.call in ("embed", "contacts", "logits"):
             return values
         tables = self._masked(values) if self._ask.masks else self._unmasked(values)
+        if self._ask.call == "masked":
+            return tables
         pairs = zip(tables, self._residues, strict=True)
         if self._ask.call == "scan":
             return [score_substitutions(table, residues) for table, residues in pairs]

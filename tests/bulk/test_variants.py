@@ -25,7 +25,7 @@ from raptide.bulk.sources.rows import read_header, read_rows
 from raptide.bulk.variants import _masked_marginals, read_item
 from raptide.bulk.work import Model
 from raptide.bulk.worker import UnitWorker, read_units
-from raptide.inference.variants import parse_variant, spell_variant
+from raptide.calls.variants import parse_variant, spell_variant
 from raptide.model.config import ModelSettings
 from raptide.model.formats.detect import write_weights
 from raptide.model.formats.weights import Weights

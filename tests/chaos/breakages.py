@@ -19,6 +19,7 @@ import httpx
 import psutil
 import torch
 from by_hand import Report
+from client_load import ClientLoad
 from ray import serve as ray_serve
 from safetensors.torch import load_file, save_file
 from steady_load import SteadyLoad, longest_stall, say, summary
@@ -106,14 +107,14 @@ def baseline(url: str, seconds: float) -> dict[str, Any]:
 def kills(url: str, count: int) -> dict[str, Any]:
     """Kill a replica every few seconds, always one that has just answered."""
     handle = ray_serve.get_deployment_handle("replica-raptide", "chaos")
-    with SteadyLoad(url, clients=8) as load:
+    with ClientLoad(url) as clients, SteadyLoad(url, clients=8) as load:
         for number in range(count):
             pid = handle.process.remote().result()["pid"]
             os.kill(pid, signal.SIGKILL)
             say(f"killed replica {number + 1} of {count} (process {pid})")
             load.wait_for_more(100)
             time.sleep(8)
-    found = {"kills": count, **summary(load.answers)}
+    found = {"kills": count, **summary(load.answers), "clients": clients.summary}
     say(f"kills: {found}")
     return found
 
@@ -122,7 +123,7 @@ def rollouts(url: str, folder: Path) -> dict[str, Any]:
     """Checkpoints 2 and 3 (slow to load), then two bad ones."""
     stalls = {}
     refused = []
-    with SteadyLoad(url, clients=8) as load:
+    with ClientLoad(url) as clients, SteadyLoad(url, clients=8) as load:
         load.wait_for_more(50)
         for step, replica in ((2, Replica), (3, SlowReplica)):
             seen = len(load.answers)
@@ -151,6 +152,7 @@ def rollouts(url: str, folder: Path) -> dict[str, Any]:
         "still_served": sorted(map(str, after)),
         "stall_s": stalls,
         **summary(load.answers),
+        "clients": clients.summary,
     }
     say(f"rollouts: {found}")
     return found
@@ -203,9 +205,9 @@ def the_rest(url: str) -> dict[str, Any]:
     found = {}
     patterns = {"gateway": "Gateway", "proxy": "ProxyActor", "controller": "ServeController"}
     for name, title in patterns.items():
-        with SteadyLoad(url, clients=8) as load:
+        with ClientLoad(url) as clients, SteadyLoad(url, clients=8) as load:
             load.wait_for_more(50)
-            victim = _child(title)
+            victim = child_process(title)
             os.kill(victim, signal.SIGKILL)
             killed = time.monotonic()
             time.sleep(2)
@@ -218,12 +220,13 @@ def the_rest(url: str) -> dict[str, Any]:
             **summary(load.answers),
             "errors": errors,
             "until_s": round(last - killed, 2),
+            "clients": clients.summary,
         }
         say(f"{name} killed: {found[name]}")
     return found
 
 
-def _child(title: str) -> int:
+def child_process(title: str) -> int:
     """The process of an actor of this Ray, by its title."""
     for process in psutil.Process().children(recursive=True):
         try:

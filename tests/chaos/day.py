@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import signal
 import threading
 import time
 from functools import partial
@@ -13,8 +15,9 @@ from typing import Any
 import checkout  # noqa: F401
 import httpx
 import ray
-from breakages import bundle
+from breakages import bundle, child_process
 from by_hand import Report
+from client_load import ClientLoad
 from ray import serve as ray_serve
 from steady_load import SteadyLoad, say, summary
 
@@ -98,6 +101,8 @@ def live(folder: Path, args: argparse.Namespace, report: Report) -> None:
         with report.part("morning"):
             open_up(day)
             answered = rush_hour(day, args.answers)
+        with report.part("noon"):
+            restart(day)
         with report.part("evening"):
             revoke_a_key(day)
             calm_down(day, answered)
@@ -118,7 +123,10 @@ def open_up(day: Day) -> None:
 def rush_hour(day: Day, answers: int) -> int:
     """A second replica and a new checkpoint come under load; how much was answered."""
     say("the morning's load comes: 16 clients")
-    with SteadyLoad(day.url, clients=16, **day.headers("lab")) as load:
+    with (
+        ClientLoad(day.url, day.made["lab"][0]) as clients,
+        SteadyLoad(day.url, clients=16, **day.headers("lab")) as load,
+    ):
         grown_s = day.wait_for(lambda: replicas() == 2, 120)
         day.expect(grown_s is not None, f"a second replica runs after {grown_s or 120:.0f} s")
         load.wait_for_more(answers)
@@ -127,7 +135,30 @@ def rush_hour(day: Day, answers: int) -> int:
         load.wait_for(lambda answers: {told.step for told in answers[-32:]} == {"2"})
     told = summary(load.answers)
     day.expect(told["failed"] == 0, f"nothing failed: {told}")
+    expect_whole_calls(day, clients, "the scale-up and the update")
     return len(load.answers)
+
+
+def restart(day: Day) -> None:
+    """Gateway and proxy die, and the application goes and comes: calls of clients outlast it."""
+    say("gateway and proxy are killed, then the endpoint is stopped and started again")
+    with ClientLoad(day.url, day.made["lab"][0]) as clients:
+        for title in ("Gateway", "ProxyActor"):
+            before = len(clients.calls)
+            os.kill(child_process(title), signal.SIGKILL)
+            day.wait_for(lambda before=before: len(clients.calls) >= before + 8, 120)
+        ray_serve.delete("day")
+        day.deploy(3)
+        before = len(clients.calls)
+        day.wait_for(lambda: len(clients.calls) >= before + 8, 120)
+    expect_whole_calls(day, clients, "kills and a restart")
+
+
+def expect_whole_calls(day: Day, clients: ClientLoad, meanwhile: str) -> None:
+    told = clients.summary
+    day.report.setdefault("clients", {})[meanwhile] = told
+    whole = told["calls"] > 0 and told["failed"] == told["mixed"] == 0
+    day.expect(whole, f"both clients' calls went through {meanwhile}, none mixed: {told}")
 
 
 def revoke_a_key(day: Day) -> None:

@@ -1,132 +1,31 @@
 """The client against a local server that refuses, breaks off, forgets and dies."""
 
+import base64
 import json
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from fake_endpoint import (
+    ARROW,
+    WIDTH,
+    Server,
+    arrow,
+    break_off,
+    cut_the_stream,
+    hang_up,
+    lose_a_row,
+    refuse,
+    say,
+)
 
 from raptide import Client, ConfigError, SequenceError, ServiceError
-
-WIDTH = 4
-ARROW = "application/vnd.apache.arrow.stream"
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Embeds a sequence as its length, in every place; `mishaps` come first, one a request."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        self.answer(200, json.dumps({"data": [{"id": "m", "width": WIDTH}]}).encode())
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server = self.server
-        with server.lock:
-            server.requests.append((body, dict(self.headers)))
-            server.running += 1
-            server.most_running = max(server.most_running, server.running)
-            mishap = server.mishaps.pop(0) if server.mishaps else None
-        try:
-            time.sleep(server.delay_s)
-            if mishap is None:
-                self.embed(body["input"], self.headers["Accept"] == ARROW)
-            else:
-                mishap(self)
-        finally:
-            with server.lock:
-                server.running -= 1
-
-    def embed(self, sequences, as_arrow, rows=None):
-        if as_arrow:
-            return self.answer(200, arrow(sequences[:rows]), {"Content-Type": ARROW})
-        data = [
-            {"index": i, "embedding": [float(len(s))] * WIDTH, "shape": [WIDTH]}
-            for i, s in enumerate(sequences)
-        ]
-        return self.answer(200, json.dumps({"data": data[::-1]}).encode())
-
-    def answer(self, status, content, headers=None, announced=None):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content) if announced is None else announced))
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *arguments):
-        pass
-
-
-def arrow(sequences):
-    sink = pa.BufferOutputStream()
-    schema = pa.schema(
-        {"index": pa.int64(), "values": pa.list_(pa.float32()), "shape": pa.list_(pa.int64())}
-    )
-    with pa.ipc.new_stream(sink, schema) as writer:
-        for index, sequence in enumerate(sequences):
-            values, shape = [float(len(sequence))] * len(sequence) * WIDTH, [len(sequence), WIDTH]
-            writer.write_batch(pa.record_batch([[index], [values], [shape]], schema=schema))
-    return sink.getvalue().to_pybytes()
-
-
-def refuse(status, type="invalid_request", message="No.", param=None, **headers):
-    content = json.dumps({"error": {"type": type, "message": message, "param": param}}).encode()
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return lambda handler: handler.answer(status, content, named)
-
-
-def say(status, text):
-    return lambda handler: handler.answer(status, text)
-
-
-def hang_up(handler):
-    handler.close_connection = True
-    handler.connection.shutdown(socket.SHUT_RDWR)
-
-
-def break_off(handler):
-    handler.answer(200, b'{"data": [', announced=500)
-    hang_up(handler)
-
-
-def lose_a_row(handler):
-    handler.embed(handler.server.requests[-1][0]["input"], True, rows=-1)
-
-
-def cut_the_stream(handler):
-    stream = arrow(handler.server.requests[-1][0]["input"])
-    handler.answer(200, stream[: len(stream) // 2], {"Content-Type": ARROW})
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, port=0):
-        super().__init__(("127.0.0.1", port), Handler)
-        self.lock = threading.Lock()
-        self.mishaps, self.requests = [], []
-        self.running = self.most_running = 0
-        self.delay_s = 0.0
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, request, client_address):
-        pass  # clients that leave are part of the tests
-
-    def die(self):
-        self.shutdown()
-        self.server_close()
 
 
 @pytest.fixture
@@ -147,12 +46,24 @@ def embed(server, sequences, pooling="mean", **options):
         refuse(429, "overloaded"),
         say(502, b"Bad Gateway"),
         refuse(503),
+        say(503, b"Service Unavailable"),
+        say(404, b"Path '/v1/embeddings' not found. Ping http://h/-/routes for available routes."),
         say(504, b"Gateway Timeout"),
         say(500, b"Internal Server Error"),
         hang_up,
         break_off,
     ],
-    ids=["429", "502", "503", "504", "a proxy's 500", "hang-up", "half an answer"],
+    ids=[
+        "429",
+        "502",
+        "503",
+        "Serve's 503",
+        "Serve's 404",
+        "504",
+        "a proxy's 500",
+        "hang-up",
+        "half an answer",
+    ],
 )
 def test_what_passes_is_tried_again(server, mishap):
     server.mishaps = [mishap, mishap]
@@ -234,8 +145,11 @@ def test_without_a_window_nothing_is_tried_again(server):
         (refuse(422, message="No layer 9.", param="layers"), ConfigError, "^No layer 9"),
         (refuse(500, "internal", "Failed inside."), ServiceError, "500: Failed inside"),
         (refuse(504, "deadline", "Late."), ServiceError, "504: Late"),
+        (say(404, b"<html>nginx</html>", "text/html"), ServiceError, "404 Not Found without"),
+        (say(405, b"Method Not Allowed"), ServiceError, "405"),
         (say(200, b"<html>hello</html>"), ServiceError, "is it a Raptide endpoint"),
         (say(302, b""), ServiceError, "302"),
+        (refuse(301, Location="https://x.org/v1"), ServiceError, "has moved to https://x.org/v1;"),
     ],
 )
 def test_a_final_answer_is_one_error_and_asked_once(server, mishap, error, message):
@@ -245,6 +159,180 @@ def test_a_final_answer_is_one_error_and_asked_once(server, mishap, error, messa
     assert type(caught.value) is error
     assert "\n" not in str(caught.value)
     assert len(server.requests) == 1
+
+
+def test_a_plain_500_is_tried_a_few_times_only(server):
+    server.mishaps = [say(500, b"Internal Server Error")] * 20
+    with pytest.raises(ServiceError, match="500 Internal Server Error without saying why"):
+        embed(server, ["MKT"])
+    assert len(server.requests) == 4
+
+
+def test_a_failure_inside_the_endpoint_is_named_as_its_log_names_it(server):
+    server.mishaps = [refuse(500, "internal", "Failed inside.")]
+    with Client(server.url) as client, pytest.raises(ServiceError, match=r"\(request mine-0\)\.$"):
+        client.embed(["MKT"], request_id="mine")
+    assert server.requests[0][1]["X-Request-Id"] == "mine-0"
+
+
+def rows(*data):
+    return say(200, json.dumps({"data": data}).encode(), "application/json")
+
+
+def row(index=0, embedding=(1.0,) * WIDTH, shape=(WIDTH,)):
+    return {"index": index, "embedding": embedding, "shape": shape}
+
+
+def base64_of(*numbers):
+    return base64.b64encode(np.array(numbers, "<f4").tobytes()).decode()
+
+
+@pytest.mark.parametrize(
+    ("mishap", "message"),
+    [
+        (rows(row(embedding=base64_of(1, float("nan"), 1, 1))), "not all numbers"),
+        (rows(row(embedding=[1, 2, None, 4])), "with what is none"),
+        (rows(row(embedding=base64_of(1, 2, 3))), "with what is none"),
+        (rows(row(embedding="no base64!")), "with what is none"),
+        (rows(row(embedding={"a": 1})), "with what is none"),
+        (rows(row(shape=[2, 2])), r"3 residues has \(2, 2\) numbers"),
+        (rows(row(), row(1)), "a row 1 of 1"),
+        (rows(row(-1)), "a row -1 of 1"),
+        (rows(row("0")), "a row '0' of 1"),
+        (rows(row(), row()), "or has it twice"),
+        (rows(), "answered 0 of 1 sequences"),
+        (rows({"index": 0}), "with what is none"),
+        (say(200, b"[]"), "with what is none"),
+        (say(200, b'{"data": 3}'), "with what is none"),
+        (say(200, b"\xff\xfe"), "with what is none"),
+    ],
+)
+def test_a_malformed_answer_is_a_service_error_and_asked_for_once(server, mishap, message):
+    server.mishaps = [mishap]
+    with pytest.raises(ServiceError, match=message) as caught:
+        embed(server, ["MKT"])
+    assert "\n" not in str(caught.value)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [(["MKTA", "MK"], r"sequence 0 of 3 residues has \(4, 4\)"), (["", "MK"], "has .0, 4.")],
+)
+def test_an_arrow_stream_of_other_shapes_is_a_service_error(server, sequences, message):
+    server.mishaps = [say(200, arrow(sequences), ARROW)]
+    with pytest.raises(ServiceError, match=message):
+        embed(server, ["MKT", "MK"], "residue")
+
+
+def test_an_arrow_stream_of_nans_or_other_columns_is_a_service_error(server):
+    nan = pa.record_batch([[0], [[float("nan")] * 3], [[3, 1]]], names=["index", "values", "shape"])
+    other = pa.record_batch([[0]], names=["index"])
+    for batch, message in ((nan, "not all numbers"), (other, "with what is none")):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        server.mishaps = [say(200, sink.getvalue().to_pybytes(), ARROW)]
+        with pytest.raises(ServiceError, match=message):
+            embed(server, ["MKT"], "residue")
+
+
+def test_vectors_of_two_widths_are_a_service_error(server):
+    server.mishaps = [None, rows(row(embedding=[1.0], shape=[1]))]
+    with pytest.raises(ServiceError, match=r"shapes \(1,\) and \(4,\)"):
+        embed(server, ["MKT", "MK"], chunk_sequences=1, parallel=1)
+
+
+def test_a_score_that_is_no_number_is_a_service_error(server):
+    for score, message in ((float("nan"), "is nan"), (None, "what is none"), ("x", "what is none")):
+        server.mishaps = [rows({"index": 0, "score": score})]
+        with Client(server.url) as client, pytest.raises(ServiceError, match=message):
+            client.score_sequences(["MKT"], "one-pass")
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """Files of a certificate for 127.0.0.1, signed by itself, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    names = ["-subj", "/CN=endpoint", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", folder / "key.pem", "-out", folder / "cert.pem"]
+    subprocess.run([*command.split(), *names, *files], check=True, capture_output=True)
+    return folder / "cert.pem", folder / "key.pem"
+
+
+@pytest.fixture
+def tls_server(certificates):
+    server = Server()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificates)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    yield server
+    server.die()
+
+
+def test_a_certificate_nobody_vouches_for_is_refused_at_once_and_taken_from_its_file(
+    tls_server, certificates
+):
+    url = tls_server.url.replace("http", "https")
+    started = time.monotonic()
+    with Client(url) as client, pytest.raises(ServiceError, match=r"certificate.*verify=FILE"):
+        client.embed(["MKT"])
+    assert time.monotonic() - started < 2
+    context = ssl.create_default_context(cafile=str(certificates[0]))
+    for verify in (certificates[0], str(certificates[0]), context, False):
+        with Client(url, verify=verify) as client:
+            assert client.embed(["MKT"])[0, 0] == 3
+
+
+def test_tls_with_an_endpoint_that_speaks_none_is_told_at_once(server):
+    started = time.monotonic()
+    client = Client(server.url.replace("http", "https"))
+    with client, pytest.raises(ServiceError, match="is it http:// instead"):
+        client.embed(["MKT"])
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    "options", [{"verify": "/no/such.pem"}, {"cert": "/no/such.pem"}, {"cert": __file__}]
+)
+def test_files_that_hold_no_certificates_are_refused_at_once(options):
+    with pytest.raises(ConfigError, match="TLS cannot be set up"):
+        Client("https://127.0.0.1:1", **options)
+
+
+def test_a_host_nobody_knows_is_told_at_once_and_one_nobody_knows_yet_is_waited_for(
+    server, monkeypatch
+):
+    look_up, errors = socket.getaddrinfo, [socket.gaierror(socket.EAI_NONAME, "unknown")]
+
+    def fail_first(*arguments, **options):
+        if errors:
+            raise errors.pop()
+        return look_up(*arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail_first)
+    with Client(f"http://localhost:{server.server_port}") as client:
+        started = time.monotonic()
+        with pytest.raises(ServiceError, match="no host of that name"):
+            client.embed(["MKT"])
+        assert time.monotonic() - started < 1
+        assert not server.requests
+        errors.append(socket.gaierror(socket.EAI_AGAIN, "later"))
+        assert client.embed(["MKT"])[0, 0] == 3
+
+
+def test_a_call_may_have_a_timeout_of_its_own(server, monkeypatch):
+    monkeypatch.setattr("raptide.client.transport.GRACE_S", 0.1)
+    server.delay_s = 1.0
+    with Client(server.url) as client:
+        with pytest.raises(ServiceError, match=r"did not answer within 0\.2 s"):
+            client.embed(["MKT"], timeout_s=0.2)
+        with pytest.raises(ConfigError, match="timeout_s must be"):
+            client.embed(["MKT"], timeout_s=0)
+        with pytest.raises(ConfigError, match="request_id is plain text"):
+            client.embed(["MKT"], request_id="two\nlines")
+    assert server.requests[0][1]["X-Raptide-Timeout-S"] == "0.2"
 
 
 def test_a_silent_endpoint_is_given_up_at_the_deadline(server, monkeypatch):
@@ -266,7 +354,12 @@ def test_an_index_counts_from_the_start_of_the_call(server):
 
 
 def test_a_mistake_in_a_list_is_found_before_anything_is_sent(server):
-    for bad, message in ((["MK", "M1"], "Sequence 1: .*'1'"), (["MK", 3], "Sequence 1: .* int")):
+    for bad, message in (
+        (["MK", "M1"], "Sequence 1: .*'1'"),
+        (["MK", 3], "Sequence 1: .* int"),
+        ({"a": "MK"}, "list.it.values"),
+        ({"MK"}, "sorted.it."),
+    ):
         with pytest.raises(SequenceError, match=message):
             embed(server, bad, chunk_sequences=1)
     with pytest.raises(SequenceError, match="use \\[it\\]"):
@@ -353,6 +446,11 @@ def test_the_model_is_named_only_if_chosen(server):
     embed(server, ["MKT"])
     embed(server, ["MKT"], model="m")
     assert ["model" in body for body, _ in server.requests] == [False, True]
+
+
+def test_an_idle_model_is_asked_for_alone(server):
+    server.idle = True
+    assert embed(server, []).shape == (0, WIDTH)
 
 
 def test_an_empty_list_gives_an_empty_array(server):

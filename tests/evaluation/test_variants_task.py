@@ -10,6 +10,7 @@ from conftest import ROOT
 from draws import random_sequence, random_weights
 
 from raptide.alphabet import STANDARD
+from raptide.calls.scoring import log_softmax
 from raptide.errors import InputError
 from raptide.evaluation.results import Heatmap, Lines
 from raptide.evaluation.subjects.blosum import Blosum, read_matrix
@@ -18,7 +19,6 @@ from raptide.evaluation.tasks.marginals import cut_pieces, overlapping_windows
 from raptide.evaluation.tasks.shuffles import order_by_hash
 from raptide.evaluation.tasks.variants import Variants, VariantsSettings
 from raptide.inference.engine import Engine
-from raptide.inference.scoring import log_softmax
 from raptide.model.formats.detect import write_weights
 
 METRICS = ("spearman", "ndcg", "top10", "auc", "mcc")

@@ -11,10 +11,10 @@ from draws import random_sequence, random_weights
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raptide.calls.windows import cut_windows, window_around, window_starts
 from raptide.errors import SequenceError
 from raptide.inference import forward
 from raptide.inference.engine import Engine
-from raptide.inference.windows import cut_windows, window_around, window_starts
 
 
 @given(st.data())

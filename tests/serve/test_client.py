@@ -1,5 +1,6 @@
 """`raptide.Client` against a deployed application: the engine's names, the engine's results."""
 
+import asyncio
 import os
 import signal
 import threading
@@ -9,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from raptide import Client, ConfigError, SequenceError
+from raptide import AsyncClient, Client, ConfigError, SequenceError
 
 SEQUENCES = ["MKTAYIAKQR", "gshml edpvafyw*", "M", "LAGVSERTIDPKQNFYMHWC" * 10]
 VARIANTS = ["K2A", "K2A:Q9E", "M1G"]
@@ -74,6 +75,34 @@ def test_tables_are_the_engines(remote, engine, name):
     expected = getattr(engine, name)(SEQUENCES)
     assert_same(getattr(remote, name)(SEQUENCES), expected)
     assert_same(list(getattr(remote, name)(iter(SEQUENCES))), expected)
+
+
+def test_a_dear_score_is_split_by_position(remote, engine, client):
+    """All residues of 320 masked in one request are more than this endpoint lets wait."""
+    dear = "LAGVSERTID" * 32
+    assert client.post("/v1/scores", json={"sequences": [dear]}).status_code == 422
+    assert_same(remote.score_sequences([dear]), engine.score_sequences([dear]))
+
+
+def test_answers_say_which_weights_they_come_from(remote, client):
+    answer = remote.detailed.embed(SEQUENCES)
+    (model,) = client.get("/v1/models").json()["data"]
+    assert (answer.model, answer.weights, answer.step) == ("raptide", model["weights"], 5)
+    assert remote.weights == model["weights"]
+    assert answer.residues == sum(len(each.rstrip("*").replace(" ", "")) for each in SEQUENCES)
+    assert 0 < answer.compute_s < 60
+
+
+def test_the_async_client_gives_the_same(url, engine):
+    async def main():
+        async with AsyncClient(url, chunk_sequences=3) as remote:
+            streamed = [vector async for vector in remote.embed(iter(SEQUENCES * 3))]
+            return await remote.embed(SEQUENCES), await remote.scan(SEQUENCES[0]), streamed
+
+    vectors, table, streamed = asyncio.run(main())
+    assert_same(vectors, engine.embed(SEQUENCES))
+    assert_same(table, engine.scan(SEQUENCES[0]))
+    assert_same(np.stack(streamed), engine.embed(SEQUENCES * 3))
 
 
 def test_a_generator_gives_a_generator(remote, engine):

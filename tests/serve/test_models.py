@@ -12,7 +12,7 @@ import storages
 from endpoints import make_bundle
 from safetensors.torch import load_file
 
-from raptide.errors import BundleError
+from raptide.errors import BundleError, ConfigError
 from raptide.kept import CACHE
 from raptide.model.formats.detect import read_weights, write_weights
 from raptide.model.formats.tensor_files import digest_weights
@@ -107,6 +107,14 @@ def test_a_file_of_fair_esm_goes_with_its_contact_head(bundle, node, tmp_path):
         [file.name, "esm2_tiny-contact-regression.pt"]
     )
     assert read_weights(opened).contact_head is not None
+
+
+def test_a_node_without_room_says_so_at_the_deploy(run, node, tmp_path):
+    with storages.small_disk(tmp_path / "disk", 1) as disk:
+        node("disk")
+        (disk / "filler").write_bytes(bytes(990_000))
+        with pytest.raises(ConfigError, match=r"kept in .*disk/models \(No space left.*RAPTIDE_C"):
+            keep(run)
 
 
 @pytest.mark.parametrize("what", ["model", "checkpoint", "run"])

@@ -44,7 +44,12 @@ def engine(bundle: Path) -> Engine:
     return Engine.load(bundle)
 
 
-SERVICER = "serve.rpc.service.add_service"
+SERVICERS = [
+    "serve.rpc.service.add_service",
+    "serve.rpc.health.add_HealthServicer_to_server",
+]
+TRACED = {"enabled": True, "sampling_ratio": 0.0}
+"""To files of Serve's log, what clients ask to be traced."""
 
 
 @dataclass
@@ -66,7 +71,8 @@ def proxy(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     port, grpc_port = free_port(), free_port()
     ray_serve.start(
         http_options={"host": "127.0.0.1", "port": port},
-        grpc_options={"port": grpc_port, "grpc_servicer_functions": [SERVICER]},
+        grpc_options={"port": grpc_port, "grpc_servicer_functions": SERVICERS},
+        tracing_config=TRACED,
     )
     key, line = make_key("tests")
     file = tmp_path_factory.mktemp("keys") / "keys"

@@ -19,6 +19,8 @@ PARTS = [
     "inference",
     "model",
     "gpu",
+    "packaging",
+    "deploy",
     "client",
     "tests",
 ]

@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from raptide.alphabet import decode_residues, encode_residues
 from raptide.bulk.work import CANARY, Compute, Long, Model, Precision, judge_length
-from raptide.inference.variants import apply_variant, parse_variant
+from raptide.calls.scoring import log_softmax, score_changes
+from raptide.calls.variants import apply_variant, parse_variant
 from raptide.methods import VariantMethod
 
 Score = Callable[[dict[str, list[str]]], dict[tuple[str, str], float]]
@@ -173,8 +174,6 @@ def _score_by(engine: Any, method: VariantMethod, long: Long) -> Score:
 
 
 def _wild_type_marginals(engine: Any, long: str) -> Score:
-    from raptide.inference.scoring import log_softmax
-
     def score(groups: dict[str, list[str]]) -> dict[tuple[str, str], float]:
         found: dict[tuple[str, str], float] = {}
         tables = engine.logits(list(groups), long)
@@ -229,8 +228,6 @@ def _positions(protein: str, variants: list[str]) -> list[int]:
 def _scores(
     protein: str, variants: list[str], rows: dict[int, np.ndarray]
 ) -> dict[tuple[str, str], float]:
-    from raptide.inference.scoring import score_changes
-
     residues = encode_residues(protein)
     changes = [parse_variant(variant, residues) for variant in variants]
     return _by_variant(protein, variants, score_changes(changes, rows))

@@ -166,7 +166,7 @@ class EmbedWork(_ModelWork):
     """Whether parts hold biotrainer's keys, for an HDF5 file made of them."""
 
     def __post_init__(self) -> None:
-        from raptide.inference.inputs import read_layers
+        from raptide.calls.inputs import read_layers
 
         read_layers(self.layers, self.model.layers)  # says what is wrong with them
 

@@ -1,196 +1,219 @@
-"""Requests to an endpoint that come back: retried while it restarts or is full, refused in words.
+"""Requests on their way: of an event loop for `AsyncClient`, of a thread that waits for `Client`.
 
-Every call of the endpoint is a pure function of its request, so repeating one is always safe.
-
-What is tried again: broken connections, answers that end early, 429 (after its Retry-After), 502,
-503, 504, and a 500 that does not come from the application (a proxy says so when the process behind
-it dies). What is not: the application's own errors, and requests that took longer than they may.
+What is sent, and what an answer means, is in exchange.py. A request that nobody wants any more is
+called off wherever it is, in a pause as well, and its connection closed: the endpoint then computes
+no further.
 """
 
 from __future__ import annotations
 
-import random
+import asyncio
+import concurrent.futures
+import os
+import ssl
 import threading
 import time
-from collections.abc import Callable
-from email.utils import parsedate_to_datetime
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 
-from raptide.errors import ConfigError, InputError, SequenceError, ServiceError
+from raptide.client.exchange import Exchange
+from raptide.errors import ConfigError
 
 T = TypeVar("T")
+
+Verify = bool | str | os.PathLike[str] | ssl.SSLContext
+Certificate = str | os.PathLike[str] | tuple[str | os.PathLike[str], str | os.PathLike[str]]
 
 CONNECT_S = 10.0
 GRACE_S = 5.0
 """Seconds beyond a request's deadline in which the endpoint's own word about it may arrive."""
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
-"""Pauses double from the first to the longest; each is shortened at random by up to a half."""
-
-SEQUENCE_PARAMS = ("input", "sequences", "sequence", "variants")
+CLOSE_S = 1.0
 
 
-class BrokenAnswer(Exception):
-    """An answer that ended early: its sender died while it was sent."""
-
-
-class Transport:
-    """One endpoint. Safe to use from several threads.
+class AsyncTransport:
+    """One endpoint, of the event loop that runs.
 
     Args:
         url: where the endpoint is, with or without `/v1`.
         key: sent as a bearer token; None sends none.
-        timeout_s: seconds one request may take.
-        retry_s: seconds to go on trying, counted from the first failure of a request or from the
-            last answer any request got, whichever is later.
         connections: requests at once.
+        verify: True for the authorities that httpx trusts, a file or folder with others, a context,
+            or False.
+        cert: the client's own certificate, or that and its key.
     """
 
     def __init__(
-        self, url: str, key: str | None, timeout_s: float, retry_s: float, connections: int
-    ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(
-                f"The endpoint's URL begins with http:// or https://, but {url!r} was given."
-            )
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self._timeout_s = timeout_s
-        self._retry_s = retry_s
-        self._last_answer = float("-inf")
-        headers = {"X-Raptide-Timeout-S": f"{timeout_s:g}"}
-        if key is not None:
-            if not (key.isascii() and key.isprintable()) or not key.strip():
-                raise ConfigError("An API key is plain printable text, but the one given is not.")
-            headers["Authorization"] = f"Bearer {key.strip()}"
-        try:
-            if not httpx.URL(self.url).host:
-                raise ConfigError(f"{url!r} names no host.")
-            self._http = httpx.Client(
-                base_url=self.url,
-                headers=headers,
-                timeout=httpx.Timeout(timeout_s + GRACE_S, connect=CONNECT_S, pool=None),
-                limits=httpx.Limits(max_connections=connections),
-            )
-        except httpx.InvalidURL as error:
-            raise ConfigError(f"{url!r} is no URL ({error}).") from None
-
-    def close(self) -> None:
-        self._http.close()
-
-    def ask(
         self,
-        method: str,
-        path: str,
-        read: Callable[[httpx.Response], T],
-        body: dict[str, Any] | None = None,
-        accept: str = "application/json",
-        stop: threading.Event | None = None,
-    ) -> T:
-        """Send a request until it is answered; `read` makes the result of the answer.
+        url: str,
+        key: str | None,
+        connections: int,
+        verify: Verify = True,
+        cert: Certificate | None = None,
+    ) -> None:
+        self.url = plain_url(url)
+        tls = tls_context(verify, cert) if self.url.startswith("https") else True
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            headers=key_header(key),
+            verify=tls,
+            limits=httpx.Limits(max_connections=connections),
+        )
+        # In front of httpx's own queue: what is to be sent is known when it is sent.
+        self._places = asyncio.Semaphore(connections)
 
-        Args:
-            stop: set when nobody wants the answer any more, so that it is not tried again.
+    def start(self, exchange: Exchange[Any]) -> asyncio.Task[Any]:
+        return asyncio.create_task(self.ask(exchange))
+
+    async def result(self, handle: asyncio.Task[Any]) -> Any:
+        return await handle
+
+    def cancel(self, handle: asyncio.Task[Any]) -> None:
+        handle.cancel()  # of one that has failed it also says that nobody need be told
+
+    async def pause(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def ask(self, exchange: Exchange[T]) -> T:
+        """Send a request until it is answered.
 
         Raises:
-            SequenceError: the endpoint refuses a sequence or a variant.
-            ConfigError: it refuses the key, the model or another argument.
-            ServiceError: it cannot be reached, stays full or fails.
+            As `Exchange.answered` and `Exchange.failed`.
         """
-        stop = stop or threading.Event()
-        first_failure = None
-        pause_s = FIRST_PAUSE_S
+        timeout = httpx.Timeout(exchange.timeout_s + GRACE_S, connect=CONNECT_S, pool=None)
         while True:
-            least_s = 0.0
             try:
-                answer = self._http.request(method, path, json=body, headers={"Accept": accept})
-                if answer.is_success:
-                    result = read(answer)
-                    self._last_answer = time.monotonic()
-                    return result
-                error = describe_refusal(answer)
-                if not may_pass(answer):
-                    raise error
-                least_s = retry_after_s(answer)
-            except (httpx.ReadTimeout, httpx.WriteTimeout):
-                raise ServiceError(
-                    f"{self.url}{path} did not answer within {self._timeout_s:g} s; send less at "
-                    "once, or allow more with timeout_s."
-                ) from None
-            except (httpx.RequestError, BrokenAnswer) as broken:
-                error = ServiceError(f"{self.url} cannot be reached ({_reason(broken)})")
-            now = time.monotonic()
-            first_failure = first_failure or now
-            wait_s = least_s + pause_s * random.uniform(0.5, 1.0)
-            if now + wait_s > max(first_failure, self._last_answer) + self._retry_s:
-                raise self._given_up(error, now - first_failure)
-            if stop.wait(wait_s):
-                raise error
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-
-    def _given_up(self, error: InputError | ServiceError, tried_s: float) -> ServiceError:
-        sentence = str(error).rstrip(".")
-        if not self._retry_s:
-            return ServiceError(f"{sentence}.")
-        return ServiceError(f"{sentence}; given up after {tried_s:.0f} s of trying.")
+                async with self._places:
+                    response = await self._http.request(
+                        exchange.method,
+                        exchange.path,
+                        json=exchange.body,
+                        headers=exchange.headers(),
+                        timeout=timeout,
+                    )
+            except httpx.HTTPError as error:
+                wait_s: float | None = exchange.failed(error, self.url)
+            else:
+                wait_s = exchange.answered(response)
+            if wait_s is None:
+                return exchange.result
+            await asyncio.sleep(wait_s)
 
 
-def may_pass(answer: httpx.Response) -> bool:
-    """Whether the same request may succeed in a while."""
-    if answer.status_code in (429, 502, 503):
-        return True
-    detail = _detail(answer)
-    if answer.status_code == 504:
-        return detail.get("type") != "deadline"
-    return answer.status_code == 500 and not detail
+class BlockingTransport:
+    """The same for threads that wait, over an event loop that all clients of a process share.
+
+    A wait is over at once when Ctrl-C interrupts it, wherever its requests are.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._make = lambda: AsyncTransport(*arguments, **options)
+        self._inner = self._make()
+        self._process = os.getpid()
+        self.url = self._inner.url
+
+    def start(self, exchange: Exchange[Any]) -> concurrent.futures.Future[Any]:
+        if self._process != os.getpid():  # a fork has neither the loop nor the connections
+            self._inner, self._process = self._make(), os.getpid()
+        return _LOOP.run(self._inner.ask(exchange))
+
+    async def result(self, handle: concurrent.futures.Future[Any]) -> Any:
+        try:
+            return handle.result()
+        except BaseException:
+            handle.cancel()
+            raise
+
+    def cancel(self, handle: concurrent.futures.Future[Any]) -> None:
+        handle.cancel()
+
+    async def pause(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def close(self) -> None:
+        if self._process == os.getpid():
+            concurrent.futures.wait([_LOOP.run(self._inner.close())], CLOSE_S)
 
 
-def retry_after_s(answer: httpx.Response) -> float:
-    """Seconds of a Retry-After header, a number or a date; 0 without one."""
-    value = answer.headers.get("Retry-After", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return 0.0
+class _LoopThread:
+    """An event loop in a thread of its own, begun when it is needed, and anew in a forked child."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def run(self, coroutine: Any) -> concurrent.futures.Future[Any]:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                work = self._loop.run_forever
+                threading.Thread(target=work, name="raptide-client", daemon=True).start()
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
 
-def describe_refusal(answer: httpx.Response) -> InputError | ServiceError:
-    """An answer that is no success, as an error of one sentence."""
-    status = answer.status_code
-    detail = _detail(answer)
-    message = " ".join(str(detail.get("message") or "").split())
-    if status in (401, 403):
-        return ConfigError(
-            f"The endpoint refuses the API key ({message or status}); give a valid one as `key` or "
-            "in RAPTIDE_API_KEY."
+_LOOP = _LoopThread()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _LOOP.__init__())  # type: ignore[misc]
+
+
+def plain_url(url: str) -> str:
+    """The endpoint's root.
+
+    Raises:
+        ConfigError: it is no URL.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"The endpoint's URL begins with http:// or https://, but {url!r} was given."
         )
-    if not detail:
-        return ServiceError(
-            f"{answer.url} answered {status} {answer.reason_phrase} without saying why; is it a "
-            "Raptide endpoint?"
-        )
-    if status == 429 or status >= 500:
-        return ServiceError(f"The endpoint answered {status}: {message}")
-    if detail.get("param") in SEQUENCE_PARAMS:
-        return SequenceError(message)
-    if detail.get("param"):
-        return ConfigError(message)
-    return ConfigError(f"{answer.url} answered {status}: {message}")
-
-
-def _detail(answer: httpx.Response) -> dict[str, Any]:
-    """What the application says is wrong; {} where it was not the application that answered."""
+    root = url.rstrip("/").removesuffix("/v1")
     try:
-        detail = answer.json()["error"]
-    except (ValueError, KeyError, TypeError):
+        if not httpx.URL(root).host:
+            raise ConfigError(f"{url!r} names no host.")
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"{url!r} is no URL ({error}).") from None
+    return root
+
+
+def key_header(key: str | None) -> Mapping[str, str]:
+    """Raises ConfigError where a key cannot stand in a header."""
+    if key is None:
         return {}
-    return detail if isinstance(detail, dict) and detail.get("message") else {}
+    if not (key.isascii() and key.isprintable()) or not key.strip():
+        raise ConfigError("An API key is plain printable text, but the one given is not.")
+    return {"Authorization": f"Bearer {key.strip()}"}
 
 
-def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
+def tls_context(verify: Verify, cert: Certificate | None) -> ssl.SSLContext:
+    """What TLS is spoken with.
+
+    Raises:
+        ConfigError: a file is not there, or holds no certificates or no key.
+    """
+    if isinstance(verify, ssl.SSLContext):
+        context = verify
+    else:
+        context = httpx.create_ssl_context(verify=verify is not False)
+    try:
+        if isinstance(verify, str | os.PathLike):
+            place = Path(verify)
+            context = ssl.create_default_context(
+                cafile=None if place.is_dir() else str(place),
+                capath=str(place) if place.is_dir() else None,
+            )
+        if cert is not None:
+            context.load_cert_chain(*map(str, cert if isinstance(cert, tuple) else (cert,)))
+    except (OSError, ssl.SSLError) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"TLS cannot be set up of verify={verify!r} and cert={cert!r} ({reason}); give PEM "
+            "files of certificates, and of the key with the second."
+        ) from None
+    return context

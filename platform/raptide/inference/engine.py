@@ -12,7 +12,7 @@ Where a method takes several sequences, a list gives all results at once, in ord
 do not fit in memory. A sequence's numbers do not depend on what else is in the call.
 
 Sequences longer than `max_residues` are refused (`long="error"`) or computed in overlapping
-windows (`long="window"`); `inference/windows.py` tells how.
+windows (`long="window"`); `calls/windows.py` tells how.
 """
 
 from __future__ import annotations
@@ -20,21 +20,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 import torch
 
-from raptide.errors import BundleError, ConfigError
-from raptide.inference.forward import Forward
-from raptide.inference.inputs import read_ahead, read_layers, read_sequences, refuse_no_list
-from raptide.inference.scoring import (
+from raptide.calls.inputs import (
+    read_ahead,
+    read_layers,
+    read_sequences,
+    refuse_no_list,
+    refuse_unknown,
+)
+from raptide.calls.scoring import (
     log_likelihood,
     log_softmax,
     score_changes,
     score_substitutions,
 )
-from raptide.inference.variants import apply_variant, parse_variant
+from raptide.calls.variants import apply_variant, parse_variant
+from raptide.errors import BundleError
+from raptide.inference.forward import Forward
 from raptide.methods import Long, Pooling, ScanMethod, ScoreMethod, VariantMethod
 from raptide.model.device import compilation_pays, multiplies_bf16_faster
 from raptide.model.formats.detect import read_weights
@@ -156,7 +162,7 @@ class Engine:
             SequenceError: a sequence is empty, too long or holds something that is no residue.
             ConfigError: the model has no such layer.
         """
-        _check("pooling", pooling, Pooling)
+        refuse_unknown("pooling", pooling, Pooling)
         wanted = read_layers(layers, self.model.settings.layers)
 
         def compute(residues: list[np.ndarray]) -> list[np.ndarray]:
@@ -244,7 +250,7 @@ class Engine:
             BundleError: the model has no language-model head.
             SequenceError: as in `embed`.
         """
-        _check("method", method, ScoreMethod)
+        refuse_unknown("method", method, ScoreMethod)
         self._refuse_headless()
 
         def compute(residues: list[np.ndarray]) -> list[float]:
@@ -281,7 +287,7 @@ class Engine:
             BundleError: the model has no language-model head.
             SequenceError: as in `embed`; or a variant does not fit the sequence.
         """
-        _check("method", method, VariantMethod)
+        refuse_unknown("method", method, VariantMethod)
         self._refuse_headless()
         refuse_no_list(variants, "variants")
         (residues,) = read_sequences([sequence], self._limit(long))
@@ -306,7 +312,7 @@ class Engine:
             BundleError: the model has no language-model head.
             SequenceError: as in `embed`.
         """
-        _check("method", method, ScanMethod)
+        refuse_unknown("method", method, ScanMethod)
         self._refuse_headless()
         (residues,) = read_sequences([sequence], self._limit(long))
         return score_substitutions(
@@ -316,7 +322,7 @@ class Engine:
     def masked_log_p(self, pieces: Sequence[tuple[str, Sequence[int]]]) -> list[np.ndarray]:
         """Log probabilities over `tokens` at positions while each alone is masked.
 
-        What pseudo-ppl and masked-marginals are made of (inference/scoring.py), for callers who
+        What pseudo-ppl and masked-marginals are made of (calls/scoring.py), for callers who
         share batches between sequences.
 
         Args:
@@ -375,11 +381,5 @@ class Engine:
         return compute(read_sequences(sequences, limit))
 
     def _limit(self, long: Long) -> float:
-        _check("long", long, Long)
+        refuse_unknown("long", long, Long)
         return float("inf") if long == "window" else self.max_residues
-
-
-def _check(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        known = ", ".join(map(repr, get_args(choices)))
-        raise ConfigError(f"{name} must be one of {known}, but {value!r} was given.")

@@ -12,8 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from raptide.calls.windows import (
+    WINDOW_RESIDUES,
+    Window,
+    add_part,
+    cut_windows,
+    weigh,
+    window_around,
+)
 from raptide.inference.batching import plan_batches
-from raptide.inference.windows import Window, cut_windows, window_around
 from raptide.methods import Pooling
 from raptide.model.contacts import corrected_maps
 from raptide.model.device import send
@@ -22,9 +29,6 @@ from raptide.model.transformer import Esm
 
 LONGEST_RESIDUES = 16384
 """Longest sequence taken whole by models whose positions set no limit of their own."""
-
-WINDOW_RESIDUES = 1022
-"""Residues of a window of a longer sequence: what the published models were trained on."""
 
 
 class Forward:
@@ -146,8 +150,9 @@ class Forward:
                 pieces = compute(packed).split(packed.lengths)
                 parts = _parts(pieces, batch, sequences, pooling)
             for window, part in zip(batch, parts, strict=True):
-                whole = len(sequences[window.sequence]) if pooling == "residue" else None
-                _add(results, window, part, whole)
+                index = window.sequence
+                whole = len(sequences[index]) if pooling == "residue" else None
+                results[index] = add_part(results[index], window, part, whole)
         return results
 
     def _pack(self, rows: list[np.ndarray]) -> Packed:
@@ -171,26 +176,10 @@ def _parts(
             parts.append(piece[0].float() * window.share)
             continue
         inner = piece[1 : 1 + window.stop - window.start].float()
+        weights = None
         if window.weights is not None:
-            inner = inner * torch.from_numpy(window.weights).to(inner.device)[:, None, None]
-        if pooling == "mean":
-            parts.append(inner.sum(0) / len(sequences[window.sequence]))
-        else:
-            parts.append(inner.transpose(0, 1))
+            weights = torch.from_numpy(window.weights).to(inner.device)[:, None, None]
+        parts.append(weigh(inner, weights, pooling, len(sequences[window.sequence])))
     if pooling == "residue":
         return [part.contiguous().cpu().numpy() for part in parts]
     return list(torch.stack(parts).cpu().numpy())
-
-
-def _add(results: list[Any], window: Window, part: np.ndarray, whole: int | None) -> None:
-    """Add a window's part; with `whole` residues it is per residue, [W, window, D]."""
-    if window.share == 1.0:
-        results[window.sequence] = part
-        return
-    if results[window.sequence] is None:
-        shape = part.shape if whole is None else (part.shape[0], whole, part.shape[2])
-        results[window.sequence] = np.zeros(shape, np.float32)
-    where = results[window.sequence]
-    if whole is not None:
-        where = where[:, window.start : window.stop]
-    where += part

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raptide.cluster import VERSION
 from raptide.errors import ConfigError
+from raptide.version import VERSION
 
 PARTS = ("platform", "jobs", "serve", "pyproject.toml", "constraints.txt")
 """What of a checkout jobs need; whatever else lies in it stays at home."""

@@ -12,7 +12,7 @@ import ray.data
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raptide.cluster import code_version, on_this_node
+from raptide.cluster import on_this_node
 from raptide.data.corpus import Corpus
 from raptide.data.streaming.stream import Source, StreamPlan
 from raptide.errors import CheckpointError, ConfigError, CorpusError, plain_errors
@@ -42,6 +42,7 @@ from raptide.training.watching.picture import draw_run
 from raptide.training.watching.progress import BoardActor, shown
 from raptide.training.watching.validation import Bench
 from raptide.training.worker import Run, train_worker
+from raptide.version import code_version
 
 
 def prepare_run(

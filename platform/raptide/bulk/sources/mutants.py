@@ -23,8 +23,8 @@ from raptide.alphabet import decode_residues
 from raptide.bulk.sources.tables import read_letters
 from raptide.bulk.units import Source
 from raptide.bulk.variants import write_item
+from raptide.calls.variants import apply_variant, parse_variant, spell_variant
 from raptide.errors import ConfigError, InputError, SequenceError
-from raptide.inference.variants import apply_variant, parse_variant, spell_variant
 
 Column = Literal["id", "sequence", "mutated_sequence", "target_sequence"]
 

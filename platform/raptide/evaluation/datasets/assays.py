@@ -31,8 +31,8 @@ import pyarrow.parquet as pq
 from raptide.alphabet import FIRST_RESIDUE, RESIDUES, STANDARD, decode_residues, encode_residues
 from raptide.bulk.sources.mutants import WILD_TYPE, revert
 from raptide.bulk.sources.tables import PARQUET
+from raptide.calls.variants import Substitution, apply_variant, parse_variant, spell_variant
 from raptide.errors import InputError, SequenceError
-from raptide.inference.variants import Substitution, apply_variant, parse_variant, spell_variant
 
 ALL = "all"
 """The dataset of what is averaged over assays."""

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from raptide.alphabet import FIRST_RESIDUE, RESIDUES, STANDARD, encode_residues
 from raptide.bulk.work import CANARY, Compute, Model, Precision
+from raptide.calls.scoring import log_softmax
 from raptide.evaluation.masks import choose_residues, score_masked
 from raptide.evaluation.requests import Reading, Request
 from raptide.evaluation.subjects.items import EMBEDDED, Item
@@ -211,13 +212,6 @@ def letter_vectors(engine: Engine) -> np.ndarray:
 
 def _device_of(engine: Engine) -> Any:
     return engine.model.embed.weight.device
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """As the engine takes it; imported late, since workers have no torch."""
-    from raptide.inference import scoring
-
-    return scoring.log_softmax(logits)
 
 
 def fit_head(

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from raptide.calls.windows import window_around
 from raptide.evaluation.datasets.assays import Assay
 from raptide.evaluation.requests import Reading, Readings, Request
-from raptide.inference.windows import window_around
 from raptide.methods import ScanMethod
 
 

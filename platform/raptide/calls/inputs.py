@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any, get_args
 
 import numpy as np
 
@@ -17,7 +18,7 @@ def read_sequences(sequences: Sequence[str], limit: float) -> list[np.ndarray]:
         SequenceError: one is empty, longer than `limit` residues, or holds what is no residue.
     """
     refuse_no_list(sequences, "sequences")
-    return [_read(sequence, index, limit) for index, sequence in enumerate(sequences)]
+    return [read_sequence(sequence, index, limit) for index, sequence in enumerate(sequences)]
 
 
 def refuse_no_list(given: object, what: str) -> None:
@@ -45,7 +46,7 @@ def read_ahead(sequences: Iterator[str], limit: float, budget: int) -> Iterator[
     held: list[np.ndarray] = []
     room = budget
     for index, sequence in enumerate(sequences):
-        held.append(_read(sequence, index, limit))
+        held.append(read_sequence(sequence, index, limit))
         room -= len(held[-1])
         if room <= 0:
             yield held
@@ -59,18 +60,27 @@ def read_layers(layers: Sequence[int], last: int) -> list[int]:
     Raises:
         ConfigError: there are none, or the model has no such layer.
     """
+    return [_layer(layer, last) for layer in plain_layers(layers)]
+
+
+def plain_layers(layers: Sequence[int]) -> list[int]:
+    """Layers as whole numbers, whatever the model has.
+
+    Raises:
+        ConfigError: there are none, or one is no whole number.
+    """
     if not isinstance(layers, Iterable) or isinstance(layers, str):
         raise ConfigError(f"layers must be a list such as (-1,), but {layers!r} was given.")
-    wanted = [_layer(layer, last) for layer in layers]
+    wanted = list(layers)
+    for layer in wanted:
+        if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
+            raise ConfigError(f"A layer is a whole number, but {layer!r} was given.")
     if not wanted:
         raise ConfigError("At least one layer must be asked for; the last one is -1.")
-    return wanted
+    return [int(layer) for layer in wanted]
 
 
 def _layer(layer: int, last: int) -> int:
-    if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
-        raise ConfigError(f"A layer is a whole number, but {layer!r} was given.")
-    layer = int(layer)
     index = layer + last + 1 if layer < 0 else layer
     if not 0 <= index <= last:
         raise ConfigError(
@@ -80,7 +90,22 @@ def _layer(layer: int, last: int) -> int:
     return index
 
 
-def _read(sequence: str, index: int, limit: float) -> np.ndarray:
+def refuse_unknown(name: str, value: str, choices: Any) -> None:
+    """Raises ConfigError where a value is none of a Literal's choices."""
+    if value not in get_args(choices):
+        known = ", ".join(map(repr, get_args(choices)))
+        raise ConfigError(f"{name} must be one of {known}, but {value!r} was given.")
+
+
+def read_sequence(sequence: str, index: int, limit: float = float("inf")) -> np.ndarray:
+    """Residue ids of one sequence, [L] uint8.
+
+    Args:
+        index: its place in the call, for errors.
+
+    Raises:
+        SequenceError: as in `read_sequences`.
+    """
     if not isinstance(sequence, str):
         raise SequenceError(
             f"Sequence {index}: a string of residue letters is needed, but a "

@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 
 from raptide.alphabet import FIRST_RESIDUE, RESIDUES, STANDARD
-from raptide.inference.variants import Substitution
+from raptide.calls.variants import Substitution
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Logits to log probabilities over the last axis, fp32."""
-    return torch.log_softmax(torch.from_numpy(logits), -1).numpy()
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def log_likelihood(table_LV: np.ndarray, residues: np.ndarray) -> float:

@@ -13,8 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from raptide.methods import Pooling
+
+WINDOW_RESIDUES = 1022
+"""Residues of a window of a longer sequence: what the published models were trained on."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Window:
     """Part of this window in what there is one of per sequence: 1 / number of windows."""
 
 
-def cut_windows(sequence: int, length: int, limit: int, size: int) -> Iterator[Window]:
+def cut_windows(sequence: int, length: int, limit: float, size: int) -> Iterator[Window]:
     """The windows of a sequence of `length` residues: one if it is within `limit`.
 
     Args:
@@ -65,6 +71,45 @@ def window_starts(length: int, size: int) -> list[int]:
 def window_around(position: int, length: int, size: int) -> int:
     """Start of the window of `size` that has `position` in its middle, as far as the ends allow."""
     return min(max(0, position - size // 2), max(0, length - size))
+
+
+def weigh(rows: Any, weights: Any, pooling: Pooling, length: int) -> Any:
+    """What a window gives to its sequence's result.
+
+    Args:
+        rows: [residues, W, D] of the window, an array of numpy or torch.
+        weights: the window's, [residues, 1, 1] of the same kind; None means 1.
+        pooling: "mean" over all `length` residues of the sequence, or "residue".
+
+    Returns:
+        [W, D], or [W, residues, D].
+    """
+    if weights is not None:
+        rows = rows * weights
+    return rows.sum(0) / length if pooling == "mean" else rows.swapaxes(0, 1)
+
+
+def add_part(
+    joined: np.ndarray | None, window: Window, part: np.ndarray, whole: int | None
+) -> np.ndarray:
+    """The result of one sequence so far, with what one more window gives to it.
+
+    Args:
+        joined: what `add_part` returned for the windows before; None at first.
+        part: [W, D], or [W, residues, D].
+        whole: residues of the sequence where the part has a row for each; else None.
+
+    Returns:
+        [W, D], or [W, whole, D] fp32.
+    """
+    if window.share == 1.0:
+        return part
+    if joined is None:
+        shape = part.shape if whole is None else (part.shape[0], whole, part.shape[2])
+        joined = np.zeros(shape, np.float32)
+    where = joined if whole is None else joined[:, window.start : window.stop]
+    where += part
+    return joined
 
 
 def _taper(start: int, size: int, length: int) -> np.ndarray:
