@@ -10,7 +10,9 @@
     │   └── CheckpointError    nothing to resume from, or another stream than before
     ├── FetchError             a download broke off for good, or arrived damaged
     ├── ServiceError           an endpoint cannot be reached, stays full or fails
-    ├── StreamStalled          no batch arrived in time
+    ├── PassingTrouble         may be over at the next try: a run starts its workers again
+    │   ├── StreamStalled      no batch arrived in time
+    │   └── StorageStumbled    a file system failed again and again
     ├── TrainingDiverged       the loss is no number any more
     ├── CheckpointUnsaved      a checkpoint could not be saved, and the recipe says to stop then
     └── OutOfMemory            a worker's device was too small, with the setting to lower
@@ -69,8 +71,16 @@ class ServiceError(RaptideError):
     """An endpoint cannot be reached, stays full or fails."""
 
 
-class StreamStalled(RaptideError):
+class PassingTrouble(RaptideError):
+    """May be over at the next try."""
+
+
+class StreamStalled(PassingTrouble):
     """No global batch arrived within the time allowed."""
+
+
+class StorageStumbled(PassingTrouble):
+    """A file system failed again and again, and does not say that it always will."""
 
 
 class TrainingDiverged(RaptideError):

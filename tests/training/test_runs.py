@@ -220,12 +220,12 @@ def test_a_damaged_block_ends_the_run_at_once_with_its_name(corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_that_no_restart_mends_is_not_retried(corpus, tmp_path):
+def test_a_data_stall_is_a_failure_and_is_tried_again(corpus, tmp_path):
     tree = make_recipe(corpus) | {"name": "stalled"}
-    recipe = as_recipe(tree, data_timeout_s=0.001, workers=1)
+    recipe = as_recipe(tree, data_timeout_s=0.001, workers=1, max_failures=1)
     with pytest.raises(StreamStalled, match="a data stall, not a slow model"):
         run_to_the_end(recipe, tmp_path / "run")
-    assert not list((tmp_path / "run/checkpoints").glob("step-*"))
+    assert (tmp_path / "run/attempts").read_text() == "2\n"
 
 
 def test_a_run_starts_from_weights_and_ends_when_it_improves_no_more(whole, corpus, tmp_path):

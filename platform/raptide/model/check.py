@@ -20,6 +20,7 @@ from raptide.alphabet import encode_residues
 from raptide.errors import BundleError
 from raptide.model.packed import Packed
 from raptide.model.transformer import Esm
+from raptide.patience import patiently, unreadable
 
 CHECK = "check.json"
 
@@ -106,10 +107,12 @@ def _dtype(model: Esm) -> str:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(patiently(file.read_text))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError):
+    except OSError as error:
+        raise unreadable(str(file), error) from None
+    except ValueError:
         raise BundleError(f"{file} cannot be read; copy the folder again.") from None
     if not isinstance(record, dict) or not {"sequence", "dtype", "log_likelihood", "embedding"} <= (
         set(record)

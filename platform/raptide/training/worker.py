@@ -1,4 +1,4 @@
-"""What each Ray Train worker runs: build the engine, go on from the checkpoint, train, save."""
+"""One rank of a run: build the engine, go on from the checkpoint, train, save."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raptide.cluster import on_this_node
 from raptide.data.streaming.batch import Cursor
 from raptide.data.streaming.feeder import BatchReader, FeederActor
 from raptide.data.streaming.stream import StreamPlan
-from raptide.errors import CheckpointUnsaved, OutOfMemory, RaptideError
+from raptide.errors import CheckpointUnsaved
 from raptide.model.formats.detect import write_weights
 from raptide.model.formats.weights import Weights
 from raptide.training.ahead import SharesAhead
@@ -27,6 +27,7 @@ from raptide.training.checkpoints.checkpoint import (
     MODEL,
     SavedCheckpoint,
     Storage,
+    best_effort,
     checkpoint_name,
     newest_checkpoint,
 )
@@ -35,25 +36,20 @@ from raptide.training.checkpoints.scratch import scratch_folder
 from raptide.training.engine import build_engine, full_state, load_state
 from raptide.training.planning.estimate import (
     checkpoint_bytes,
-    explain_memory,
     peak_flops,
-    ran_out_of_memory,
 )
 from raptide.training.planning.recipe import Recipe, learning_rate
-from raptide.training.process import collect_garbage, garbage_by_hand, prepare_process
+from raptide.training.process import collect_garbage, garbage_by_hand
 from raptide.training.step import Stepper
 from raptide.training.watching.audit import AuditWriter
 from raptide.training.watching.heldout import Evaluations, HeldoutEvaluator, heldout_rows
 from raptide.training.watching.metrics import loss_metrics, memory_gb, speed_metrics
 from raptide.training.watching.tracking import Tracker, start_tracking
 from raptide.training.watching.validation import Bench, RunEvaluations
-from raptide.training.watching.watch import HangWatch, LossWatch, describe_hang
+from raptide.training.watching.watch import HangWatch, LossWatch
 
 LOOK_EVERY_S = 5.0
 """Seconds between two looks at what goes on beside the steps: preemption notices, evaluations."""
-
-ATTEMPTS = "attempts"
-"""File of a run that says how often its workers were started."""
 
 
 @dataclass(frozen=True)
@@ -71,42 +67,6 @@ class Run:
     """Handle of the driver's progress board."""
     bench: Bench | None
     """What checkpoints are asked beside their held-out ECE."""
-
-
-def train_worker(config: dict[str, Any]) -> None:
-    """The Ray Train loop function; `config["run"]` is a `Run`."""
-    run: Run = config["run"]
-    training = run.recipe.training
-    prepare_process(run.device, training.precision, compiles=training.compile)
-    rank = ray.train.get_context().get_world_rank()
-    attempt = broadcast_from_rank_zero(_begin_attempt(run) if rank == 0 else None)
-    if attempt is None:  # Ray Train restarts after any error; this one no restart can mend
-        return
-    try:
-        with ExitStack() as stack:
-            Worker(run, attempt, stack).train()
-    except RaptideError as error:
-        ray.get(run.board.give_up.remote(error))
-        raise
-    except RuntimeError as error:
-        if not ran_out_of_memory(error):
-            raise
-        workers = ray.train.get_context().get_world_size()
-        mistake = OutOfMemory(explain_memory(run.recipe, workers, rank))
-        ray.get(run.board.give_up.remote(mistake))
-        raise mistake from error
-
-
-def _begin_attempt(run: Run) -> int | None:
-    """How often the workers of this run have started, or None if they should give up."""
-    if ray.get(run.board.mistake.remote()) is not None:
-        return None
-    file = Path(run.folder) / ATTEMPTS
-    attempt = int(file.read_text()) + 1 if file.exists() else 1
-    file.write_text(f"{attempt}\n")
-    if (hang := describe_hang(Path(run.folder), attempt - 1)) is not None:
-        run.board.warn.remote(hang)
-    return attempt
 
 
 class Worker:
@@ -154,7 +114,7 @@ class Worker:
         stack.callback(self._shares.close)
         self._audit = None
         if self._recipe.tracking.audit:
-            writer = AuditWriter(folder, self._rank, attempt)
+            writer = AuditWriter(folder, self._rank, attempt, run.board.warn.remote)
             self._audit = stack.enter_context(closing(writer))
 
     def train(self) -> None:
@@ -292,10 +252,15 @@ class Worker:
         self._writer.prune(name)
         for evaluation in evaluations.unlogged():
             self._tracker.log(self._step, evaluation)
-        saved = newest_checkpoint(Storage.of_ray_train(), only=f"{MODEL}/")
-        if saved is not None:
-            facts = {"step": saved.step, **evaluations.so_far.to_manifest()}
-            self._tracker.link("model", self._run.run_id, f"{saved.uri}/{MODEL}", **facts)
+        self._link_model()
+
+    def _link_model(self) -> None:
+        assert self._tracker is not None
+        with best_effort(self._warn, "W&B was not told of the model"):
+            saved = newest_checkpoint(Storage.of_ray_train(), only=f"{MODEL}/")
+            if saved is not None:
+                facts = {"step": saved.step, **self._evaluations.so_far.to_manifest()}
+                self._tracker.link("model", self._run.run_id, f"{saved.uri}/{MODEL}", **facts)
 
     def _log(self, metrics: dict[str, float]) -> None:
         if self._tracker is not None:
@@ -384,7 +349,8 @@ class Worker:
             return None
         run, corpora = self._run, [source.open() for source in self._run.plan.sources]
         facts = {"code_version": run.code_version, "workers": self._workers}
-        tracker = start_tracking(self._recipe, Path(run.folder), run.run_id, corpora, facts)
+        folder = Path(run.folder)
+        tracker = start_tracking(self._recipe, folder, run.run_id, corpora, facts, self._warn)
         stack.enter_context(tracker)
         tracker.link_corpora(corpora)
         return tracker

@@ -1,21 +1,27 @@
+import errno
 import hashlib
 import json
 
 import pytest
-from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+from pyarrow.fs import LocalFileSystem, PyFileSystem, SubTreeFileSystem
+from stumbles import Stumbling, hurry
 
 from raptide.config import parse_settings
-from raptide.errors import BundleError, CheckpointError
+from raptide.errors import BundleError, CheckpointError, PassingTrouble
 from raptide.training.checkpoints.checkpoint import (
     CHECKPOINTS,
     Storage,
     amend_manifest,
     awaiting_evaluation,
+    best_effort,
     discard,
     find_bundle,
+    has_finished_one,
     newest_checkpoint,
+    open_checkpoint,
     prune,
 )
+from raptide.training.checkpoints.saving import send_folder
 from raptide.training.checkpoints.scratch import scratch_folder
 from raptide.training.planning.recipe import Recipe
 
@@ -54,7 +60,7 @@ def write_checkpoint(run, step, **changes):
 @pytest.fixture
 def run(tmp_path):
     for step in (10, 20, 30):
-        write_checkpoint(tmp_path, step)
+        write_checkpoint(tmp_path, step, heldout_ece=None, heldout_step=0)
     return tmp_path
 
 
@@ -174,3 +180,54 @@ def test_another_stream_and_another_stage_are_refused(run):
         saved.refuse_other_run(FINGERPRINT | {"seed": 2}, recipe())
     with pytest.raises(CheckpointError, match=r"resume with training.zero_stage=2"):
         saved.refuse_other_run(FINGERPRINT, recipe(zero_stage=0))
+
+
+def stumbling_storage(run, times, *deeds, error=errno.EIO):
+    """The run's checkpoints in a file system whose deeds fail so often for each path."""
+    handler = Stumbling(times, error, only=deeds)
+    return Storage(PyFileSystem(handler), str(run / CHECKPOINTS)), handler
+
+
+READING = ("info", "list", "open")
+
+
+def test_a_storage_that_stumbles_is_asked_again(run, monkeypatch):
+    hurry(monkeypatch)
+    storage, handler = stumbling_storage(run, 1)
+    assert newest_checkpoint(storage).step == 30
+    assert has_finished_one(storage)
+    amend_manifest(storage, "step-00000030", {"heldout_step": 30})
+    assert open_checkpoint(storage, "step-00000030").manifest["heldout_step"] == 30
+    (run / "zero").mkdir()
+    (run / "zero/state.pt").write_bytes(b"state")
+    assert send_folder(run / "zero", storage, "step-00000040") == {
+        "state.pt": hashlib.sha256(b"state").hexdigest()
+    }
+    discard(storage, "step-00000040")
+    prune(storage, "step-00000030", 1, 0)
+    assert [name for name in storage.names("", folders=True) if "step" in name] == ["step-00000030"]
+    assert {deed for deed, _ in handler.seen} >= {*READING, "create", "write", "delete_dir"}
+
+
+@pytest.mark.parametrize("deed", READING)
+def test_what_the_storage_does_not_give_out_is_not_passed_over(run, monkeypatch, deed, capsys):
+    """Steps would be lost for nothing: it may be whole."""
+    hurry(monkeypatch)
+    storage, _ = stumbling_storage(run, 10**9, deed)
+    with pytest.raises(PassingTrouble, match="cannot be reached"):
+        newest_checkpoint(storage) if deed != "info" else has_finished_one(storage)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("deed", ["list", "open", "delete_dir"])
+def test_nothing_is_deleted_that_cannot_be_read_and_what_is_not_deleted_is_told(
+    run, monkeypatch, deed
+):
+    hurry(monkeypatch)
+    storage, _ = stumbling_storage(run, 10**9, deed)
+    warnings = []
+    with best_effort(warnings.append, "Old checkpoints were not deleted"):
+        prune(storage, "step-00000030", 1, 0)
+    (sentence,) = warnings
+    assert sentence.startswith("Old checkpoints were not deleted: /")
+    assert len(list((run / CHECKPOINTS).glob("step-*/manifest.json"))) == 3

@@ -39,6 +39,8 @@ from raptide.data.corpus import FORMAT_VERSION, Corpus, sha256_of_file
 from raptide.data.fasta import ReadingRules, locate
 from raptide.data.fasta_text import FastaPart, split_fasta
 from raptide.errors import CorpusError, InputError, plain_errors
+from raptide.patience import patiently, unreadable
+from raptide.small_files import write_whole
 
 BUCKET_RESIDUES = 32 << 20
 """Residues in a bucket, about: the paper's 86 G residues take 2,600 buckets. A cluster is never
@@ -191,7 +193,7 @@ def _fingerprint(
 
 def _open_partial(partial: Path, fingerprint: dict[str, Any], say: Callable[[str], None]) -> None:
     plan = partial / PLAN
-    if plan.exists() and json.loads(plan.read_text()) == fingerprint:
+    if _read_json(plan) == fingerprint:
         say(f"Going on with the interrupted build in {partial}")
         return
     shutil.rmtree(partial, ignore_errors=True)
@@ -207,10 +209,10 @@ def _survey_once(
     say: Callable[[str], None],
 ) -> Survey:
     file = partial / SURVEY
-    if not file.exists():
+    if _read_json(file) is None:
         say("Pass 1 of 2: what is there, and what is dropped")
         _write_json(file, asdict(survey(source, cleaning, input_bytes)))
-    return Survey(**json.loads(file.read_text()))
+    return Survey(**_read_json(file))
 
 
 def _check(
@@ -304,15 +306,14 @@ def _write_buckets(
         shuffle(records, buckets, bucket_of, write).take_all()
     files = [_report_of(partial, bucket) for bucket in range(buckets)]
     empty = BucketReport(shards=[], renamed=0)
-    return [json.loads(file.read_text()) if file.exists() else empty for file in files]
+    return [_read_json(file) or empty for file in files]
 
 
 def _is_finished(partial: Path, bucket: int) -> bool:
-    report = _report_of(partial, bucket)
-    if not report.exists():
+    report = _read_json(_report_of(partial, bucket))
+    if report is None:
         return False
-    shards = json.loads(report.read_text())["shards"]
-    files = [(partial / shard["name"], shard["bytes"]) for shard in shards]
+    files = [(partial / shard["name"], shard["bytes"]) for shard in report["shards"]]
     return all(file.exists() and file.stat().st_size == size for file, size in files)
 
 
@@ -342,7 +343,16 @@ def _tidy(partial: Path, buckets: int) -> None:
 
 
 def _write_json(file: Path, content: Any) -> None:
-    """Write whole or not at all."""
-    new = file.with_suffix(".new")
-    new.write_text(json.dumps(content))
-    new.replace(file)
+    write_whole(file, json.dumps(content))
+
+
+def _read_json(file: Path) -> Any:
+    """None where there is no such file, or nothing whole in it."""
+    try:
+        return json.loads(patiently(file.read_text))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise unreadable(str(file), error) from None
+    except ValueError:
+        return None

@@ -15,9 +15,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,11 @@ import raptide.storage
 from raptide.config import parse_settings
 from raptide.data.streaming.batch import Cursor
 from raptide.data.streaming.stream import describe_difference
-from raptide.errors import BundleError, CheckpointError
+from raptide.errors import BundleError, CheckpointError, RaptideError
 from raptide.model.formats.detect import read_weights
 from raptide.model.formats.strangers import recognise
+from raptide.patience import read_surely
+from raptide.storage import PARTIAL
 from raptide.training.checkpoints.scratch import made_once
 from raptide.training.planning.recipe import Recipe
 from raptide.training.planning.resuming import refuse_changes
@@ -48,6 +53,9 @@ RUN_INFO = "run.json"
 FETCHED = "fetched"
 """Folder of a run for bundles that were fetched from its storage elsewhere."""
 
+SCHEMES = {"local": "file", "gcs": "gs"}
+"""Of URIs, by pyarrow's name of the file system, where the two differ."""
+
 TRANSFERS = 8
 """Files that are read from, or sent to, the storage at once."""
 
@@ -60,8 +68,7 @@ class Storage(raptide.storage.Storage):
     @classmethod
     def of_run(cls, folder: Path) -> Storage:
         """The storage of the run in a folder."""
-        info = folder / RUN_INFO
-        uri = json.loads(info.read_text())["checkpoints"] if info.is_file() else None
+        uri = read_run_info(folder)["checkpoints"] if (folder / RUN_INFO).is_file() else None
         return cls.of(folder / CHECKPOINTS) if uri is None else cls.at(uri)
 
     @classmethod
@@ -69,6 +76,26 @@ class Storage(raptide.storage.Storage):
         """The storage of the Ray Train run that this worker belongs to."""
         context = ray.train.get_context().get_storage()
         return cls(context.storage_filesystem, context.experiment_fs_path)
+
+    def _partial(self, name: str) -> str:
+        """Beside the file: what a killed worker leaves goes with its checkpoint."""
+        return f"{name}.{uuid.uuid4().hex[:8]}.{PARTIAL}"
+
+
+def read_run_info(folder: Path) -> dict[str, Any]:
+    """What stays the same through all restarts of the run in a folder.
+
+    Raises:
+        CheckpointError: it is damaged.
+        RaptideError: the file system does not give it out.
+    """
+    file = folder / RUN_INFO
+    try:
+        return json.loads(read_surely(str(file), file.read_text))
+    except ValueError:
+        raise CheckpointError(
+            f"{file} is damaged; write it again as it was, or start a new run."
+        ) from None
 
 
 def checkpoint_name(step: int) -> str:
@@ -99,7 +126,8 @@ class SavedCheckpoint:
 
     @property
     def uri(self) -> str:
-        scheme = "file" if self.storage.is_local else self.storage.filesystem.type_name
+        name = self.storage.filesystem.type_name
+        scheme = SCHEMES.get(name, name)
         return f"{scheme}://{self.storage.path}/{self.name}"
 
     def refuse_other_run(self, fingerprint: dict[str, Any], recipe: Recipe) -> None:
@@ -135,12 +163,15 @@ class SavedCheckpoint:
         for file in self.manifest["files"]:
             if file.startswith(only):
                 (target / file).parent.mkdir(parents=True, exist_ok=True)
-                pyarrow.fs.copy_files(
-                    f"{self.storage.path}/{self.name}/{file}",
-                    str(target / file),
-                    source_filesystem=self.storage.filesystem,
-                    destination_filesystem=pyarrow.fs.LocalFileSystem(),
-                )
+                self.storage.ask(f"{self.name}/{file}", partial(self._copy, target / file))
+
+    def _copy(self, target: Path, source: str) -> None:
+        pyarrow.fs.copy_files(
+            source,
+            str(target),
+            source_filesystem=self.storage.filesystem,
+            destination_filesystem=pyarrow.fs.LocalFileSystem(),
+        )
 
     @property
     def key(self) -> str:
@@ -158,8 +189,11 @@ def newest_checkpoint(
         only: verify the files whose names start so; by default all of them.
         skipped: told, in one sentence each, of those that do not count.
 
+    What the storage does not give out may be whole, so nothing older is taken in its place.
+
     Raises:
         CheckpointError: a checkpoint has another format version.
+        RaptideError: the storage does not give one out.
     """
     for name in sorted(_checkpoint_names(storage), reverse=True):
         manifest, problem = _verify(storage, name, only)
@@ -190,11 +224,7 @@ def verify_folder(folder: Path, *, only: str = "") -> dict[str, Any]:
 
 def has_finished_one(storage: Storage) -> bool:
     """Whether a checkpoint was ever finished, be it damaged since."""
-    manifests = [f"{storage.path}/{name}/{MANIFEST}" for name in _checkpoint_names(storage)]
-    return any(
-        info.type == pyarrow.fs.FileType.File
-        for info in storage.filesystem.get_file_info(manifests)
-    )
+    return any(storage.holds(f"{name}/{MANIFEST}") for name in _checkpoint_names(storage))
 
 
 def find_bundle(folder: Path) -> Path:
@@ -224,10 +254,10 @@ def local_checkpoint(run: Path, saved: SavedCheckpoint) -> Path:
         return Path(saved.storage.path) / saved.name
     target = run / FETCHED / saved.key
     if not target.exists():
-        partial = target.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        saved.copy_to(partial, only=f"{MODEL}/")
-        partial.rename(target)
+        new = target.with_suffix(".partial")
+        shutil.rmtree(new, ignore_errors=True)
+        saved.copy_to(new, only=f"{MODEL}/")
+        new.rename(target)
     return target
 
 
@@ -238,6 +268,9 @@ def prune(
 
     Args:
         spare: names that stay in any case.
+
+    Raises:
+        RaptideError: the storage fails; what is left is deleted at the next call.
     """
     earlier = sorted(name for name in _checkpoint_names(storage) if name <= newest)
     manifests = {name: _read_manifest(storage, name)[0] for name in earlier}
@@ -274,17 +307,31 @@ def amend_manifest(storage: Storage, name: str, changes: dict[str, Any]) -> None
 
 def write_manifest(storage: Storage, name: str, manifest: dict[str, Any]) -> None:
     """Write a checkpoint's manifest, all of it or nothing."""
-    target = f"{storage.path}/{name}/{MANIFEST}"
-    with storage.filesystem.open_output_stream(target + ".partial") as file:
-        file.write((json.dumps(manifest, indent=1) + "\n").encode())
-    storage.filesystem.move(target + ".partial", target)
+    content = (json.dumps(manifest, indent=1) + "\n").encode()
+    storage.write(f"{name}/{MANIFEST}", lambda file: file.write(content))
 
 
 def discard(storage: Storage, name: str) -> None:
-    """Delete a checkpoint, if it is there: an old one, or what an interrupted save has left."""
-    folder = f"{storage.path}/{name}"
-    if storage.filesystem.get_file_info(folder).type == pyarrow.fs.FileType.Directory:
-        storage.filesystem.delete_dir(folder)
+    """Delete a checkpoint, if it is there: an old one, or what an interrupted save has left.
+
+    Raises:
+        RaptideError: the storage fails.
+    """
+    storage.delete(name)
+
+
+@contextmanager
+def best_effort(warn: Callable[[str], Any], what: str) -> Iterator[None]:
+    """Within the block a storage that fails is told of, and ends nothing.
+
+    Args:
+        warn: told, in a sentence, what was not done.
+        what: in the passive: "Old checkpoints were not deleted".
+    """
+    try:
+        yield
+    except RaptideError as error:
+        warn(f"{what}: {error}")
 
 
 def forget_ray_snapshot(storage: Storage) -> None:
@@ -292,21 +339,15 @@ def forget_ray_snapshot(storage: Storage) -> None:
 
     It names folders that may be gone since, and is not written atomically.
     """
-    snapshot = f"{storage.path}/checkpoint_manager_snapshot.json"
-    if storage.filesystem.get_file_info(snapshot).type == pyarrow.fs.FileType.File:
-        storage.filesystem.delete_file(snapshot)
+    storage.delete("checkpoint_manager_snapshot.json")
 
 
-def _checkpoint_names(storage: Storage) -> Iterator[str]:
-    selector = pyarrow.fs.FileSelector(storage.path, allow_not_found=True)
-    for info in storage.filesystem.get_file_info(selector):
-        if info.type == pyarrow.fs.FileType.Directory and info.base_name.startswith("step-"):
-            yield info.base_name
+def _checkpoint_names(storage: Storage) -> list[str]:
+    return [name for name in storage.names("", folders=True) if name.startswith("step-")]
 
 
 def _verify(storage: Storage, name: str, only: str) -> tuple[dict[str, Any] | None, str]:
     """The manifest if the checkpoint counts, else None and what is wrong with it."""
-    folder = f"{storage.path}/{name}"
     manifest, problem = _read_manifest(storage, name)
     if manifest is None:
         return None, problem
@@ -317,33 +358,40 @@ def _verify(storage: Storage, name: str, only: str) -> tuple[dict[str, Any] | No
         )
     files = [file for file in manifest["files"] if file.startswith(only)]
     with ThreadPoolExecutor(TRANSFERS) as pool:
-        found = pool.map(lambda file: _sha256(storage, f"{folder}/{file}"), files)
-        for file, digest in zip(files, found, strict=True):
-            if digest is None:
-                return None, f"{file} is missing"
-            if digest != (expected := manifest["files"][file]):
-                return None, f"{file} is damaged (sha256 {digest}, expected {expected})"
+        found = pool.map(lambda file: _sha256(storage, f"{name}/{file}"), files)
+        try:
+            for file, digest in zip(files, found, strict=True):
+                if digest is None:
+                    return None, f"{file} is missing"
+                if digest != (expected := manifest["files"][file]):
+                    return None, f"{file} is damaged (sha256 {digest}, expected {expected})"
+        finally:
+            pool.shutdown(cancel_futures=True)
     return manifest, ""
 
 
 def _read_manifest(storage: Storage, name: str) -> tuple[dict[str, Any] | None, str]:
     """A checkpoint's manifest, else None and what is wrong with it."""
-    try:
-        with storage.filesystem.open_input_file(f"{storage.path}/{name}/{MANIFEST}") as file:
-            return json.loads(file.read()), ""
-    except FileNotFoundError:
+    content = storage.find(f"{name}/{MANIFEST}")
+    if content is None:
         return None, f"it has no {MANIFEST}, so it was not finished"
-    except (OSError, ValueError) as error:
+    try:
+        return json.loads(content), ""
+    except ValueError as error:
         return None, f"its {MANIFEST} cannot be read ({error})"
 
 
-def _sha256(storage: Storage, path: str) -> str | None:
-    """Digest of a file in the storage, None if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with storage.filesystem.open_input_stream(path) as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-    except OSError:
-        return None
-    return digest.hexdigest()
+def _sha256(storage: Storage, name: str) -> str | None:
+    """Digest of a file in the storage, None if it is not there."""
+
+    def hashed(path: str) -> str | None:
+        digest = hashlib.sha256()
+        try:
+            with storage.filesystem.open_input_stream(path) as file:
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
+        except FileNotFoundError:
+            return None
+        return digest.hexdigest()
+
+    return storage.ask(name, hashed)

@@ -12,8 +12,9 @@ import hashlib
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ import torch.distributed as dist
 from ray.train import CheckpointUploadMode
 from safetensors import SafetensorError
 
+from raptide.errors import RaptideError
+from raptide.patience import patiently
 from raptide.training.checkpoints.checkpoint import (
     CHUNK,
     FORMAT_VERSION,
@@ -33,6 +36,7 @@ from raptide.training.checkpoints.checkpoint import (
     ZERO,
     ZERO_TAG,
     Storage,
+    best_effort,
     checkpoint_name,
     discard,
     prune,
@@ -67,6 +71,7 @@ class CheckpointWriter:
         self._storage = Storage.of_ray_train()
         self._manifest: dict[str, Any] = {}
         self._write_bundle: Callable[[], None] | None = None
+        self._unwritten: list[str] = []
         self._idle = threading.Event()
         self._idle.set()
         self.unevaluated: dict[str, float] = {}
@@ -93,16 +98,18 @@ class CheckpointWriter:
         self.wait()
         self._began = time.perf_counter()
         name = checkpoint_name(manifest["step"])
-        if not self._everyone_has_room():
-            self._fail(name, f"{self._scratch} has too little space on some node")
-            return
         folder = self._scratch / name
         shutil.rmtree(folder, ignore_errors=True)
-        engine.save_checkpoint(str(folder / ZERO), tag=ZERO_TAG, save_latest=False)
+        if not self._everyone_has_room(folder / ZERO / ZERO_TAG):
+            shutil.rmtree(folder, ignore_errors=True)
+            self._fail(name, f"{self._scratch} has too little space on some node")
+            return
+        with noted_problems(engine.checkpoint_engine) as self._unwritten:
+            engine.save_checkpoint(str(folder / ZERO), tag=ZERO_TAG, save_latest=False)
         self._write_bundle = None
         if dist.get_rank() == 0:
             self._write_bundle = partial(write_bundle, folder / MODEL)
-            discard(self._storage, name)  # what an interrupted save has left
+            self._discard(name)  # what an earlier save has left
         self._manifest = manifest
         self._idle.clear()
         ray.train.report(
@@ -117,9 +124,13 @@ class CheckpointWriter:
         """Return once nothing is on its way any more; on rank 0, once the last one counts."""
         self._idle.wait()
 
-    def _everyone_has_room(self) -> bool:
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        enough = shutil.disk_usage(self._scratch).free >= self._needed_bytes
+    def _everyone_has_room(self, folder: Path) -> bool:
+        """Whether on every node the scratch has room, and a folder for the engine's files."""
+        try:
+            folder.mkdir(parents=True)
+            enough = shutil.disk_usage(folder).free >= self._needed_bytes
+        except OSError:
+            enough = False
         agreed = torch.tensor([int(enough)])
         if dist.get_backend() == "nccl":  # not exercised without a GPU
             agreed = agreed.cuda()
@@ -130,14 +141,17 @@ class CheckpointWriter:
         """Called by Ray Train in a thread of its own."""
         rank = ray.train.get_context().get_world_rank()
         files: dict[str, str] = {}
-        problem = None
+        problem = self._unwritten[0] if self._unwritten else None
         try:
             try:
-                if self._write_bundle is not None:
+                if problem is None and self._write_bundle is not None:
                     self._write_bundle()
-                files = send_folder(Path(local.path), self._storage, name)
-            except (OSError, SafetensorError) as error:
-                problem = f"rank {rank}: {error}"
+                if problem is None:
+                    files = send_folder(Path(local.path), self._storage, name)
+            except (OSError, SafetensorError, RaptideError) as error:
+                problem = str(error)
+            if problem is not None:
+                problem = f"rank {rank}: {problem}"
             ray.get(self._board.sent.remote(self._attempt, name, rank, files, problem))
             if rank == 0:
                 self._finish(name)
@@ -160,7 +174,7 @@ class CheckpointWriter:
         try:
             full = {"format_version": FORMAT_VERSION, **self._manifest, "files": files}
             write_manifest(self._storage, name, full)
-        except OSError as error:
+        except RaptideError as error:
             self._fail(name, str(error))
             return
         if full["awaits_evaluation"]:
@@ -172,15 +186,45 @@ class CheckpointWriter:
     def prune(self, newest: str) -> None:
         """Delete what the settings do not keep; not while a save is on its way."""
         settings, spare = self._settings, tuple(self.unevaluated)
-        prune(self._storage, newest, settings.keep, settings.keep_best, spare)
+        with best_effort(self._warn, "Old checkpoints were not deleted, and will be tried again"):
+            prune(self._storage, newest, settings.keep, settings.keep_best, spare)
 
     def _fail(self, name: str, reason: str) -> None:
         """Leave no part of a checkpoint, and tell the user."""
         reason = " ".join(reason.split())
         self.problem = f"{name} could not be saved ({reason}); free some space in the storage."
         if dist.get_rank() == 0:
+            self._warn(self.problem)
+            self._discard(name)
+
+    def _discard(self, name: str) -> None:
+        with best_effort(self._warn, f"What there is of {name} was not deleted"):
             discard(self._storage, name)
-            self._board.warn.remote(self.problem)
+
+    def _warn(self, sentence: str) -> None:
+        self._board.warn.remote(sentence)
+
+
+@contextmanager
+def noted_problems(checkpoint_engine: Any) -> Iterator[list[str]]:
+    """Within the block, why files of a DeepSpeed engine could not be written is kept, not raised.
+
+    While an engine saves, its ranks wait for each other: one that raised would leave the others
+    waiting.
+    """
+    problems: list[str] = []
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        try:
+            type(checkpoint_engine).save(checkpoint_engine, *args, **kwargs)
+        except (OSError, RuntimeError) as error:  # torch's own writer has no OSError
+            problems.append(str(error))
+
+    checkpoint_engine.save = save
+    try:
+        yield problems
+    finally:
+        del checkpoint_engine.save
 
 
 def send_folder(folder: Path, storage: Storage, name: str) -> dict[str, str]:
@@ -191,7 +235,8 @@ def send_folder(folder: Path, storage: Storage, name: str) -> dict[str, str]:
     """
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     for parent in sorted({str(file.parent) for file in files}):
-        storage.filesystem.create_dir(f"{storage.path}/{name}/{parent}", recursive=True)
+        target = f"{storage.path}/{name}/{parent}"
+        patiently(partial(storage.filesystem.create_dir, target, recursive=True))
 
     def send(file: Path) -> str:
         digest = hashlib.sha256()
@@ -206,4 +251,5 @@ def send_folder(folder: Path, storage: Storage, name: str) -> dict[str, str]:
         return digest.hexdigest()
 
     with ThreadPoolExecutor(TRANSFERS) as pool:
-        return dict(zip(map(str, files), pool.map(send, files), strict=True))
+        sent = pool.map(lambda file: patiently(partial(send, file)), files)
+        return dict(zip(map(str, files), sent, strict=True))

@@ -117,7 +117,8 @@ class ClusterSettings(Settings):
     and changes of size do not count."""
 
     data_timeout_s: float = Field(600.0, gt=0.0)
-    """Seconds without a batch after which the run stops with a data stall."""
+    """Seconds without a batch after which the workers are started again, which counts as a failure,
+    or the run stops with a data stall."""
 
     hang_timeout_s: float = Field(1800.0, gt=0.0)
     """Seconds without progress after which a worker writes the stacks of its threads to the run

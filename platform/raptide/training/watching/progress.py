@@ -92,7 +92,7 @@ def _states(board: Any, stop: threading.Event) -> Iterator[dict[str, Any]]:
             timeout_s = LAST_LOOK_S if last else POLL_S
             state, warnings = ray.get(board.read.remote(), timeout=timeout_s)
             for sentence in warnings[warned:]:
-                tqdm.write(f"Warning: {sentence}", file=sys.stderr)
+                warn_here(sentence)
             warned = len(warnings)
             yield state
         except ray.exceptions.GetTimeoutError:
@@ -101,6 +101,11 @@ def _states(board: Any, stop: threading.Event) -> Iterator[dict[str, Any]]:
             return
         if last:
             return
+
+
+def warn_here(sentence: str) -> None:
+    """Say something above the live line, if there is one."""
+    tqdm.write(f"Warning: {sentence}", file=sys.stderr)
 
 
 def _draw_bar(board: Any, total_steps: int, stop: threading.Event) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import statistics
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 from raptide.errors import TrainingDiverged
@@ -74,9 +76,12 @@ class HangWatch:
     """
 
     def __init__(self, run: Path, rank: int, attempt: int, timeout_s: float) -> None:
-        (run / HANGS).mkdir(exist_ok=True)
         self._path = run / HANGS / f"attempt-{attempt:03d}-rank-{rank:05d}.txt"
-        self._file = self._path.open("w")
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            self._file = self._path.open("w")
+        except OSError:  # a full disk: then they go where all else that is said goes
+            self._file = os.fdopen(os.dup(2), "w")
         self._timeout_s = timeout_s
         self.progress()
 
@@ -87,8 +92,9 @@ class HangWatch:
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
-        if self._path.stat().st_size == 0:
-            self._path.unlink()
+        with suppress(OSError):
+            if self._path.stat().st_size == 0:
+                self._path.unlink()
 
 
 def describe_hang(run: Path, attempt: int) -> str | None:
