@@ -22,6 +22,7 @@ def test_a_torn_end_costs_no_line_before_or_behind_it(tmp_path, torn):
     lines.close()
     whole = [{"step": 2}] if torn.endswith(b"}") else []
     assert list(read_lines(file)) == [{"step": 1}, *whole, {"step": 3}, {"step": 4}]
+    assert b"\n\n" not in file.read_bytes()
     assert list(read_lines(tmp_path / "none")) == []
 
 

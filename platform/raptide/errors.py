@@ -13,6 +13,7 @@
     ├── PassingTrouble         may be over at the next try: a run starts its workers again
     │   ├── StreamStalled      no batch arrived in time
     │   └── StorageStumbled    a file system failed again and again
+    ├── Superseded             another attempt at the same run or build has taken over
     ├── TrainingDiverged       the loss is no number any more
     ├── CheckpointUnsaved      a checkpoint could not be saved, and the recipe says to stop then
     └── OutOfMemory            a worker's device was too small, with the setting to lower
@@ -81,6 +82,10 @@ class StreamStalled(PassingTrouble):
 
 class StorageStumbled(PassingTrouble):
     """A file system failed again and again, and does not say that it always will."""
+
+
+class Superseded(RaptideError):
+    """Another attempt at the same run or build has taken over."""
 
 
 class TrainingDiverged(RaptideError):

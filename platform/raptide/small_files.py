@@ -10,6 +10,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,23 @@ def write_whole(file: Path, text: str) -> None:
     Raises:
         OSError: the file system refuses for good, or again and again.
     """
-    new = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.partial")
 
     def write() -> None:
-        with new.open("w") as opened:
+        with made_whole(file) as new, new.open("w") as opened:
             opened.write(text)
             opened.flush()
             os.fsync(opened.fileno())  # what has a name after a power cut has its bytes too
-        new.replace(file)
 
+    patiently(write)
+
+
+@contextmanager
+def made_whole(file: Path) -> Iterator[Path]:
+    """A path beside a file, whose place what is written there takes at the end of the block."""
+    new = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        patiently(write)
+        yield new
+        new.replace(file)
     finally:
         new.unlink(missing_ok=True)
 
@@ -62,9 +69,11 @@ class LinesFile:
 
     def _append(self, line: bytes) -> None:
         if self._file is None:
-            self._file = self._path.open("ab", buffering=0)
+            self._file = self._path.open("a+b", buffering=0)
             if self._file.tell():
-                line = b"\n" + line  # ends the half line that there may be
+                self._file.seek(-1, os.SEEK_END)
+                if self._file.read(1) != b"\n":
+                    line = b"\n" + line  # ends the half line that is there
         while line:
             line = line[self._file.write(line) :]
 

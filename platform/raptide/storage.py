@@ -12,6 +12,7 @@ import re
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -74,6 +75,10 @@ class Storage:
         """Whether there is such a folder, or a file instead."""
         kind = self.ask("", lambda path: self.filesystem.get_file_info(path).type)
         return kind != FileType.NotFound
+
+    def changed(self, name: str) -> datetime | None:
+        """When a file was written, by the storage's own clock, in UTC; None if it is not there."""
+        return self.ask(name, lambda path: self.filesystem.get_file_info(path).mtime)
 
     def make(self) -> None:
         """Make the folder, and those above it."""

@@ -45,7 +45,8 @@ def test_a_run_leaves_what_it_promises(whole):
     assert whole.step == STEPS
     assert sorted(losses(whole.folder)) == list(range(1, STEPS + 1))
     names = sorted(p.name for p in (whole.folder / "checkpoints").glob("step-*"))
-    assert names == [f"step-{step:08d}" for step in range(EVERY, STEPS + 1, EVERY)]
+    (attempt,) = (whole.folder / "checkpoints/attempts").iterdir()
+    assert names == [f"step-{step:08d}-{attempt.name}" for step in range(EVERY, STEPS + 1, EVERY)]
     manifest = json.loads((whole.checkpoint / "manifest.json").read_text())
     on_disk = {
         str(p.relative_to(whole.checkpoint)) for p in whole.checkpoint.rglob("*") if p.is_file()
@@ -225,7 +226,8 @@ def test_a_data_stall_is_a_failure_and_is_tried_again(corpus, tmp_path):
     recipe = as_recipe(tree, data_timeout_s=0.001, workers=1, max_failures=1)
     with pytest.raises(StreamStalled, match="a data stall, not a slow model"):
         run_to_the_end(recipe, tmp_path / "run")
-    assert (tmp_path / "run/attempts").read_text() == "2\n"
+    attempts = (tmp_path / "run/checkpoints/attempts").iterdir()
+    assert sorted(attempt.name[:6] for attempt in attempts) == ["000001", "000002"]
 
 
 def test_a_run_starts_from_weights_and_ends_when_it_improves_no_more(whole, corpus, tmp_path):

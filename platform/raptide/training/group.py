@@ -15,14 +15,17 @@ import ray
 import ray.train
 from ray.train.collective import broadcast_from_rank_zero
 
-from raptide.errors import OutOfMemory, PassingTrouble, RaptideError
+from raptide.attempts import Attempt, Attempts
+from raptide.errors import OutOfMemory, PassingTrouble, RaptideError, Superseded
+from raptide.patience import patiently
+from raptide.training.checkpoints.owned import DRIVER, Storage, begin_attempt
 from raptide.training.planning.estimate import explain_memory, ran_out_of_memory
 from raptide.training.process import prepare_process
 from raptide.training.watching.watch import describe_hang
 from raptide.training.worker import Run, Worker
 
-ATTEMPTS = "attempts"
-"""File of a run that says how often its workers were started."""
+COUNTED = "attempts"
+"""File of a run in which earlier versions counted the starts of its workers."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -31,13 +34,17 @@ def train_worker(config: dict[str, Any]) -> None:
     training = run.recipe.training
     prepare_process(run.device, training.precision, compiles=training.compile)
     rank = ray.train.get_context().get_world_rank()
-    attempt = broadcast_from_rank_zero(_begin_attempt(run) if rank == 0 else None)
-    if attempt is None:  # Ray Train restarts after any error; this one no restart can mend
-        return
     try:
+        attempt = Attempt.of(broadcast_from_rank_zero(_begin_attempt(run) if rank == 0 else ""))
+        if attempt is None:  # Ray Train starts again after any error; this one no start can mend
+            return
         with ExitStack() as stack:
             Worker(run, attempt, stack).train()
     except PassingTrouble:
+        raise
+    except Superseded as error:
+        if not _is_ours(run):  # a worker that stood still is no reason to end its successors
+            ray.get(run.board.give_up.remote(error))
         raise
     except RaptideError as error:
         ray.get(run.board.give_up.remote(error))
@@ -51,13 +58,37 @@ def train_worker(config: dict[str, Any]) -> None:
         raise mistake from error
 
 
-def _begin_attempt(run: Run) -> int | None:
-    """How often the workers of this run have started, or None if they should give up."""
+def _begin_attempt(run: Run) -> str:
+    """Take the run over; the attempt's name, or "" if the workers should give up.
+
+    Raises:
+        Superseded: another driver has taken the run from this one.
+    """
     if ray.get(run.board.mistake.remote()) is not None:
-        return None
-    file = Path(run.folder) / ATTEMPTS
-    attempt = int(file.read_text()) + 1 if file.exists() else 1
-    file.write_text(f"{attempt}\n")
-    if (hang := describe_hang(Path(run.folder), attempt - 1)) is not None:
+        return ""
+    storage = Storage.of_ray_train()
+    before = ray.get(run.board.attempts.remote())
+    if before and not _is_ours(run):
+        Attempts(storage).refuse_others(before[-1])
+    attempt = begin_attempt(storage, above=_counted(Path(run.folder)), driver=run.driver)
+    ray.get(run.board.began.remote(attempt.name))
+    if (hang := describe_hang(Path(run.folder), attempt.number - 1)) is not None:
         run.board.warn.remote(hang)
-    return attempt
+    return attempt.name
+
+
+def _counted(run: Path) -> int:
+    try:
+        return int(patiently((run / COUNTED).read_text))
+    except (OSError, ValueError):
+        return 0
+
+
+def _is_ours(run: Run) -> bool:
+    """Whether the run is still this driver's; one that died as it began told the board nothing."""
+    attempts = Attempts(Storage.of_ray_train())
+    owner = attempts.owner()
+    if owner is None:
+        return False
+    told = ray.get(run.board.attempts.remote())
+    return owner.name in told or attempts.facts(owner).get(DRIVER) == run.driver

@@ -10,13 +10,8 @@ from pathlib import Path
 from raptide.errors import CheckpointError
 from raptide.patience import read_surely
 from raptide.small_files import read_lines, write_whole
-from raptide.training.checkpoints.checkpoint import (
-    MODEL,
-    Storage,
-    local_checkpoint,
-    newest_checkpoint,
-    read_run_info,
-)
+from raptide.training.checkpoints.checkpoint import MODEL, local_checkpoint, newest_checkpoint
+from raptide.training.checkpoints.owned import Storage, read_run_info
 from raptide.training.planning.recipe import Recipe
 from raptide.training.watching.audit import Audit, keep_audit, read_audit
 from raptide.training.watching.heldout import UNIFORM_ECE, Ece, Evaluations

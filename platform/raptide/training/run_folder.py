@@ -20,7 +20,8 @@ from pyarrow.fs import FileType
 from raptide.config import load_settings
 from raptide.errors import CheckpointError, ConfigError
 from raptide.small_files import write_whole
-from raptide.training.checkpoints.checkpoint import RUN_INFO, Storage, has_finished_one
+from raptide.training.checkpoints.checkpoint import has_finished_one
+from raptide.training.checkpoints.owned import RUN_INFO, Storage
 from raptide.training.planning.recipe import Recipe
 from raptide.training.planning.resuming import changed_fields
 from raptide.training.result import is_finished

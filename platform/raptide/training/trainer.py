@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import subprocess
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +24,11 @@ from raptide.model.config import ModelSettings
 from raptide.model.formats.detect import read_weights
 from raptide.patience import reason_of
 from raptide.training.checkpoints.checkpoint import (
-    RUN_INFO,
-    Storage,
     find_bundle,
     forget_ray_snapshot,
     newest_checkpoint,
-    read_run_info,
 )
+from raptide.training.checkpoints.owned import RUN_INFO, Storage, read_run_info
 from raptide.training.group import train_worker
 from raptide.training.planning.recipe import Recipe
 from raptide.training.planning.resuming import with_absolute_paths
@@ -156,6 +155,7 @@ def _train(
         run_id=info["wandb_run_id"],
         code_version=code_version(),
         device=device,
+        driver=uuid.uuid4().hex,
         board=board,
         bench=bench,
     )

@@ -14,6 +14,7 @@ import ray.train
 from ray.train.collective import broadcast_from_rank_zero
 
 from raptide.alphabet import ALPHABETS
+from raptide.attempts import Attempt
 from raptide.cluster import on_this_node
 from raptide.data.streaming.batch import Cursor
 from raptide.data.streaming.feeder import BatchReader, FeederActor
@@ -23,14 +24,9 @@ from raptide.model.formats.detect import write_weights
 from raptide.model.formats.weights import Weights
 from raptide.training.ahead import SharesAhead
 from raptide.training.batches import Share, cut_share, share_bounds
-from raptide.training.checkpoints.checkpoint import (
-    MODEL,
-    SavedCheckpoint,
-    Storage,
-    best_effort,
-    checkpoint_name,
-    newest_checkpoint,
-)
+from raptide.training.checkpoints.checkpoint import MODEL, SavedCheckpoint, newest_checkpoint
+from raptide.training.checkpoints.keeping import best_effort
+from raptide.training.checkpoints.owned import Storage
 from raptide.training.checkpoints.saving import CheckpointWriter
 from raptide.training.checkpoints.scratch import scratch_folder
 from raptide.training.engine import build_engine, full_state, load_state
@@ -63,8 +59,10 @@ class Run:
     """W&B's id, the same through all restarts."""
     code_version: str
     device: str
+    driver: str
+    """Tells the process that started the workers from all others."""
     board: Any
-    """Handle of the driver's progress board."""
+    """Handle of its progress board."""
     bench: Bench | None
     """What checkpoints are asked beside their held-out ECE."""
 
@@ -72,7 +70,7 @@ class Run:
 class Worker:
     """One rank of a run."""
 
-    def __init__(self, run: Run, attempt: int, stack: ExitStack) -> None:
+    def __init__(self, run: Run, attempt: Attempt, stack: ExitStack) -> None:
         context = ray.train.get_context()
         self._run = run
         self._recipe = run.recipe
@@ -80,7 +78,7 @@ class Worker:
         self._attempt = attempt
         folder = Path(run.folder)
         timeout_s = self._recipe.cluster.hang_timeout_s
-        watch = HangWatch(folder, self._rank, attempt, timeout_s)
+        watch = HangWatch(folder, self._rank, attempt.number, timeout_s)
         self._hang_watch = stack.enter_context(closing(watch))
         self._loss_watch = LossWatch(self._recipe.training.max_nonfinite_steps)
         self._bounds = share_bounds(
@@ -114,7 +112,7 @@ class Worker:
         stack.callback(self._shares.close)
         self._audit = None
         if self._recipe.tracking.audit:
-            writer = AuditWriter(folder, self._rank, attempt, run.board.warn.remote)
+            writer = AuditWriter(folder, self._rank, attempt.number, run.board.warn.remote)
             self._audit = stack.enter_context(closing(writer))
 
     def train(self) -> None:
@@ -152,6 +150,7 @@ class Worker:
                 metrics |= self._save(share.batch.next_cursor, metrics["train/loss"], beside)
             if last:
                 self._writer.wait()
+                self._refuse_trouble()
             self._log(metrics)
             if last:
                 return
@@ -167,6 +166,7 @@ class Worker:
         saved = self._choose_checkpoint()
         self._engine = build_engine(self._recipe, self._workers, self._run.device, saved)
         self._step, self._tokens = 0, 0
+        self._newest = saved.name if saved is not None else ""
         if saved is None:
             return Cursor(), Evaluations()
         load_state(self._engine, saved, self._workers)
@@ -198,7 +198,7 @@ class Worker:
             **speed_metrics(recipe, batch, step_s, self._shares.last_wait_s, self._workers),
             "system/memory_gb": memory_gb(self._run.device),
             "system/workers": self._workers,
-            "system/restarts": self._attempt - 1,
+            "system/restarts": self._attempt.number - 1,
         }
         if self._peak_flops is not None:
             metrics["speed/mfu"] = metrics["speed/model_tflops"] * 1e12 / self._peak_flops
@@ -217,10 +217,19 @@ class Worker:
             self._leaving |= leaving
             self._save_at_once = True
             self._warn(f"A node is to go away: saving a checkpoint after step {self._step}.")
-        self._refuse_unsaved()
+        if self._rank == 0:
+            self._writer.look()
+        self._refuse_trouble()
         self._evaluations.look()
 
-    def _refuse_unsaved(self) -> None:
+    def _refuse_trouble(self) -> None:
+        """
+        Raises:
+            Superseded: another attempt owns the run.
+            CheckpointUnsaved: the last save failed, and the recipe says to stop then.
+        """
+        if self._writer.superseded is not None:
+            raise self._writer.superseded
         unsaved = self._writer.problem
         if unsaved is not None and self._recipe.checkpoint.when_unsaved == "stop":
             raise CheckpointUnsaved(unsaved)
@@ -236,9 +245,9 @@ class Worker:
         what a benchmark asks of it, beside them as ever.
         It is there already, so that who resumes a run that dies in here comes back here.
         """
-        self._refuse_unsaved()
+        self._refuse_trouble()
         self._hang_watch.progress()
-        evaluations, name = self._evaluations, checkpoint_name(self._step)
+        evaluations, name = self._evaluations, self._newest
         self._post(phase="evaluating")
         last = None
         if evaluations.so_far.step != self._step:
@@ -298,7 +307,7 @@ class Worker:
         state = full_state(self._engine, recipe.training)
         lineage = {name: manifest[name] for name in manifest if name not in ("cursor", "inv_freq")}
         weights = Weights(recipe.model, state, inv_freq, lineage=lineage)
-        self._writer.save(
+        self._newest = self._writer.save(
             self._engine,
             manifest | {"awaits_evaluation": evaluate_beside},
             lambda folder: write_weights(folder, weights),

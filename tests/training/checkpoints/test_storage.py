@@ -1,5 +1,6 @@
 """Checkpoints in an S3 bucket and on a full disk: real servers, real disks."""
 
+import re
 from types import SimpleNamespace
 
 import pyarrow.fs
@@ -24,7 +25,8 @@ from raptide.evaluation.beside import RunBenchmark
 from raptide.evaluation.emergence import read_emergence
 from raptide.inference.engine import Engine
 from raptide.training.checkpoints import saving
-from raptide.training.checkpoints.checkpoint import Storage, find_bundle, newest_checkpoint
+from raptide.training.checkpoints.checkpoint import find_bundle, newest_checkpoint
+from raptide.training.checkpoints.owned import Storage, checkpoint_step
 from raptide.training.trainer import prepare_run
 from raptide.training.watching.audit import audited_steps
 
@@ -54,7 +56,8 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(whole, stored):
     assert losses(run.folder) == {step: curve[step] for step in range(1, STEPS // 2 + 1)}
     assert not (run.folder / "checkpoints").exists()
     names = [info.base_name for info in listed(Storage.of_run(run.folder))]
-    assert names == ["step-00000006", "step-00000012"], "the best, and the newest"
+    steps = [checkpoint_step(name) for name in names]
+    assert steps == [EVERY, 2 * EVERY], "the best, and the newest"
     assert run.failed_evaluations == 0
     assert find_bundle(run.folder) == run.bundle
     assert Engine.load(run.bundle).lineage["step"] == STEPS // 2
@@ -100,14 +103,14 @@ def test_a_run_goes_on_from_a_bucket_past_a_damaged_checkpoint(whole, stored, ca
     """At another number of workers, from the checkpoint before the damaged one."""
     tree, run = stored
     storage = Storage.of_run(run.folder)
-    victim = f"{storage.path}/step-00000012/model/config.json"
+    name = listed(storage)[-1].base_name
+    victim = f"{storage.path}/{name}/model/config.json"
     with storage.filesystem.open_output_stream(victim) as file:
         file.write(b"{}")
     tree["training"]["steps"] = STEPS // 2 + 2
     resumed = run_to_the_end(as_recipe(tree, workers=1), run.folder, resume=True)
-    assert (
-        "Skipping checkpoint step-00000012: model/config.json is damaged" in capsys.readouterr().out
-    )
+    told = capsys.readouterr().out
+    assert f"Skipping checkpoint {name}: model/config.json is damaged" in told
     assert resumed.step == STEPS // 2 + 2
     assert resumed.audit.redone_steps == EVERY
     audit, curve = dict(audited_steps(whole.folder)), losses(whole.folder)
@@ -143,7 +146,9 @@ def test_a_full_disk_stops_the_run_or_not_and_the_last_good_checkpoint_stays(
         assert [info.base_name for info in listed(saved.storage)] == [saved.name], "nothing half"
         saved.storage.filesystem.delete_dir(saved.storage.path)
         tree["checkpoint"]["when_unsaved"] = "stop"
-        with pytest.raises(CheckpointUnsaved, match=r"step-00000012 could not be saved .*No space"):
+        with pytest.raises(
+            CheckpointUnsaved, match=r"step-00000012-\S+ could not be saved .*No space"
+        ):
             run_here(as_recipe(tree, workers=1), tmp_path / "stops")
         assert newest_checkpoint(Storage.of_run(tmp_path / "stops")).step == EVERY
 
@@ -158,7 +163,9 @@ def test_a_full_scratch_warns_as_a_full_storage_does(alone, corpus, tmp_path, mo
         with pytest.raises(CheckpointError, match="ended without its last checkpoint"):
             run_here(as_recipe(tree, workers=1), tmp_path / "run")
     assert max(losses(tmp_path / "run")) == EVERY
-    assert "Warning: step-00000006 could not be saved (rank 0: " in capsys.readouterr().err
+    assert re.search(
+        r"Warning: step-00000006-\S+ could not be saved \(rank 0: ", capsys.readouterr().err
+    )
     assert listed(Storage.of_run(tmp_path / "run")) == []
 
 

@@ -5,7 +5,8 @@ import pytest
 import wandb
 from offline_wandb import read_runs
 
-from raptide.training.checkpoints.checkpoint import SavedCheckpoint, Storage
+from raptide.training.checkpoints.checkpoint import SavedCheckpoint
+from raptide.training.checkpoints.owned import Storage
 from raptide.training.planning.recipe import TrackingSettings
 from raptide.training.watching.tracking import Tracker, resolve_mode
 

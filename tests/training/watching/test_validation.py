@@ -14,11 +14,12 @@ import pytest
 import ray
 from draws import generator
 from pyarrow.fs import PyFileSystem
-from small_runs import EVERY, as_recipe, evaluations, make_recipe
+from small_runs import EVERY, STEPS, as_recipe, checkpoint_of, evaluations, make_recipe
 from stumbles import Stumbling, hurry
 
 from raptide.evaluation.beside import RunBenchmark
-from raptide.training.checkpoints.checkpoint import Storage, awaiting_evaluation, prune
+from raptide.training.checkpoints.keeping import awaiting_evaluation, prune
+from raptide.training.checkpoints.owned import Storage
 from raptide.training.trainer import prepare_run
 from raptide.training.watching.heldout import Ece, Evaluation, Evaluations
 from raptide.training.watching.progress import BoardActor
@@ -57,7 +58,8 @@ def test_a_task_takes_what_is_free_and_leaves_some_to_the_data():
 @pytest.fixture
 def make(whole, corpus, tmp_path):
     """Evaluations of checkpoints that lie in `tmp_path/checkpoints`."""
-    shutil.copytree(whole.folder / "checkpoints", tmp_path / "checkpoints")
+    for step, name in zip(range(EVERY, STEPS + 1, EVERY), names, strict=True):
+        shutil.copytree(checkpoint_of(whole.folder, step), tmp_path / "checkpoints" / name)
     tree = make_recipe(corpus)
     plan = prepare_run(as_recipe(tree), tmp_path / "run")
 

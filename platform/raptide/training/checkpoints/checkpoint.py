@@ -1,6 +1,6 @@
 """Checkpoints of a run, in its storage.
 
-    step-00000200/
+    step-00000200-000007-1f0c9a3e/
       manifest.json   step, cursor, fingerprint, recipe, rotary frequencies, sha256 of every file;
                   written last
       zero/state/     DeepSpeed's files, one or more a rank (pickle: only from your own storage)
@@ -15,41 +15,35 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
-import ray.train
 import torch
 
-import raptide.storage
 from raptide.config import parse_settings
 from raptide.data.streaming.batch import Cursor
 from raptide.data.streaming.stream import describe_difference
-from raptide.errors import BundleError, CheckpointError, RaptideError
+from raptide.errors import BundleError, CheckpointError
 from raptide.model.formats.detect import read_weights
 from raptide.model.formats.strangers import recognise
-from raptide.patience import read_surely
-from raptide.storage import PARTIAL
+from raptide.training.checkpoints.owned import (
+    FOLDER,
+    MANIFEST,
+    Storage,
+    checkpoint_step,
+    counted_names,
+)
 from raptide.training.checkpoints.scratch import made_once
 from raptide.training.planning.recipe import Recipe
 from raptide.training.planning.resuming import refuse_changes
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 ZERO, ZERO_TAG, MODEL = "zero", "state", "model"
-CHECKPOINTS = "checkpoints"
-"""A run's storage, which is Ray Train's too, where the recipe names no other."""
-
-RUN_INFO = "run.json"
-"""What stays the same through all restarts of a run, in its folder."""
-
 FETCHED = "fetched"
 """Folder of a run for bundles that were fetched from its storage elsewhere."""
 
@@ -60,52 +54,6 @@ TRANSFERS = 8
 """Files that are read from, or sent to, the storage at once."""
 
 CHUNK = 1 << 22
-
-
-class Storage(raptide.storage.Storage):
-    """Where a run's checkpoints lie."""
-
-    @classmethod
-    def of_run(cls, folder: Path) -> Storage:
-        """The storage of the run in a folder."""
-        uri = read_run_info(folder)["checkpoints"] if (folder / RUN_INFO).is_file() else None
-        return cls.of(folder / CHECKPOINTS) if uri is None else cls.at(uri)
-
-    @classmethod
-    def of_ray_train(cls) -> Storage:
-        """The storage of the Ray Train run that this worker belongs to."""
-        context = ray.train.get_context().get_storage()
-        return cls(context.storage_filesystem, context.experiment_fs_path)
-
-    def _partial(self, name: str) -> str:
-        """Beside the file: what a killed worker leaves goes with its checkpoint."""
-        return f"{name}.{uuid.uuid4().hex[:8]}.{PARTIAL}"
-
-
-def read_run_info(folder: Path) -> dict[str, Any]:
-    """What stays the same through all restarts of the run in a folder.
-
-    Raises:
-        CheckpointError: it is damaged.
-        RaptideError: the file system does not give it out.
-    """
-    file = folder / RUN_INFO
-    try:
-        return json.loads(read_surely(str(file), file.read_text))
-    except ValueError:
-        raise CheckpointError(
-            f"{file} is damaged; write it again as it was, or start a new run."
-        ) from None
-
-
-def checkpoint_name(step: int) -> str:
-    """The folder of the checkpoint after a step."""
-    return f"step-{step:08d}"
-
-
-def checkpoint_step(name: str) -> int:
-    """The inverse of `checkpoint_name`."""
-    return int(name.removeprefix("step-"))
 
 
 @dataclass(frozen=True)
@@ -195,7 +143,7 @@ def newest_checkpoint(
         CheckpointError: a checkpoint has another format version.
         RaptideError: the storage does not give one out.
     """
-    for name in sorted(_checkpoint_names(storage), reverse=True):
+    for name in reversed(counted_names(storage)):
         manifest, problem = _verify(storage, name, only)
         if manifest is not None:
             return SavedCheckpoint(storage, name, manifest)
@@ -224,7 +172,7 @@ def verify_folder(folder: Path, *, only: str = "") -> dict[str, Any]:
 
 def has_finished_one(storage: Storage) -> bool:
     """Whether a checkpoint was ever finished, be it damaged since."""
-    return any(storage.holds(f"{name}/{MANIFEST}") for name in _checkpoint_names(storage))
+    return any(storage.holds(f"{name}/{MANIFEST}") for name in counted_names(storage))
 
 
 def find_bundle(folder: Path) -> Path:
@@ -233,7 +181,7 @@ def find_bundle(folder: Path) -> Path:
     Raises:
         BundleError: there is none.
     """
-    folder = folder.resolve()
+    folder = _with_attempt(folder.resolve())
     if (folder / "config.json").is_file() or folder.suffix == ".pt":
         return folder
     if (folder / MODEL / "config.json").is_file():
@@ -246,6 +194,16 @@ def find_bundle(folder: Path) -> Path:
             "checkpoint; train one, or name another folder."
         )
     return local_checkpoint(folder, saved) / MODEL
+
+
+def _with_attempt(path: Path) -> Path:
+    """A path to a checkpoint, or into one, that may name it by its step alone: `step-00000200`."""
+    for folder in (path, path.parent):
+        if not folder.exists() and FOLDER.fullmatch(folder.name) and folder.parent.is_dir():
+            for name in reversed(counted_names(Storage.of(folder.parent))):
+                if checkpoint_step(name) == checkpoint_step(folder.name):
+                    return folder.parent / name / path.relative_to(folder)
+    return path
 
 
 def local_checkpoint(run: Path, saved: SavedCheckpoint) -> Path:
@@ -261,79 +219,6 @@ def local_checkpoint(run: Path, saved: SavedCheckpoint) -> Path:
     return target
 
 
-def prune(
-    storage: Storage, newest: str, keep: int, keep_best: int, spare: Collection[str] = ()
-) -> None:
-    """Delete the checkpoints before `newest` that are neither among the newest nor the best.
-
-    Args:
-        spare: names that stay in any case.
-
-    Raises:
-        RaptideError: the storage fails; what is left is deleted at the next call.
-    """
-    earlier = sorted(name for name in _checkpoint_names(storage) if name <= newest)
-    manifests = {name: _read_manifest(storage, name)[0] for name in earlier}
-    finished = [name for name in earlier if manifests[name] is not None]
-    measured: list[tuple[float, str]] = []
-    for name in finished[:-keep]:
-        manifest = manifests[name]
-        assert manifest is not None
-        if manifest["heldout_ece"] and manifest["heldout_step"] == manifest["step"]:
-            measured.append((manifest["heldout_ece"]["all_chosen"], name))
-    best = [name for _, name in sorted(measured)[:keep_best]]
-    for name in earlier:
-        if name not in (*finished[-keep:], *best, *spare):
-            discard(storage, name)
-
-
-def awaiting_evaluation(storage: Storage, last_step: int) -> list[str]:
-    """Checkpoints up to a step whose evaluation was promised and never ended, oldest first."""
-    waiting = []
-    for name in sorted(_checkpoint_names(storage)):
-        manifest, _ = _read_manifest(storage, name)
-        due = manifest is not None and manifest.get("awaits_evaluation", False)
-        if due and checkpoint_step(name) <= last_step:
-            waiting.append(name)
-    return waiting
-
-
-def amend_manifest(storage: Storage, name: str, changes: dict[str, Any]) -> None:
-    """Write down what became known after a checkpoint was saved; nothing if it is gone."""
-    manifest, _ = _read_manifest(storage, name)
-    if manifest is not None:
-        write_manifest(storage, name, manifest | changes)
-
-
-def write_manifest(storage: Storage, name: str, manifest: dict[str, Any]) -> None:
-    """Write a checkpoint's manifest, all of it or nothing."""
-    content = (json.dumps(manifest, indent=1) + "\n").encode()
-    storage.write(f"{name}/{MANIFEST}", lambda file: file.write(content))
-
-
-def discard(storage: Storage, name: str) -> None:
-    """Delete a checkpoint, if it is there: an old one, or what an interrupted save has left.
-
-    Raises:
-        RaptideError: the storage fails.
-    """
-    storage.delete(name)
-
-
-@contextmanager
-def best_effort(warn: Callable[[str], Any], what: str) -> Iterator[None]:
-    """Within the block a storage that fails is told of, and ends nothing.
-
-    Args:
-        warn: told, in a sentence, what was not done.
-        what: in the passive: "Old checkpoints were not deleted".
-    """
-    try:
-        yield
-    except RaptideError as error:
-        warn(f"{what}: {error}")
-
-
 def forget_ray_snapshot(storage: Storage) -> None:
     """Remove Ray Train's own list of a run's checkpoints, so that it cannot refuse to resume.
 
@@ -342,13 +227,9 @@ def forget_ray_snapshot(storage: Storage) -> None:
     storage.delete("checkpoint_manager_snapshot.json")
 
 
-def _checkpoint_names(storage: Storage) -> list[str]:
-    return [name for name in storage.names("", folders=True) if name.startswith("step-")]
-
-
 def _verify(storage: Storage, name: str, only: str) -> tuple[dict[str, Any] | None, str]:
     """The manifest if the checkpoint counts, else None and what is wrong with it."""
-    manifest, problem = _read_manifest(storage, name)
+    manifest, problem = read_manifest(storage, name)
     if manifest is None:
         return None, problem
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -370,7 +251,7 @@ def _verify(storage: Storage, name: str, only: str) -> tuple[dict[str, Any] | No
     return manifest, ""
 
 
-def _read_manifest(storage: Storage, name: str) -> tuple[dict[str, Any] | None, str]:
+def read_manifest(storage: Storage, name: str) -> tuple[dict[str, Any] | None, str]:
     """A checkpoint's manifest, else None and what is wrong with it."""
     content = storage.find(f"{name}/{MANIFEST}")
     if content is None:

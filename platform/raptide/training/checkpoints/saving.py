@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ import torch.distributed as dist
 from ray.train import CheckpointUploadMode
 from safetensors import SafetensorError
 
-from raptide.errors import RaptideError
+from raptide.attempts import Attempt, Attempts
+from raptide.errors import RaptideError, Superseded
 from raptide.patience import patiently
 from raptide.training.checkpoints.checkpoint import (
     CHUNK,
@@ -35,16 +36,15 @@ from raptide.training.checkpoints.checkpoint import (
     TRANSFERS,
     ZERO,
     ZERO_TAG,
-    Storage,
-    best_effort,
-    checkpoint_name,
-    discard,
-    prune,
-    write_manifest,
 )
+from raptide.training.checkpoints.keeping import best_effort, prune, write_manifest
+from raptide.training.checkpoints.owned import Storage, checkpoint_name
 from raptide.training.planning.recipe import CheckpointSettings
 
 POLL_S = 0.1
+
+OWNER_EVERY_S = 60.0
+"""Seconds between two questions, beside those at each save, whose the storage is."""
 
 
 class CheckpointWriter:
@@ -54,14 +54,14 @@ class CheckpointWriter:
         self,
         settings: CheckpointSettings,
         board: Any,
-        attempt: int,
+        attempt: Attempt,
         scratch: Path,
         needed_bytes: float,
     ) -> None:
         """
         Args:
             board: handle of the driver's board, through which the workers tell rank 0.
-            attempt: tells this group of workers from the ones before.
+            attempt: whose checkpoints count as long as it owns the storage.
             scratch: a folder of this rank's own.
             needed_bytes: free space in the scratch without which nothing is saved.
         """
@@ -72,11 +72,14 @@ class CheckpointWriter:
         self._manifest: dict[str, Any] = {}
         self._write_bundle: Callable[[], None] | None = None
         self._unwritten: list[str] = []
+        self._asked = time.monotonic()
         self._idle = threading.Event()
         self._idle.set()
         self.unevaluated: dict[str, float] = {}
         """Checkpoints that wait to be evaluated, and since when (`time.monotonic`), on rank 0; they
         must not be deleted yet."""
+        self.superseded: Superseded | None = None
+        """Who owns the storage now, on rank 0."""
         self.problem: str | None = None
         """Why the last checkpoint could not be saved, on rank 0."""
         self.last_seconds: float | None = None
@@ -87,8 +90,10 @@ class CheckpointWriter:
         engine: Any,
         manifest: dict[str, Any],
         write_bundle: Callable[[Path], None],
-    ) -> None:
+    ) -> str:
         """Save through Ray Train; every rank calls it and goes on once its files are written.
+
+        Returns the checkpoint's name.
 
         Args:
             manifest: what rank 0 writes, without `files`; with `awaits_evaluation` the checkpoint
@@ -97,14 +102,14 @@ class CheckpointWriter:
         """
         self.wait()
         self._began = time.perf_counter()
-        name = checkpoint_name(manifest["step"])
+        name = checkpoint_name(manifest["step"], self._attempt)
         folder = self._scratch / name
         shutil.rmtree(folder, ignore_errors=True)
         if not self._everyone_has_room(folder / ZERO / ZERO_TAG):
             shutil.rmtree(folder, ignore_errors=True)
             self._fail(name, f"{self._scratch} has too little space on some node")
-            return
-        with noted_problems(engine.checkpoint_engine) as self._unwritten:
+            return name
+        with noted_problems(engine) as self._unwritten:
             engine.save_checkpoint(str(folder / ZERO), tag=ZERO_TAG, save_latest=False)
         self._write_bundle = None
         if dist.get_rank() == 0:
@@ -119,6 +124,7 @@ class CheckpointWriter:
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=self._send,
         )
+        return name
 
     def wait(self) -> None:
         """Return once nothing is on its way any more; on rank 0, once the last one counts."""
@@ -152,7 +158,7 @@ class CheckpointWriter:
                 problem = str(error)
             if problem is not None:
                 problem = f"rank {rank}: {problem}"
-            ray.get(self._board.sent.remote(self._attempt, name, rank, files, problem))
+            ray.get(self._board.sent.remote(self._attempt.name, name, rank, files, problem))
             if rank == 0:
                 self._finish(name)
         finally:
@@ -161,7 +167,9 @@ class CheckpointWriter:
 
     def _finish(self, name: str) -> None:
         workers = ray.train.get_context().get_world_size()
-        while len(answers := ray.get(self._board.answers.remote(self._attempt, name))) < workers:
+        while (
+            len(answers := ray.get(self._board.answers.remote(self._attempt.name, name))) < workers
+        ):
             time.sleep(POLL_S)
         problems = [problem for _, problem in answers.values() if problem is not None]
         if problems:
@@ -172,8 +180,11 @@ class CheckpointWriter:
             assert not files.keys() & sent.keys(), "two ranks wrote the same file"
             files |= sent
         try:
+            self._refuse_others()
             full = {"format_version": FORMAT_VERSION, **self._manifest, "files": files}
             write_manifest(self._storage, name, full)
+        except Superseded:
+            return
         except RaptideError as error:
             self._fail(name, str(error))
             return
@@ -183,10 +194,25 @@ class CheckpointWriter:
         self.problem = None
         self.last_seconds = time.perf_counter() - self._began
 
+    def look(self) -> None:
+        """Ask on rank 0, now and then, whose the storage is; what fails now may wait."""
+        if time.monotonic() - self._asked > OWNER_EVERY_S:
+            with suppress(RaptideError):
+                self._refuse_others()
+
+    def _refuse_others(self) -> None:
+        self._asked = time.monotonic()
+        try:
+            Attempts(self._storage).refuse_others(self._attempt.name)
+        except Superseded as error:
+            self.superseded = error
+            raise
+
     def prune(self, newest: str) -> None:
         """Delete what the settings do not keep; not while a save is on its way."""
         settings, spare = self._settings, tuple(self.unevaluated)
         with best_effort(self._warn, "Old checkpoints were not deleted, and will be tried again"):
+            self._refuse_others()
             prune(self._storage, newest, settings.keep, settings.keep_best, spare)
 
     def _fail(self, name: str, reason: str) -> None:
@@ -199,14 +225,14 @@ class CheckpointWriter:
 
     def _discard(self, name: str) -> None:
         with best_effort(self._warn, f"What there is of {name} was not deleted"):
-            discard(self._storage, name)
+            self._storage.delete(name)
 
     def _warn(self, sentence: str) -> None:
         self._board.warn.remote(sentence)
 
 
 @contextmanager
-def noted_problems(checkpoint_engine: Any) -> Iterator[list[str]]:
+def noted_problems(engine: Any) -> Iterator[list[str]]:
     """Within the block, why files of a DeepSpeed engine could not be written is kept, not raised.
 
     While an engine saves, its ranks wait for each other: one that raised would leave the others
@@ -214,17 +240,20 @@ def noted_problems(checkpoint_engine: Any) -> Iterator[list[str]]:
     """
     problems: list[str] = []
 
-    def save(*args: Any, **kwargs: Any) -> None:
-        try:
-            type(checkpoint_engine).save(checkpoint_engine, *args, **kwargs)
-        except (OSError, RuntimeError) as error:  # torch's own writer has no OSError
-            problems.append(str(error))
+    def noted(write: Callable[..., Any]) -> Callable[..., None]:
+        def try_to(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except (OSError, RuntimeError) as error:  # torch's own writer has no OSError
+                problems.append(str(error))
 
-    checkpoint_engine.save = save
-    try:
+        return try_to
+
+    with ExitStack() as stack:
+        for owner, name in ((engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")):
+            setattr(owner, name, noted(getattr(owner, name)))
+            stack.callback(delattr, owner, name)
         yield problems
-    finally:
-        del checkpoint_engine.save
 
 
 def send_folder(folder: Path, storage: Storage, name: str) -> dict[str, str]:

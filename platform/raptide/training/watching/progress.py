@@ -32,7 +32,16 @@ class Board:
         self._state: dict[str, Any] = {}
         self._warnings: list[str] = []
         self._mistake: RaptideError | None = None
-        self._answers: dict[tuple[int, str], dict[int, Any]] = {}
+        self._answers: dict[tuple[str, str], dict[int, Any]] = {}
+        self._attempts: list[str] = []
+
+    def began(self, attempt: str) -> None:
+        """The workers have started once more."""
+        self._attempts.append(attempt)
+
+    def attempts(self) -> list[str]:
+        """Every start of this driver's workers, in order."""
+        return self._attempts
 
     def give_up(self, mistake: RaptideError) -> None:
         """Keep an error that no restart can mend."""
@@ -54,14 +63,14 @@ class Board:
         return self._state, self._warnings
 
     def sent(
-        self, attempt: int, name: str, rank: int, files: dict[str, str], problem: str | None
+        self, attempt: str, name: str, rank: int, files: dict[str, str], problem: str | None
     ) -> None:
         """A rank has sent its files of a checkpoint, or could not."""
         if (attempt, name) not in self._answers:
             self._answers = {(attempt, name): {}}  # only one is ever on its way
         self._answers[attempt, name][rank] = (files, problem)
 
-    def answers(self, attempt: int, name: str) -> dict[int, tuple[dict[str, str], str | None]]:
+    def answers(self, attempt: str, name: str) -> dict[int, tuple[dict[str, str], str | None]]:
         """What the ranks have sent so far."""
         return self._answers.get((attempt, name), {})
 

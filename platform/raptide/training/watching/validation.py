@@ -21,15 +21,9 @@ from ray.exceptions import GetTimeoutError, RayError
 from raptide.data.streaming.stream import StreamPlan
 from raptide.errors import CheckpointError
 from raptide.model.formats.detect import read_weights
-from raptide.training.checkpoints.checkpoint import (
-    MODEL,
-    Storage,
-    amend_manifest,
-    awaiting_evaluation,
-    best_effort,
-    checkpoint_step,
-    open_checkpoint,
-)
+from raptide.training.checkpoints.checkpoint import MODEL, open_checkpoint
+from raptide.training.checkpoints.keeping import amend_manifest, awaiting_evaluation, best_effort
+from raptide.training.checkpoints.owned import Storage, checkpoint_step
 from raptide.training.planning.estimate import DTYPES
 from raptide.training.planning.recipe import Recipe
 from raptide.training.watching.heldout import (
