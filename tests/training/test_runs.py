@@ -83,7 +83,7 @@ def test_the_bundle_opens_in_transformers_and_in_the_engine(whole):
 
 CHARTS = {
     *("train/loss", "train/ece", "train/grad_norm", "train/lr"),
-    *("train/nonfinite_targets", "train/spikes"),
+    *("train/nonfinite_targets", "train/skipped_steps", "train/spikes"),
     *("progress/tokens", "progress/epoch"),
     *("speed/step_s", "speed/tokens_per_s", "speed/padded_tokens_per_s"),
     *("speed/padding_percent", "speed/data_wait_fraction", "speed/model_tflops"),

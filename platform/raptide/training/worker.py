@@ -80,7 +80,10 @@ class Worker:
         timeout_s = self._recipe.cluster.hang_timeout_s
         watch = HangWatch(folder, self._rank, attempt.number, timeout_s)
         self._hang_watch = stack.enter_context(closing(watch))
-        self._loss_watch = LossWatch(self._recipe.training.max_nonfinite_steps)
+        self._loss_watch = LossWatch(
+            self._recipe.training.max_nonfinite_steps,
+            scales_loss=self._recipe.training.precision == "fp16",
+        )
         self._bounds = share_bounds(
             self._recipe.stream.batch_rows,
             self._rank,
@@ -147,7 +150,8 @@ class Worker:
             if last or self._save_at_once or self._step % recipe.checkpoint.every_steps == 0:
                 beside = evaluate and recipe.evaluation.asynchronous
                 beside = beside and (not last or self._run.bench is not None)
-                metrics |= self._save(share.batch.next_cursor, metrics["train/loss"], beside)
+                if last or not self._loss_watch.nonfinite_steps:
+                    metrics |= self._save(share.batch.next_cursor, metrics["train/loss"], beside)
             if last:
                 self._writer.wait()
                 self._refuse_trouble()
@@ -191,8 +195,9 @@ class Worker:
             self._audit.write(self._step, batch, self._bounds[0][0], self._bounds[-1][1])
         step_s = time.perf_counter() - self._step_began
         metrics = {
-            **loss_metrics(result, rate, self._engine.get_global_grad_norm()),
+            **loss_metrics(result, rate),
             "train/spikes": self._loss_watch.spikes,
+            "train/skipped_steps": self._loss_watch.skipped,
             "progress/tokens": self._tokens,
             "progress/epoch": batch.next_cursor.epoch,
             **speed_metrics(recipe, batch, step_s, self._shares.last_wait_s, self._workers),
@@ -283,9 +288,7 @@ class Worker:
                     self._tracker.log(self._step, metrics | evaluation)
 
     def _save(self, cursor: Cursor, loss: float, evaluate_beside: bool) -> dict[str, float]:
-        """Save what this step has come to, unless its loss says that it is no numbers any more."""
-        if self._loss_watch.nonfinite_steps:
-            return {}
+        """Save what this step has come to."""
         self._hang_watch.progress()
         started = time.perf_counter()
         run, recipe = self._run, self._recipe

@@ -48,8 +48,9 @@ class TrainingSettings(Settings):
     """Packed rows in one forward pass of one worker; what GPU memory allows."""
 
     max_nonfinite_steps: int = Field(10, ge=1)
-    """Steps in a row with a loss that is NaN or infinite after which the run stops. What such a
-    loss comes from is left out of the update, and counted."""
+    """Steps in a row with a loss or a gradient that is NaN or infinite after which the run stops.
+    What such a loss comes from is left out of the update, a step with such a gradient as a whole,
+    and both are counted."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 2

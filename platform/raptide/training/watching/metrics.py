@@ -13,15 +13,15 @@ from raptide.training.planning.recipe import Recipe
 from raptide.training.step import StepResult
 
 
-def loss_metrics(result: StepResult, rate: float, grad_norm: float | None) -> dict[str, float]:
-    """What the step came to; at stage 0 in fp32 DeepSpeed knows no norm."""
+def loss_metrics(result: StepResult, rate: float) -> dict[str, float]:
+    """What the step came to; a norm that is no number is no metric."""
     metrics = {
         "train/loss": result.loss,
         "train/ece": math.exp(min(result.loss, 50.0)),
         "train/lr": rate,
         "train/nonfinite_targets": result.left_out,
     }
-    return metrics if grad_norm is None else metrics | {"train/grad_norm": float(grad_norm)}
+    return metrics if result.skipped else metrics | {"train/grad_norm": result.grad_norm}
 
 
 def speed_metrics(
