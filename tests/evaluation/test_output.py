@@ -19,6 +19,7 @@ from raptide.bulk.work import Model
 from raptide.evaluation.cache import ResultCache
 from raptide.evaluation.emergence import read_emergence
 from raptide.evaluation.output import clear_output, make_content, write_output
+from raptide.evaluation.report.page import render_page
 from raptide.evaluation.report.terminal import describe
 from raptide.evaluation.results import COLUMNS
 from raptide.evaluation.run import evaluate
@@ -102,6 +103,35 @@ def test_every_two_models_are_compared_number_by_number(content, findings):
         assert (each.verdict == "no measured difference") == (not apart)
         assert not each.metric.startswith(("control/", "chance/"))
     assert {("space", "scans")} == {tuple(dict.fromkeys(c.task for c in content.comparisons))}
+
+
+def test_layers_of_one_number_are_told_apart(findings):
+    """Of two models they are those asked for in the same place, whatever their numbers."""
+
+    def layered(finding):
+        layers = {"a": (2, 4), "b": (2, 6)}.get(finding.subject.name, (1, 2))
+        measured = [
+            replace(each, measure=replace(each.measure, layer=layer))
+            for layer in layers
+            for each in finding.result.measured
+        ]
+        return replace(finding, result=replace(finding.result, measured=measured))
+
+    found = replace(findings, found=[layered(each) for each in findings.found])
+    repeats = ["r1", "r2", "r3"]
+    content = make_content("small", found, repeats, None, [], ["a", "b", *repeats])
+    [first, second] = [
+        each
+        for each in content.comparisons
+        if (each.a, each.b, each.metric) == ("a", "b", "letters-silhouette")
+    ]
+    assert (first.layers, second.layers) == ("layer 2", "layers 4 and 6")
+    assert content.noise_of(first) is not None
+    assert content.noise_of(second) is None
+    for text in (describe(content), render_page(content)):
+        assert "letters-silhouette" in text
+        assert "layer 2" in text
+        assert "layers 4 and 6" in text
 
 
 def test_a_repeat_that_was_asked_as_a_model_is_compared(findings):

@@ -23,7 +23,7 @@ from raptide.model.device import takes_heads
 from raptide.model.transformer import Esm
 
 TINY = {"layers": 2, "width": 32, "heads": 4}
-PRESETS = {"35M": "esm2_t12_35M", "650M": "esm2_t33_650M"}
+PRESETS = {"35M": "esm2_t12_35M", "650M": "esm2_t33_650M", "ESM-1 670M": "esm1_t34_670M"}
 ROW_TOKENS = 1024
 
 
@@ -48,8 +48,9 @@ class Bench:
         """Whether a part should come to its end."""
         return time.monotonic() > self._until
 
-    def settings(self, size: str, family: str = "esm2") -> ModelSettings:
-        shape = {"preset": PRESETS[size]} if self.real else {"family": family, **TINY}
+    def settings(self, size: str) -> ModelSettings:
+        preset = PRESETS[size]
+        shape = {"preset": preset} if self.real else {"family": preset.split("_")[0], **TINY}
         return ModelSettings.model_validate(shape)
 
     def synchronize(self) -> None:

@@ -165,17 +165,17 @@ def _comparisons(findings: Findings, left_out: set[str]) -> Iterator[Comparison]
     for a, b in combinations(models, 2):
         if a.task is not b.task:
             continue
-        others = _by_place(b.result.measured)
-        for place, mine in _by_place(a.result.measured).items():
-            theirs = others.get(place)
+        own, others = _by_place(a.result.measured), _by_place(b.result.measured)
+        for (dataset, metric, index), mine in own.items():
+            theirs = others.get((dataset, metric, index))
             if theirs is None or mine.measure.role in ("control", "chance"):
                 continue
             higher = mine.measure.higher_is_better
             found = difference(mine.measure.sample, theirs.measure.sample, higher)
             yield Comparison(
                 task=a.task.settings.name,
-                dataset=mine.measure.dataset,
-                metric=mine.measure.metric,
+                dataset=dataset,
+                metric=metric,
                 a=a.subject.name,
                 b=b.subject.name,
                 difference=found.value,
@@ -183,7 +183,17 @@ def _comparisons(findings: Findings, left_out: set[str]) -> Iterator[Comparison]
                 high=found.high,
                 verdict=found.verdict,
                 paired=found.paired,
+                index=index,
+                layers=_layers(mine, theirs) if (dataset, metric, 1) in own else "",
             )
+
+
+def _layers(*measured: Measured) -> str:
+    """Those of two models, which need not have the same number."""
+    numbers = dict.fromkeys(each.measure.layer for each in measured)
+    if None in numbers:
+        return ""
+    return f"layer{'s' * (len(numbers) > 1)} {' and '.join(map(str, numbers))}"
 
 
 def _by_place(measured: list[Measured]) -> dict[tuple[str, str, int], Measured]:

@@ -16,7 +16,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from raptide.alphabet import ALPHABETS
 from raptide.attempts import Attempt
 from raptide.cluster import on_this_node
-from raptide.data.streaming.batch import Cursor
+from raptide.data.streaming.batch import Cursor, GlobalBatch
 from raptide.data.streaming.feeder import BatchReader, FeederActor
 from raptide.data.streaming.stream import StreamPlan
 from raptide.errors import CheckpointUnsaved
@@ -30,16 +30,13 @@ from raptide.training.checkpoints.owned import Storage
 from raptide.training.checkpoints.saving import CheckpointWriter
 from raptide.training.checkpoints.scratch import scratch_folder
 from raptide.training.engine import build_engine, full_state, load_state
-from raptide.training.planning.estimate import (
-    checkpoint_bytes,
-    peak_flops,
-)
+from raptide.training.planning.estimate import checkpoint_bytes
 from raptide.training.planning.recipe import Recipe, learning_rate
 from raptide.training.process import collect_garbage, garbage_by_hand
-from raptide.training.step import Stepper
+from raptide.training.step import Stepper, StepResult
 from raptide.training.watching.audit import AuditWriter
 from raptide.training.watching.heldout import Evaluations, HeldoutEvaluator, heldout_rows
-from raptide.training.watching.metrics import loss_metrics, memory_gb, speed_metrics
+from raptide.training.watching.metrics import StepMetrics
 from raptide.training.watching.tracking import Tracker, start_tracking
 from raptide.training.watching.validation import Bench, RunEvaluations
 from raptide.training.watching.watch import HangWatch, LossWatch
@@ -104,7 +101,7 @@ class Worker:
             self._rank,
             self._workers,
         )
-        self._peak_flops = peak_flops(self._recipe, run.device)
+        self._measures = StepMetrics(self._recipe, run.device, self._workers)
         self._looked = time.monotonic()
         self._leaving: set[str] = set()
         self._save_at_once = False
@@ -139,23 +136,26 @@ class Worker:
         self._hang_watch.progress()
         self._step_began = time.perf_counter()
         for share in self._shares:
-            metrics, stop = self._timed_step(share)
-            last = stop or self._step == recipe.training.steps
+            result = self._update(share)
+            step_s = time.perf_counter() - self._step_began
+            speed = share.batch.num_tokens / step_s
+            self._post(step=self._step, loss=result.loss, step_s=step_s, tokens_per_s=speed)
+            last = result.stop or self._step == recipe.training.steps
             evaluate = last or self._step % recipe.evaluation.every_steps == 0
             if evaluate and not recipe.evaluation.asynchronous:
                 evaluation = self._evaluator.measure(self._engine, self._engine.device)
                 self._evaluations.take(evaluation, self._step)
                 last = last or self._improves_no_more
             self._loss_watch.refuse_divergence(self._step, last=last)
+            stall_s = None
             if last or self._save_at_once or self._step % recipe.checkpoint.every_steps == 0:
                 beside = evaluate and recipe.evaluation.asynchronous
                 beside = beside and (not last or self._run.bench is not None)
                 if last or not self._loss_watch.nonfinite_steps:
-                    metrics |= self._save(share.batch.next_cursor, metrics["train/loss"], beside)
+                    stall_s = self._save(share.batch.next_cursor, result.loss, beside)
             if last:
                 self._writer.wait()
-                self._refuse_trouble()
-            self._log(metrics)
+            self._log(share.batch, result, step_s, stall_s)
             if last:
                 return
             self._hang_watch.progress()
@@ -177,13 +177,12 @@ class Worker:
         self._step, self._tokens = saved.step, saved.manifest["tokens"]
         return saved.cursor, Evaluations.of_manifest(saved.manifest)
 
-    def _timed_step(self, share: Share) -> tuple[dict[str, float], bool]:
-        """One step: its metrics, and whether the run should end with it."""
+    def _update(self, share: Share) -> StepResult:
+        """One step, written down wherever somebody follows it."""
         recipe, batch = self._recipe, share.batch
-        rate = learning_rate(recipe.optimizer, self._step + 1, recipe.training.steps)
         result = self._stepper.step(
             share,
-            rate,
+            learning_rate(recipe.optimizer, self._step + 1, recipe.training.steps),
             look=self._rank == 0 and time.monotonic() - self._looked > LOOK_EVERY_S,
             stop=self._rank == 0 and self._improves_no_more,
         )
@@ -193,25 +192,9 @@ class Worker:
             self._warn(f"The loss jumped to {result.loss:.3f} in step {self._step}.")
         if self._audit is not None:
             self._audit.write(self._step, batch, self._bounds[0][0], self._bounds[-1][1])
-        step_s = time.perf_counter() - self._step_began
-        metrics = {
-            **loss_metrics(result, rate),
-            "train/spikes": self._loss_watch.spikes,
-            "train/skipped_steps": self._loss_watch.skipped,
-            "progress/tokens": self._tokens,
-            "progress/epoch": batch.next_cursor.epoch,
-            **speed_metrics(recipe, batch, step_s, self._shares.last_wait_s, self._workers),
-            "system/memory_gb": memory_gb(self._run.device),
-            "system/workers": self._workers,
-            "system/restarts": self._attempt.number - 1,
-        }
-        if self._peak_flops is not None:
-            metrics["speed/mfu"] = metrics["speed/model_tflops"] * 1e12 / self._peak_flops
-        speed = metrics["speed/tokens_per_s"]
-        self._post(step=self._step, loss=result.loss, step_s=step_s, tokens_per_s=speed)
         if result.look:
             self._look()
-        return metrics, result.stop
+        return result
 
     def _look(self) -> None:
         """At what has gone on beside the steps; every rank calls it in the same step."""
@@ -276,19 +259,35 @@ class Worker:
                 facts = {"step": saved.step, **self._evaluations.so_far.to_manifest()}
                 self._tracker.link("model", self._run.run_id, f"{saved.uri}/{MODEL}", **facts)
 
-    def _log(self, metrics: dict[str, float]) -> None:
-        if self._tracker is not None:
-            if self._writer.last_seconds is not None:
-                metrics["speed/checkpoint_s"] = self._writer.last_seconds
-                self._writer.last_seconds = None
-            due = self._step % self._recipe.tracking.log_every == 0
-            evaluations = self._evaluations.unlogged()
-            if due or evaluations or "speed/checkpoint_stall_s" in metrics:
-                for evaluation in evaluations or [{}]:
-                    self._tracker.log(self._step, metrics | evaluation)
+    def _log(
+        self, batch: GlobalBatch, result: StepResult, step_s: float, stall_s: float | None
+    ) -> None:
+        """Metrics, made where they are kept and when they are due."""
+        if self._tracker is None:
+            return
+        evaluations = self._evaluations.unlogged()
+        due = self._step % self._recipe.tracking.log_every == 0
+        if not (due or evaluations or stall_s is not None):
+            return
+        metrics = {
+            **self._measures.loss(self._step, result),
+            **self._measures.speed(batch, step_s, self._shares.last_wait_s),
+            "train/spikes": self._loss_watch.spikes,
+            "train/skipped_steps": self._loss_watch.skipped,
+            "progress/tokens": self._tokens,
+            "progress/epoch": batch.next_cursor.epoch,
+            "system/restarts": self._attempt.number - 1,
+        }
+        if stall_s is not None:
+            metrics["speed/checkpoint_stall_s"] = stall_s
+        if self._writer.last_seconds is not None:
+            metrics["speed/checkpoint_s"] = self._writer.last_seconds
+            self._writer.last_seconds = None
+        for evaluation in evaluations or [{}]:
+            self._tracker.log(self._step, metrics | evaluation)
 
-    def _save(self, cursor: Cursor, loss: float, evaluate_beside: bool) -> dict[str, float]:
-        """Save what this step has come to."""
+    def _save(self, cursor: Cursor, loss: float, evaluate_beside: bool) -> float:
+        """Save what this step has come to; the seconds that training stood still for it."""
         self._hang_watch.progress()
         started = time.perf_counter()
         run, recipe = self._run, self._recipe
@@ -318,7 +317,7 @@ class Worker:
         if self._save_at_once:  # the notice may be short
             self._writer.wait()
             self._save_at_once = False
-        return {"speed/checkpoint_stall_s": time.perf_counter() - started}
+        return time.perf_counter() - started
 
     def _prepare_saving(self, workers_here: int) -> CheckpointWriter:
         recipe, run = self._recipe, self._run

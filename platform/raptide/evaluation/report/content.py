@@ -76,6 +76,10 @@ class Comparison:
     """Of a: `better`, `worse` or `no measured difference`."""
     paired: bool = True
     """Whether both were drawn with the same draws over the same units."""
+    index: int = 0
+    """Which of the layers that this number was asked of."""
+    layers: str = ""
+    """Where the number is of several layers: those of a and b, in words."""
 
     @property
     def place(self) -> Place:
@@ -146,6 +150,10 @@ class ReportContent:
     command: str = ""
     hardware: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+
+    def noise_of(self, comparison: Comparison) -> float | None:
+        """The noise floor beside a comparison; it is known of the first layer asked for."""
+        return None if comparison.index else self.noise.get(comparison.place)
 
     @property
     def models(self) -> list[SubjectEntry]:

@@ -148,12 +148,13 @@ def _comparison_table(
     head = heads("number", "first", "second", "difference", "noise floor", "verdict on the first")
     body = []
     for each in compared[:MOST_ROWS]:
-        noise = content.noise.get(each.place)
+        noise = content.noise_of(each)
+        what = ", ".join(filter(None, [each.dataset, each.metric, each.layers]))
         between = interval({"value": each.difference, "low": each.low, "high": each.high})
         mark = {"better": "good", "worse": "bad"}.get(each.verdict)
         body.append(
             [
-                row_head(each.task, small(f"{each.dataset}, {each.metric}")),
+                row_head(each.task, small(what)),
                 cell(each.a, class_="text"),
                 cell(each.b, class_="text"),
                 cell(

@@ -95,7 +95,7 @@ def _comparisons(content: ReportContent) -> list[str]:
         if (each.a, each.b) != pair:
             pair = each.a, each.b
             lines += _wrapped(f"{each.a} against {each.b}:")
-        lines.append(_comparison(each, content.noise.get(each.place)))
+        lines.append(_comparison(each, content.noise_of(each)))
     if len(said) > MOST_LINES:
         lines.append(f"{len(said) - MOST_LINES} more comparisons stand in the report.")
     return lines
@@ -105,7 +105,8 @@ def _comparison(each: Comparison, noise: float | None) -> str:
     between = interval({"value": each.difference, "low": each.low, "high": each.high})
     floor = "" if noise is None else number(noise)
     words = f"{each.verdict}, within noise" if within_noise(each, noise) else each.verdict
-    return _compared(f"  {' '.join(each.place)}", words, number(each.difference), between, floor)
+    what = f"  {' '.join(each.place)} {each.layers}".rstrip()
+    return _compared(what, words, number(each.difference), between, floor)
 
 
 def _compared(what: str, verdict: str, difference: str, between: str, floor: str) -> str:

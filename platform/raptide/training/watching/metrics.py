@@ -8,41 +8,52 @@ import resource
 import torch
 
 from raptide.data.streaming.batch import GlobalBatch
-from raptide.training.planning.estimate import step_flops
-from raptide.training.planning.recipe import Recipe
+from raptide.training.planning.estimate import peak_flops, step_flops
+from raptide.training.planning.recipe import Recipe, learning_rate
 from raptide.training.step import StepResult
 
 
-def loss_metrics(result: StepResult, rate: float) -> dict[str, float]:
-    """What the step came to; a norm that is no number is no metric."""
-    metrics = {
-        "train/loss": result.loss,
-        "train/ece": math.exp(min(result.loss, 50.0)),
-        "train/lr": rate,
-        "train/nonfinite_targets": result.left_out,
-    }
-    return metrics if result.skipped else metrics | {"train/grad_norm": result.grad_norm}
+class StepMetrics:
+    """Measures steps of one worker; asked when a line is due, since not all of it is free."""
 
+    def __init__(self, recipe: Recipe, device: str, workers: int) -> None:
+        self._recipe, self._device, self._workers = recipe, device, workers
+        self._peak_flops = peak_flops(recipe, device)
 
-def speed_metrics(
-    recipe: Recipe, batch: GlobalBatch, seconds: float, wait_s: float, workers: int
-) -> dict[str, float]:
-    """How fast it went; MFU comes on top where the device's peak is known.
+    def loss(self, step: int, result: StepResult) -> dict[str, float]:
+        """What a step came to; a norm that is no number is no metric."""
+        metrics = {
+            "train/loss": result.loss,
+            "train/ece": math.exp(min(result.loss, 50.0)),
+            "train/lr": learning_rate(self._recipe.optimizer, step, self._recipe.training.steps),
+            "train/nonfinite_targets": result.left_out,
+        }
+        return metrics if result.skipped else metrics | {"train/grad_norm": result.grad_norm}
 
-    Args:
-        seconds: from the end of the step before, the wait for the batch included.
-        wait_s: seconds of these without a batch.
-    """
-    tokens, places = batch.num_tokens, batch.rows.tokens.size
-    flops = step_flops(recipe.model, batch) / seconds / workers
-    return {
-        "speed/step_s": seconds,
-        "speed/tokens_per_s": tokens / seconds,
-        "speed/padded_tokens_per_s": places / seconds,
-        "speed/padding_percent": 100 * (1 - tokens / places),
-        "speed/data_wait_fraction": wait_s / seconds,
-        "speed/model_tflops": flops / 1e12,
-    }
+    def speed(self, batch: GlobalBatch, seconds: float, wait_s: float) -> dict[str, float]:
+        """How fast it went, and in how much room; MFU where the device's peak is known.
+
+        Args:
+            seconds: from the end of the step before, the wait for the batch included.
+            wait_s: seconds of these without a batch.
+        """
+        tokens, places = batch.num_tokens, batch.rows.tokens.size
+        flops = step_flops(self._recipe.model, batch) / seconds / self._workers
+        metrics = {
+            "speed/step_s": seconds,
+            "speed/tokens_per_s": tokens / seconds,
+            "speed/padded_tokens_per_s": places / seconds,
+            "speed/padding_percent": 100 * (1 - tokens / places),
+            "speed/data_wait_fraction": wait_s / seconds,
+            "speed/model_tflops": flops / 1e12,
+            "system/memory_gb": memory_gb(self._device),
+            "system/workers": self._workers,
+        }
+        return (
+            metrics
+            if self._peak_flops is None
+            else metrics | {"speed/mfu": flops / self._peak_flops}
+        )
 
 
 def memory_gb(device: str) -> float:
