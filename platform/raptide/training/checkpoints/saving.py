@@ -114,7 +114,6 @@ class CheckpointWriter:
         self._write_bundle = None
         if dist.get_rank() == 0:
             self._write_bundle = partial(write_bundle, folder / MODEL)
-            self._discard(name)  # what an earlier save has left
         self._manifest = manifest
         self._idle.clear()
         ray.train.report(
@@ -167,9 +166,8 @@ class CheckpointWriter:
 
     def _finish(self, name: str) -> None:
         workers = ray.train.get_context().get_world_size()
-        while (
-            len(answers := ray.get(self._board.answers.remote(self._attempt.name, name))) < workers
-        ):
+        ask = partial(self._board.answers.remote, self._attempt.name, name)
+        while len(answers := ray.get(ask())) < workers:
             time.sleep(POLL_S)
         problems = [problem for _, problem in answers.values() if problem is not None]
         if problems:
@@ -218,14 +216,11 @@ class CheckpointWriter:
     def _fail(self, name: str, reason: str) -> None:
         """Leave no part of a checkpoint, and tell the user."""
         reason = " ".join(reason.split())
-        self.problem = f"{name} could not be saved ({reason}); free some space in the storage."
+        self.problem = f"{name} could not be saved ({reason}); see to that before the next one."
         if dist.get_rank() == 0:
             self._warn(self.problem)
-            self._discard(name)
-
-    def _discard(self, name: str) -> None:
-        with best_effort(self._warn, f"What there is of {name} was not deleted"):
-            self._storage.delete(name)
+            with best_effort(self._warn, f"What there is of {name} was not deleted"):
+                self._storage.delete(name)
 
     def _warn(self, sentence: str) -> None:
         self._board.warn.remote(sentence)

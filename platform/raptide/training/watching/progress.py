@@ -66,6 +66,8 @@ class Board:
         self, attempt: str, name: str, rank: int, files: dict[str, str], problem: str | None
     ) -> None:
         """A rank has sent its files of a checkpoint, or could not."""
+        if any(attempt < of for of, _ in self._answers):
+            return  # a worker that stood still, and whose successors are at work
         if (attempt, name) not in self._answers:
             self._answers = {(attempt, name): {}}  # only one is ever on its way
         self._answers[attempt, name][rank] = (files, problem)
