@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from raptide.small_files import read_lines
+from raptide.small_files import made_whole, read_lines
 from raptide.training.watching.tracking import METRICS, STEP
 
 PICTURE = "loss.png"
@@ -39,6 +39,7 @@ def draw_run(folder: Path, unigram_ece: float) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     file = folder / PICTURE
-    figure.savefig(file, dpi=120)
+    with made_whole(file) as new:
+        figure.savefig(new, dpi=120, format="png")
     pyplot.close(figure)
     return file
