@@ -1,7 +1,8 @@
 """One of two ranks that train at ZeRO 3 with every parameter cut up: `two_ranks.py RANK FOLDER`.
 
-Twice the same two steps from the same weights: once with an empty second micro-batch on rank 1,
-once with one that breaks inside. Writes what came of them, and how many passes the rank has made.
+Twice two steps from the same weights: once with an empty second micro-batch on rank 1, once with
+one that breaks inside in the first step. Writes what came of them, how far the weights are apart
+after the first, and how many passes the rank has made.
 """
 
 import dataclasses
@@ -63,8 +64,10 @@ def train(recipe, rank, breaks):
 
     engine.module.layers[0].register_forward_hook(spoil)
     stepper = Stepper(engine, 2)
-    results = [dataclasses.asdict(stepper.step(share, 1e-2)) for _ in range(2)]
-    return {"results": results, "passes": len(passes)}, full_state(engine, recipe.training)
+    first = dataclasses.asdict(stepper.step(share, 1e-2))
+    state = full_state(engine, recipe.training)
+    second = dataclasses.asdict(stepper.step(share, 1e-2))
+    return {"results": [first, second], "passes": len(passes)}, state
 
 
 def main():
