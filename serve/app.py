@@ -1,7 +1,7 @@
 """Compose and deploy the application.
 
     serve run serve.app:build model=runs/demo
-    serve run serve.app:build model=runs/demo/checkpoints/step-00000400/model replicas=2 dtype=bf16
+    serve run serve.app:build model=runs/demo/checkpoints/step-00000400 replicas=2 dtype=bf16
     serve run serve/config.yaml
 
 The endpoint listens on 127.0.0.1:8000; docs at /docs. Settings: serve/settings.py. How to secure,

@@ -16,7 +16,8 @@ from pathlib import Path
 from raptide.errors import BundleError, ConfigError, RaptideError
 from raptide.kept import CACHE, Shelf, link_or_copy
 from raptide.model.formats.detect import model_files, model_in
-from raptide.storage import Storage, below, is_uri, reason_of, storage_of
+from raptide.patience import reason_of
+from raptide.storage import Storage, below, is_uri, storage_of
 from serve.settings import ModelSettings, ServedModel
 
 logger = logging.getLogger("ray.serve")

@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raptide.errors import ConfigError
+from raptide.patience import patiently, reason_of
 
 
 class Settings(BaseModel):
@@ -48,10 +49,10 @@ def _read_tree(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise ConfigError(f"{path} builds on itself by way of its base; remove one `base:` line.")
     try:
-        tree = _parse_yaml(path.read_text()) or {}
+        tree = _parse_yaml(patiently(path.read_text)) or {}
     except OSError as error:
         raise ConfigError(
-            f"Cannot read the settings file {path}: {error.strerror}; give an existing YAML file."
+            f"Cannot read the settings file {path}: {reason_of(error)}; give an existing YAML file."
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())

@@ -11,7 +11,10 @@
     ├── FetchError             a download broke off for good, or arrived damaged
     ├── ServiceError           an endpoint cannot be reached, stays full or fails
     ├── ClusterError           a cluster does not answer, lost a job, or is not fit to train on
-    ├── StreamStalled          no batch arrived in time
+    ├── PassingTrouble         may be over at the next try: a run starts its workers again
+    │   ├── StreamStalled      no batch arrived in time
+    │   └── StorageStumbled    a file system failed again and again
+    ├── Superseded             another attempt at the same run or build has taken over
     ├── TrainingDiverged       the loss is no number any more
     ├── CheckpointUnsaved      a checkpoint could not be saved, and the recipe says to stop then
     └── OutOfMemory            a worker's device was too small, with the setting to lower
@@ -74,8 +77,20 @@ class ClusterError(RaptideError):
     """A cluster does not answer, has lost a job, or is not fit to train on."""
 
 
-class StreamStalled(RaptideError):
+class PassingTrouble(RaptideError):
+    """May be over at the next try."""
+
+
+class StreamStalled(PassingTrouble):
     """No global batch arrived within the time allowed."""
+
+
+class StorageStumbled(PassingTrouble):
+    """A file system failed again and again, and does not say that it always will."""
+
+
+class Superseded(RaptideError):
+    """Another attempt at the same run or build has taken over."""
 
 
 class TrainingDiverged(RaptideError):

@@ -1,19 +1,18 @@
 """Where files lie: a folder of this machine, or below any URI that pyarrow opens.
 
 A file is written whole or not at all: it gets its name when its last byte is there. What a file
-system does not do at first is tried again, unless it says that it never will.
+system does not do at first is tried again (patience.py).
 """
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 import re
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -21,19 +20,11 @@ import pyarrow.fs
 from pyarrow import ArrowInvalid
 from pyarrow.fs import FileSelector, FileType
 
-from raptide.errors import ConfigError, RaptideError
+from raptide.errors import ConfigError
+from raptide.patience import patiently, reason_of, trouble
 
 PARTIAL = "partial"
 """Folder for what is being written, beside what is whole."""
-
-TRIES = 5
-FIRST_PAUSE_S = 0.2
-
-FINAL = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
-}
-"""Errors that no second try mends."""
 
 T = TypeVar("T")
 
@@ -85,6 +76,10 @@ class Storage:
         kind = self.ask("", lambda path: self.filesystem.get_file_info(path).type)
         return kind != FileType.NotFound
 
+    def changed(self, name: str) -> datetime | None:
+        """When a file was written, by the storage's own clock, in UTC; None if it is not there."""
+        return self.ask(name, lambda path: self.filesystem.get_file_info(path).mtime)
+
     def make(self) -> None:
         """Make the folder, and those above it."""
         self.ask("", lambda path: self.filesystem.create_dir(path, recursive=True))
@@ -118,13 +113,25 @@ class Storage:
 
         self.ask(name, fetch)
 
+    def find(self, name: str) -> bytes | None:
+        """What is in a file, None where there is no such file."""
+
+        def read(path: str) -> bytes | None:
+            try:
+                with self.filesystem.open_input_stream(path) as file:
+                    return file.read()
+            except FileNotFoundError:
+                return None
+
+        return self.ask(name, read)
+
     def write(self, name: str, write: Callable[[Any], None]) -> None:
         """Make a file, whole: `write` is given a file object, more than once if need be.
 
         Raises:
             RaptideError: the file system refuses for good, or again and again.
         """
-        partial = self.full(f"{PARTIAL}/{name.replace('/', '-')}.{uuid.uuid4().hex[:8]}")
+        partial = self.full(self._partial(name))
         target = self.full(name)
 
         def attempt() -> None:
@@ -143,9 +150,10 @@ class Storage:
         try:
             patiently(attempt)
         except OSError as error:
-            raise RaptideError(
+            raise trouble(
+                error,
                 f"{target} cannot be written ({reason_of(error)}); make room or mend the file "
-                "system, and start the job again: it goes on where it was."
+                "system, and start the job again: it goes on where it was.",
             ) from None
 
     def delete(self, name: str) -> None:
@@ -170,10 +178,15 @@ class Storage:
         try:
             return patiently(lambda: action(path))
         except OSError as error:
-            raise RaptideError(
+            raise trouble(
+                error,
                 f"{path} cannot be reached ({reason_of(error)}); mend the file system or the "
-                "permissions, and start the job again: it goes on where it was."
+                "permissions, and start the job again: it goes on where it was.",
             ) from None
+
+    def _partial(self, name: str) -> str:
+        """Where a file is until its last byte is there."""
+        return f"{PARTIAL}/{name.replace('/', '-')}.{uuid.uuid4().hex[:8]}"
 
     def _forget(self, path: str) -> None:
         try:
@@ -196,46 +209,6 @@ def below(uri: str, name: str) -> str:
 def storage_of(path: str | Path, what: str) -> Storage:
     """The storage at a path or a URI."""
     return Storage.at(str(path), what) if is_uri(path) else Storage.of(path)
-
-
-def patiently(action: Callable[[], T]) -> T:
-    """What `action` returns; where the file system stumbles, it is tried again."""
-    for pause in _pauses():
-        try:
-            return action()
-        except OSError as error:
-            if error.errno in FINAL:
-                raise
-            time.sleep(pause)
-    return action()
-
-
-def read_surely(name: str, action: Callable[[], T]) -> T:
-    """What an action that reads an input returns, patiently.
-
-    Raises:
-        RaptideError: it cannot be read.
-    """
-    try:
-        return patiently(action)
-    except OSError as error:
-        raise unreadable(name, error) from None
-
-
-def unreadable(name: str, error: OSError) -> RaptideError:
-    return RaptideError(
-        f"{name} cannot be read ({reason_of(error)}); mend the file system or the permissions, and "
-        "start the job again: it goes on where it was."
-    )
-
-
-def reason_of(error: OSError) -> str:
-    """In a few words."""
-    return os.strerror(error.errno) if error.errno else " ".join(str(error).split())[:200]
-
-
-def _pauses() -> Iterator[float]:
-    return (FIRST_PAUSE_S * 2**number for number in range(TRIES - 1))
 
 
 def _flush(path: str) -> None:

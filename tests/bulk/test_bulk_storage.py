@@ -4,7 +4,6 @@ import errno
 import gzip
 import hashlib
 import json
-import os
 import time
 from types import SimpleNamespace
 
@@ -15,9 +14,10 @@ import pytest
 import storages
 from bulk_works import ManyUnits, check_sum
 from draws import random_sequence
-from pyarrow.fs import FileSelector, LocalFileSystem, PyFileSystem
+from pyarrow.fs import FileSelector, PyFileSystem
+from stumbles import DEEDS, Stumbling
 
-import raptide.storage
+import raptide.patience
 from raptide.bulk import BulkSettings, OutputFolder, find_sources, folder, run_bulk, worker
 from raptide.bulk.dedup import PARTITIONS, Copies, fill, match, write_marks, write_open
 from raptide.bulk.exports import write_csv
@@ -26,103 +26,19 @@ from raptide.bulk.sources.fasta import FastaFile
 from raptide.bulk.sources.find import LENIENT
 from raptide.bulk.worker import UnitWorker, read_units
 from raptide.errors import ConfigError, RaptideError
-from raptide.storage import TRIES, Storage, read_surely
+from raptide.patience import TRIES, read_surely
+from raptide.storage import Storage
 
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch):
-    monkeypatch.setattr(raptide.storage, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(raptide.patience, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(worker, "time", SimpleNamespace(sleep=id, monotonic=time.monotonic))
     monkeypatch.setattr(folder, "SETTLE_S", 0.2)
 
 
 def fasta(sequences):
     return "".join(f">p{n}\n{each}\n" for n, each in enumerate(sequences)).encode()
-
-
-class Stumbling(pyarrow.fs.FileSystemHandler):
-    """A folder of this machine whose every deed fails `times` times for each path, then works."""
-
-    def __init__(self, times, error=errno.EIO, only=()):
-        self.local, self.times, self.error, self.only = LocalFileSystem(), times, error, only
-        self.seen = {}
-
-    def stumble(self, deed, path):
-        if self.only and deed not in self.only:
-            return
-        key = (deed, path.rpartition(".")[0] if "/partial/" in path else path)
-        self.seen[key] = self.seen.get(key, 0) + 1
-        if self.seen[key] <= self.times:
-            raise OSError(self.error, os.strerror(self.error))
-
-    def get_type_name(self):
-        return "stumbling"
-
-    def normalize_path(self, path):
-        return path
-
-    def get_file_info(self, paths):
-        self.stumble("info", paths[0])
-        return self.local.get_file_info(paths)
-
-    def get_file_info_selector(self, selector):
-        self.stumble("list", selector.base_dir)
-        return self.local.get_file_info(selector)
-
-    def create_dir(self, path, recursive):
-        self.stumble("create_dir", path)
-        self.local.create_dir(path, recursive=recursive)
-
-    def delete_dir(self, path):
-        self.stumble("delete_dir", path)
-        self.local.delete_dir(path)
-
-    def delete_dir_contents(self, path, missing_dir_ok=False):
-        raise NotImplementedError
-
-    delete_root_dir_contents = copy_file = open_append_stream = delete_dir_contents
-
-    def delete_file(self, path):
-        self.stumble("delete_file", path)
-        self.local.delete_file(path)
-
-    def move(self, source, target):
-        self.stumble("move", target)
-        self.local.move(source, target)
-
-    def open_input_stream(self, path):
-        self.stumble("open", path)
-        return self.local.open_input_stream(path)
-
-    def open_input_file(self, path):
-        self.stumble("open", path)
-        return pa.PythonFile(Breaking(open(path, "rb"), lambda: self.stumble("read", path)), "r")
-
-    def open_output_stream(self, path, metadata):
-        self.stumble("create", path)
-        return pa.PythonFile(Breaking(open(path, "wb"), lambda: self.stumble("write", path)), "w")
-
-
-DEEDS = ("info", "list", "create_dir", "delete_dir", "move", "open", "read", "create", "write")
-
-
-class Breaking:
-    """A file that may fail in the middle."""
-
-    def __init__(self, file, stumble):
-        self.file, self.stumble = file, stumble
-
-    def read(self, *size):
-        self.stumble()
-        return self.file.read(*size)
-
-    def write(self, data):
-        self.file.write(bytes(data)[:3])
-        self.stumble()
-        return self.file.write(bytes(data)[3:]) + 3
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
 
 
 def work_without_ray(work, source, output):

@@ -1,16 +1,22 @@
+import errno
 import gzip
+import hashlib
 import json
+import os
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from stumbles import hurry, stumbling
 
 from raptide.alphabet import decode_residues
 from raptide.data.building.build import BuildSettings, build_corpus
 from raptide.data.corpus import CLUSTER_ROW, MANIFEST, Corpus
-from raptide.errors import CorpusError, FastaError
+from raptide.errors import CorpusError, FastaError, InputError, PassingTrouble, RaptideError
+from raptide.patience import TRIES
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -153,6 +159,69 @@ def test_a_missing_shard_is_called_missing(built, tmp_path):
     assert "damaged" not in str(caught.value)
     with pytest.raises(CorpusError, match=f"{shard.name} is missing"):
         Corpus.open(copy).read_block(built.blocks("train")[0])
+
+
+PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT)
+
+
+def stumbling_reads(monkeypatch, number, times):
+    """Every row group and every small file of a corpus is read only after so many errors."""
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "read_row_group",
+        stumbling(pq.ParquetFile.read_row_group, number, times),
+    )
+    monkeypatch.setattr(pq.ParquetFile, "read", stumbling(pq.ParquetFile.read, number, times))
+    monkeypatch.setattr(Path, "read_text", stumbling(Path.read_text, number, times))
+    digest = stumbling(hashlib.file_digest, number, times)
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+
+
+@pytest.mark.parametrize("number", PASSING)
+def test_a_file_system_that_stumbles_is_asked_again(built, monkeypatch, number):
+    expected = built.read_block(built.blocks("train")[0])
+    pauses = hurry(monkeypatch)
+    stumbling_reads(monkeypatch, number, TRIES - 1)
+    opened = Corpus.open(built.path)
+    found = opened.read_block(opened.blocks("train")[0])
+    assert (found.residues == expected.residues).all()
+    opened.verify()
+    assert len(pauses) == 4 * (TRIES - 1)
+    assert pauses[: TRIES - 1] == sorted(set(pauses)), "each pause is longer"
+
+
+@pytest.mark.parametrize("number", PASSING)
+def test_what_stumbles_on_is_no_damage_and_may_pass(built, monkeypatch, number):
+    hurry(monkeypatch)
+    block = built.blocks("train")[0]
+    stumbling_reads(monkeypatch, number, 10**6)
+    for action in (
+        lambda: built.read_block(block),
+        lambda: Corpus.open(built.path),
+        lambda: Corpus(built.path, built.manifest).blocks("train"),
+        built.verify,
+    ):
+        with pytest.raises(PassingTrouble, match="cannot be read") as caught:
+            action()
+        assert os.strerror(number) in str(caught.value)
+        assert "damaged" not in str(caught.value)
+
+
+def test_what_a_file_system_refuses_for_good_and_what_is_damaged_is_told_at_once(
+    built, tmp_path, monkeypatch
+):
+    pauses = hurry(monkeypatch)
+    block = built.blocks("train")[0]
+    shutil.copytree(built.path, tmp_path / "cut")
+    shard = tmp_path / "cut" / block["shard"]
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(CorpusError, match="the corpus is damaged"):
+        Corpus.open(tmp_path / "cut").read_block(block)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", stumbling(id, errno.EACCES, 10**6))
+    with pytest.raises(RaptideError, match="cannot be read") as caught:
+        built.read_block(block)
+    assert not isinstance(caught.value, (PassingTrouble, InputError))
+    assert pauses == []
 
 
 def test_a_missing_an_unfinished_and_a_foreign_corpus_are_refused(built, tmp_path):

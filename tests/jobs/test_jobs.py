@@ -110,7 +110,7 @@ def demo(tmp_path_factory):
     short += ["model.width=64", "optimizer.warmup_steps=20", "evaluation.every_steps=60"]
     done = job("run_demo.py", *short, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    shutil.copytree(next(folder.glob("runs/demo/checkpoints/*60/model")), folder / "bundle")
+    shutil.copytree(next(folder.glob("runs/demo/checkpoints/*60-*/model")), folder / "bundle")
     return folder, done.stdout
 
 

@@ -60,6 +60,17 @@ def test_strangers_folders_must_answer_with_numbers(tmp_path):
         verify_check(tmp_path, replace(weights, state=bad).build())
 
 
+def test_a_model_that_answers_with_no_number_is_not_written(tmp_path):
+    weights = read_weights(write(tmp_path / "good"))
+    bad = replace(weights, state={name: each * np.nan for name, each in weights.state.items()})
+    with pytest.raises(BundleError, match="something that is no number, so it is not written"):
+        write_weights(tmp_path / "bad", bad)
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
+    with pytest.raises(BundleError, match="so it is not written"):
+        write_weights(tmp_path, bad)
+    assert (tmp_path / "good").exists(), "it was there before"
+
+
 def test_a_damaged_record_is_named(tmp_path):
     model = read_weights(write(tmp_path)).build()
     for text in ("{", "[]", "{}"):

@@ -44,6 +44,12 @@ def run_to_the_end(recipe, folder, *, resume=False, bench=None):
     return pretrain(recipe, prepare_run(recipe, folder, resume=resume), folder, bench=bench)
 
 
+def checkpoint_of(run, step):
+    """The folder of a run's checkpoint after a step."""
+    (folder,) = (run / "checkpoints").glob(f"step-{step:08d}-*")
+    return folder
+
+
 def metrics(run):
     return list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
 

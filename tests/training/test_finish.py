@@ -11,9 +11,9 @@ import pytest
 import yaml
 from conftest import ROOT
 from offline_wandb import read_runs
-from small_runs import as_recipe, evaluations, losses, make_recipe, run_to_the_end
+from small_runs import as_recipe, checkpoint_of, evaluations, losses, make_recipe, run_to_the_end
 
-FIRST, LAST = "step-00000002", "step-00000004"
+FIRST, LAST = 2, 4
 
 
 @pytest.mark.thorough
@@ -29,7 +29,8 @@ def test_a_run_killed_in_its_last_evaluation_is_finished_by_a_resume(corpus, tmp
     manifests = [read_manifest(run, name) for name in (FIRST, LAST)]
     assert [each["heldout_step"] for each in manifests] == [0, 0], "the kill came too late"
     assert [each["awaits_evaluation"] for each in manifests] == [True, False]
-    (run / "checkpoints" / FIRST / "model/config.json").unlink()
+    first, last = checkpoint_of(run, FIRST), checkpoint_of(run, LAST)
+    (first / "model/config.json").unlink()
 
     finished = run_to_the_end(as_recipe(tree), run, resume=True)
     assert (finished.step, finished.failed_evaluations) == (4, 1)
@@ -39,11 +40,13 @@ def test_a_run_killed_in_its_last_evaluation_is_finished_by_a_resume(corpus, tmp
     assert evaluations(run)[4]["eval/ece"] == finished.heldout_ece.all_chosen
     assert evaluations(run)[4]["eval/failed"] == 1
     assert read_manifest(run, LAST)["heldout_step"] == 4
-    assert [path.name for path in (run / "checkpoints").glob("step-*")] == [LAST]
+    assert [path.name for path in (run / "checkpoints").glob("step-*")] == [last.name]
     assert (run / "loss.png").exists()
     artifacts = [name for *_, found in read_runs(run / "wandb") for kind, name, _ in found]
     assert [name for name in artifacts if name.startswith("model-")] != []
-    assert f"{FIRST} was not evaluated beside the training: it is gone" in capsys.readouterr().err
+    assert (
+        f"{first.name} was not evaluated beside the training: it is gone" in capsys.readouterr().err
+    )
 
     before = content(run)
     assert run_to_the_end(as_recipe(tree), run, resume=True) == finished
@@ -59,7 +62,7 @@ def kill_after_the_last_checkpoint(tree, run):
     command = [sys.executable, str(ROOT / "jobs/pretrain_model.py"), "--config", str(config)]
     process = subprocess.Popen([*command, "--output", str(run)], start_new_session=True)
     await_checkpoint(run, FIRST, process)
-    pipe = run / "checkpoints" / FIRST / "model/config.json"
+    pipe = checkpoint_of(run, FIRST) / "model/config.json"
     pipe.unlink()
     os.mkfifo(pipe)
     await_checkpoint(run, LAST, process)
@@ -69,14 +72,14 @@ def kill_after_the_last_checkpoint(tree, run):
     time.sleep(1)  # its workers go with it
 
 
-def await_checkpoint(run, name, process):
-    while not (run / "checkpoints" / name / "manifest.json").exists():
+def await_checkpoint(run, step, process):
+    while not list(run.glob(f"checkpoints/step-{step:08d}-*/manifest.json")):
         assert process.poll() is None
         time.sleep(0.01)
 
 
-def read_manifest(run, name):
-    return json.loads((run / "checkpoints" / name / "manifest.json").read_text())
+def read_manifest(run, step):
+    return json.loads((checkpoint_of(run, step) / "manifest.json").read_text())
 
 
 def content(run):

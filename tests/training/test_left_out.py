@@ -1,6 +1,7 @@
 """A pass that breaks inside leaves nothing in the update, in DeepSpeed's engines too."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -74,6 +75,32 @@ def test_deepspeed_updates_as_if_the_pass_had_been_empty(alone, monkeypatch, sta
         after = full_state(engine, recipe.training)
         states.append({name: after[name] - before[name] for name in after})
         assert result.left_out == (len(share.micro[1].targets.at_N) if breaks else 0)
+        assert 0 < result.grad_norm < 1e3
     expected, found = states
     assert max(float(change.abs().max()) for change in expected.values()) > 1e-3
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_no_engine_uses_gradients_that_are_no_numbers(alone, monkeypatch, stage, precision):
+    """Infinite ones under finite losses; the weights stay numbers, and the step is told."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    recipe, share = recipe_of(stage, precision), a_share()
+    engine = build_engine(recipe, 1, "cpu", None)
+    stepper = Stepper(engine, 1)
+    before = full_state(engine, recipe.training)
+
+    def spoil(layer, inputs, output):
+        output.register_hook(lambda gradient: gradient * float("inf"))
+
+    handle = engine.module.layers[0].register_forward_hook(spoil)
+    result = stepper.step(share, 1e-2)
+    handle.remove()
+    assert math.isfinite(result.loss)
+    assert result.skipped
+    after = full_state(engine, recipe.training)
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    assert all(torch.equal(after[name], before[name]) for name in before) or stage == 0
+    assert not stepper.step(share, 1e-2).skipped

@@ -17,7 +17,8 @@ from raptide.config import Settings, parse_settings
 from raptide.data.streaming.stream import Source, StreamPlan
 from raptide.errors import CheckpointError
 from raptide.training.batches import empty_micro_batch
-from raptide.training.checkpoints.checkpoint import ZERO, ZERO_TAG, SavedCheckpoint, Storage
+from raptide.training.checkpoints.checkpoint import ZERO, ZERO_TAG, SavedCheckpoint
+from raptide.training.checkpoints.owned import Storage
 from raptide.training.engine import build_engine, load_state
 from raptide.training.planning.recipe import Recipe, learning_rate
 from raptide.training.trainer import prepare_run

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 from in_process import job_in_process
-from small_runs import as_recipe, make_recipe, metrics
+from small_runs import as_recipe, checkpoint_of, make_recipe, metrics
 
 from raptide.errors import ConfigError
 from raptide.training.planning.resuming import with_absolute_paths
@@ -43,7 +43,7 @@ def test_one_command_starts_goes_on_and_is_done(retried):
     assert done.returncode == 0, done.stderr
     assert "Trained to step 4" in done.stdout
 
-    shutil.rmtree(folder / "checkpoints/step-00000004")
+    shutil.rmtree(checkpoint_of(folder, 4))
     (folder / "result.json").unlink()
     done = command()
     assert done.returncode == 0, done.stderr

@@ -45,7 +45,8 @@ def test_a_run_leaves_what_it_promises(whole):
     assert whole.step == STEPS
     assert sorted(losses(whole.folder)) == list(range(1, STEPS + 1))
     names = sorted(p.name for p in (whole.folder / "checkpoints").glob("step-*"))
-    assert names == [f"step-{step:08d}" for step in range(EVERY, STEPS + 1, EVERY)]
+    (attempt,) = (whole.folder / "checkpoints/attempts").iterdir()
+    assert names == [f"step-{step:08d}-{attempt.name}" for step in range(EVERY, STEPS + 1, EVERY)]
     manifest = json.loads((whole.checkpoint / "manifest.json").read_text())
     on_disk = {
         str(p.relative_to(whole.checkpoint)) for p in whole.checkpoint.rglob("*") if p.is_file()
@@ -82,7 +83,7 @@ def test_the_bundle_opens_in_transformers_and_in_the_engine(whole):
 
 CHARTS = {
     *("train/loss", "train/ece", "train/grad_norm", "train/lr"),
-    *("train/nonfinite_targets", "train/spikes"),
+    *("train/nonfinite_targets", "train/skipped_steps", "train/spikes"),
     *("progress/tokens", "progress/epoch"),
     *("speed/step_s", "speed/tokens_per_s", "speed/padded_tokens_per_s"),
     *("speed/padding_percent", "speed/data_wait_fraction", "speed/model_tflops"),
@@ -220,12 +221,13 @@ def test_a_damaged_block_ends_the_run_at_once_with_its_name(corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_that_no_restart_mends_is_not_retried(corpus, tmp_path):
+def test_a_data_stall_is_a_failure_and_is_tried_again(corpus, tmp_path):
     tree = make_recipe(corpus) | {"name": "stalled"}
-    recipe = as_recipe(tree, data_timeout_s=0.001, workers=1)
+    recipe = as_recipe(tree, data_timeout_s=0.001, workers=1, max_failures=1)
     with pytest.raises(StreamStalled, match="a data stall, not a slow model"):
         run_to_the_end(recipe, tmp_path / "run")
-    assert not list((tmp_path / "run/checkpoints").glob("step-*"))
+    attempts = (tmp_path / "run/checkpoints/attempts").iterdir()
+    assert sorted(attempt.name[:6] for attempt in attempts) == ["000001", "000002"]
 
 
 def test_a_run_starts_from_weights_and_ends_when_it_improves_no_more(whole, corpus, tmp_path):

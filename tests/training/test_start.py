@@ -13,8 +13,9 @@ from transformers_shapes import esm_config
 from raptide.config import load_settings
 from raptide.errors import BundleError, ConfigError
 from raptide.model.formats.detect import read_weights, write_weights
-from raptide.training.checkpoints.checkpoint import SavedCheckpoint, Storage
+from raptide.training.checkpoints.checkpoint import SavedCheckpoint
 from raptide.training.checkpoints.export import read_zero_weights
+from raptide.training.checkpoints.owned import Storage
 from raptide.training.engine import build_model
 from raptide.training.planning.recipe import Recipe
 from raptide.training.run_folder import load_resumed

@@ -19,12 +19,12 @@ pytestmark = pytest.mark.usefixtures("alone")
 class PlainEngine:
     """What train_step asks of a DeepSpeed engine, done by torch; some passes can give NaN."""
 
-    def __init__(self, accumulation, poisoned=()):
+    def __init__(self, accumulation, poisoned=(), clip=1e9):
         settings = ModelSettings(layers=1, width=32, heads=2)
         self.module = Esm(settings).initialise(3)
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.0)
         self.device = torch.device("cpu")
-        self._accumulation, self._poisoned = accumulation, poisoned
+        self._accumulation, self._poisoned, self._clip = accumulation, poisoned, clip
         self._passes = self._steps = 0
 
     def __call__(self, packed, targets):
@@ -41,6 +41,8 @@ class PlainEngine:
     def step(self):
         self._steps += 1
         if self._steps % self._accumulation == 0:
+            self.found = [p.grad.clone() for p in self.module.parameters()]
+            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._clip)
             self.gradients = [p.grad.clone() for p in self.module.parameters()]
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -90,3 +92,32 @@ def test_an_update_of_nothing_but_nan_changes_no_weight():
     result, engine = run(a_batch(2), poisoned=(0, 1))
     assert math.isnan(result.loss)
     assert all((gradient == 0).all() for gradient in engine.gradients)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_under_a_finite_loss_spoils_no_weight(wrong):
+    """One value in one pass; clipping would spread it over all."""
+    batch = a_batch(3)
+    bounds = share_bounds(3, 0, 1, 1, 3)
+    engine = PlainEngine(3, clip=1.0)
+    engine.optimizer = torch.optim.AdamW(engine.module.parameters(), lr=1e-3)
+    share = cut_share(bounds, ESM_33, engine.device, batch)
+    stepper = Stepper(engine, 1)
+    clean = stepper.step(share, 1e-3)
+    expected = torch.stack([gradient.norm() for gradient in engine.found]).norm()
+    assert clean.grad_norm == pytest.approx(expected.item(), rel=1e-5)
+    assert not clean.skipped
+
+    def spoil(gradient):
+        spoiled = gradient.clone()
+        spoiled[0] = wrong
+        return spoiled
+
+    handle = engine.module.layers[0].fc1.bias.register_hook(spoil)
+    result = stepper.step(share, 1e-3)
+    assert math.isfinite(result.loss)
+    assert result.left_out == 0
+    assert result.skipped
+    assert all(parameter.isfinite().all() for parameter in engine.module.parameters())
+    handle.remove()
+    assert not stepper.step(share, 1e-3).skipped

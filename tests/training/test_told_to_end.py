@@ -10,7 +10,8 @@ from lone_worker import run_here
 from small_runs import as_recipe, make_recipe, metrics, run_to_the_end
 
 from raptide.training import worker
-from raptide.training.checkpoints.checkpoint import Storage, newest_checkpoint
+from raptide.training.checkpoints.checkpoint import newest_checkpoint
+from raptide.training.checkpoints.owned import Storage
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

@@ -23,7 +23,7 @@ import ray
 
 from raptide.bulk.folder import DEDUP, PARTS, REJECT_ROW, OutputFolder
 from raptide.bulk.units import Records, Source, Unit
-from raptide.storage import patiently
+from raptide.patience import patiently
 
 PARTITIONS = 64
 """By the first byte of a digest."""

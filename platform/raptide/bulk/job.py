@@ -23,7 +23,7 @@ from raptide.bulk.units import Source, Survey, Unit
 from raptide.bulk.work import Work
 from raptide.bulk.worker import DONE, Done, UnitWorker, read_units
 from raptide.errors import InputError, RaptideError, plain_errors
-from raptide.storage import read_surely
+from raptide.patience import read_surely
 
 ENGINES_PER_READER = 8
 

@@ -16,7 +16,7 @@ from raptide.bulk.process import EngineProcess, Limits
 from raptide.bulk.search import Notes, compute_surely
 from raptide.bulk.units import Records, Source, Unit
 from raptide.bulk.work import Rejected, Work
-from raptide.storage import TRIES, unreadable
+from raptide.patience import TRIES, unreadable
 
 READ, DONE = "unit", "done"
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from raptide.errors import CorpusError
+from raptide.patience import patiently, unreadable
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -117,17 +118,21 @@ class Corpus:
 
         Raises:
             CorpusError: there is no finished corpus, or it has another format version.
+            RaptideError: the file system does not give it out.
         """
         path = Path(path)
+        file = path / MANIFEST
         try:
-            manifest = json.loads((path / MANIFEST).read_text())
-        except FileNotFoundError:
+            manifest = json.loads(patiently(file.read_text))
+        except (FileNotFoundError, NotADirectoryError):
             raise CorpusError(
                 f"{path} holds no finished corpus (no {MANIFEST}); build one with "
                 f"`python jobs/build_corpus.py --input FASTA --output {path}`."
             ) from None
-        except (OSError, ValueError) as error:
-            raise CorpusError(f"{path / MANIFEST} cannot be read ({error}); build again.") from None
+        except OSError as error:
+            raise unreadable(str(file), error) from None
+        except ValueError as error:
+            raise CorpusError(f"{file} is damaged ({error}); build again.") from None
         version = manifest.get("format_version")
         if version != FORMAT_VERSION:
             raise CorpusError(
@@ -142,12 +147,7 @@ class Corpus:
 
     @cached_property
     def _blocks(self) -> pa.Table:
-        try:
-            return pq.read_table(self.path / BLOCK_TABLE)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise CorpusError(
-                f"{self.path / BLOCK_TABLE} cannot be read ({error}); build again."
-            ) from None
+        return _read_parquet(self.path / BLOCK_TABLE, pq.ParquetFile.read)
 
     def blocks(self, split: Split) -> list[dict[str, Any]]:
         """The block table's rows of one split, in corpus order."""
@@ -159,6 +159,7 @@ class Corpus:
 
         Raises:
             CorpusError: the shard is missing or damaged.
+            RaptideError: the file system does not give it out.
         """
         columns = ["cluster", "cluster_size", "first_member", "members"]
         return ClusterRows.from_table(self.read_columns(block, columns))
@@ -168,18 +169,14 @@ class Corpus:
 
         Raises:
             CorpusError: the shard is missing or damaged.
+            RaptideError: the file system does not give it out.
         """
-        file = self.path / block["shard"]
-        try:
-            with pq.ParquetFile(file, page_checksum_verification=True) as shard:
-                return shard.read_row_group(block["row_group"], columns)
-        except FileNotFoundError:
-            raise _missing(file) from None
-        except (OSError, pa.ArrowInvalid, IndexError) as error:
-            raise CorpusError(
-                f"{file}, row group {block['row_group']} cannot be read ({error}); the corpus is "
-                "damaged, build it again."
-            ) from None
+        group = block["row_group"]
+        return _read_parquet(
+            self.path / block["shard"],
+            lambda shard: shard.read_row_group(group, columns),
+            f", row group {group}",
+        )
 
     def verify(self) -> None:
         """Compare the hash of every file with the manifest's, several files at once, and the digest
@@ -187,19 +184,21 @@ class Corpus:
 
         Raises:
             CorpusError: names the first file that is missing or has another hash.
+            RaptideError: names the first that the file system does not give out.
         """
         names, expected = zip(*self._files(), strict=True)
         files = [self.path / name for name in names]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             hashes = tqdm(pool.map(_hash_of, files), "verifying", len(files), disable=None)
-            for file, hoped, found in zip(files, expected, hashes, strict=True):
-                if found != hoped:
-                    pool.shutdown(cancel_futures=True)
-                    if found is None:
-                        raise _missing(file)
-                    raise CorpusError(
-                        f"{file} is damaged: expected sha256 {hoped}, found {found}; build again."
-                    )
+            try:
+                for file, hoped, found in zip(files, expected, hashes, strict=True):
+                    if found != hoped:
+                        raise CorpusError(
+                            f"{file} is damaged: expected sha256 {hoped}, found {found}; build "
+                            "again."
+                        )
+            finally:
+                pool.shutdown(cancel_futures=True)
 
         found = digest_of_blocks(self._blocks.to_pylist())
         if found != self.digest:
@@ -254,8 +253,45 @@ def _joined(strings: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return offsets.astype(np.int64) - offsets[0], joined[offsets[0] : offsets[-1]]
 
 
-def _hash_of(file: Path) -> str | None:
-    return sha256_of_file(file) if file.is_file() else None
+def _hash_of(file: Path) -> str:
+    try:
+        return patiently(lambda: sha256_of_file(file))
+    except FileNotFoundError:
+        raise _missing(file) from None
+    except OSError as error:
+        raise unreadable(str(file), error) from None
+
+
+def _read_parquet(
+    file: Path, read: Callable[[pq.ParquetFile], pa.Table], place: str = ""
+) -> pa.Table:
+    """What is read in one of a corpus's files, opened anew where the file system stumbles.
+
+    Args:
+        place: in the file, for the error.
+
+    Raises:
+        CorpusError: the file is missing, or Parquet says that it is damaged.
+        RaptideError: the file system does not give it out.
+    """
+
+    def attempt() -> pa.Table:
+        try:
+            with pq.ParquetFile(file, page_checksum_verification=True) as opened:
+                return read(opened)
+        except (OSError, pa.ArrowInvalid, IndexError) as error:
+            if isinstance(error, OSError) and error.errno:  # Parquet's own have no number
+                raise
+            raise CorpusError(
+                f"{file}{place} cannot be read ({error}); the corpus is damaged, build it again."
+            ) from None
+
+    try:
+        return patiently(attempt)
+    except FileNotFoundError:
+        raise _missing(file) from None
+    except OSError as error:
+        raise unreadable(f"{file}{place}", error) from None
 
 
 def _missing(file: Path) -> CorpusError:

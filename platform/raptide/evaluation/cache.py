@@ -25,7 +25,8 @@ import numpy as np
 from raptide.errors import ConfigError, RaptideError
 from raptide.evaluation.results import Figure, Heatmap, Lines, Measure, Points
 from raptide.evaluation.samples import of_arrays, to_arrays
-from raptide.storage import PARTIAL, Storage, reason_of
+from raptide.patience import reason_of
+from raptide.storage import PARTIAL, Storage
 
 FORMAT_VERSION = 1
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 from raptide.evaluation.report.content import Emergence, Moment
+from raptide.small_files import read_lines
 from raptide.training.watching.tracking import METRICS, STEP
 
 EVALUATED, BENCH = "eval/step", "bench/"
@@ -23,7 +23,7 @@ def read_emergence(path: Path) -> Emergence | None:
         return None
     moments: dict[int, Moment] = {}
     tokens: dict[int, int] = {}
-    for line in _lines(file):
+    for line in read_lines(file):
         if "progress/tokens" in line:
             tokens[line[STEP]] = line["progress/tokens"]
         found = {k.removeprefix(BENCH): v for k, v in line.items() if k.startswith(BENCH)}
@@ -35,14 +35,3 @@ def read_emergence(path: Path) -> Emergence | None:
         for step, moment in sorted(moments.items())
     ]
     return Emergence(str(path), whole) if len(whole) > 1 else None
-
-
-def _lines(file: Path) -> list[dict]:
-    """Of a file that may end in the middle of a line."""
-    found = []
-    for text in file.read_text().splitlines():
-        try:
-            found.append(json.loads(text))
-        except ValueError:
-            continue
-    return found

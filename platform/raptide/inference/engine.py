@@ -1,6 +1,6 @@
 """The engine: one loaded model, protein sequences in, numpy arrays out.
 
-    engine = Engine.load("runs/demo/checkpoints/step-00000300/model")
+    engine = Engine.load("exported")
     engine.embed(["MKTAYIAKQR", "GSHM"])                      # [2, D]
     engine.embed(["MKTAYIAKQR"], pooling="residue")           # [[10, D]]
     engine.score_sequences(["MKTAYIAKQR", "GSHM"])            # [2], higher is likelier

@@ -20,6 +20,7 @@ from raptide.alphabet import encode_residues
 from raptide.errors import BundleError
 from raptide.model.packed import Packed
 from raptide.model.transformer import Esm
+from raptide.patience import patiently, unreadable
 
 CHECK = "check.json"
 
@@ -34,10 +35,19 @@ fp32 differs between machines by the order of sums; bf16 by its 8 bits.
 
 
 def write_check(folder: Path, model: Esm) -> None:
-    """Record what `model` answers."""
+    """Record what `model` answers.
+
+    Raises:
+        BundleError: it is no number.
+    """
     limit = model.settings.max_tokens
     sequence = SEQUENCE[: limit - model.settings.alphabet.num_specials] if limit else SEQUENCE
     embedding, log_likelihood = _answer(model, sequence)
+    if not _are_numbers(embedding, log_likelihood):
+        raise BundleError(
+            "The model answers a known sequence with something that is no number, so it is not "
+            "written; take the weights of an earlier step."
+        )
     record = {
         "sequence": sequence,
         "dtype": _dtype(model),
@@ -56,7 +66,7 @@ def verify_check(folder: Path, model: Esm) -> bool:
     record = _read(folder / CHECK)
     sequence = SEQUENCE[:8] if record is None else str(record["sequence"])
     embedding, log_likelihood = _answer(model, sequence)
-    if not (np.isfinite(embedding).all() and np.isfinite(log_likelihood or 0.0)):
+    if not _are_numbers(embedding, log_likelihood):
         raise BundleError(
             f"The model in {folder} answers a known sequence with something that is no number; "
             "serve another checkpoint."
@@ -100,16 +110,22 @@ def _answer(model: Esm, sequence: str) -> tuple[np.ndarray, float | None]:
         return embedding, float(picked.double().mean())
 
 
+def _are_numbers(embedding: np.ndarray, log_likelihood: float | None) -> bool:
+    return bool(np.isfinite(embedding).all() and np.isfinite(log_likelihood or 0.0))
+
+
 def _dtype(model: Esm) -> str:
     return "fp32" if model.embed.weight.dtype == torch.float32 else "bf16"
 
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(patiently(file.read_text))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError):
+    except OSError as error:
+        raise unreadable(str(file), error) from None
+    except ValueError:
         raise BundleError(f"{file} cannot be read; copy the folder again.") from None
     if not isinstance(record, dict) or not {"sequence", "dtype", "log_likelihood", "embedding"} <= (
         set(record)

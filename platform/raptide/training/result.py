@@ -8,15 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from raptide.errors import CheckpointError
-from raptide.training.checkpoints.checkpoint import (
-    MODEL,
-    RUN_INFO,
-    Storage,
-    local_checkpoint,
-    newest_checkpoint,
-)
+from raptide.patience import read_surely
+from raptide.small_files import read_lines, write_whole
+from raptide.training.checkpoints.checkpoint import MODEL, local_checkpoint, newest_checkpoint
+from raptide.training.checkpoints.owned import Storage, read_run_info
 from raptide.training.planning.recipe import Recipe
-from raptide.training.watching.audit import Audit, write_audit
+from raptide.training.watching.audit import Audit, keep_audit, read_audit
 from raptide.training.watching.heldout import UNIFORM_ECE, Ece, Evaluations
 from raptide.training.watching.tracking import METRICS
 
@@ -60,7 +57,15 @@ def is_finished(folder: Path, recipe: Recipe) -> bool:
     evaluations = Evaluations.of_manifest(saved.manifest)
     all_steps = saved.step >= recipe.training.steps
     over = all_steps or evaluations.is_over(recipe.evaluation.patience)
-    return over and evaluations.step == saved.step == json.loads(file.read_text())["step"]
+    return over and evaluations.step == saved.step == _step_of_result(file)
+
+
+def _step_of_result(file: Path) -> int | None:
+    """None where it is no result: the run is finished once more."""
+    try:
+        return json.loads(read_surely(str(file), file.read_text))["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def read_result(folder: Path, recipe: Recipe, *, step: int | None = None) -> RunResult:
@@ -79,9 +84,9 @@ def read_result(folder: Path, recipe: Recipe, *, step: int | None = None) -> Run
         or step not in (None, saved.step)
     ):
         raise CheckpointError(f"{folder} ended without its last checkpoint; run it with --resume.")
-    info = json.loads((folder / RUN_INFO).read_text())
+    info = read_run_info(folder)
     speed = "speed/tokens_per_s"
-    metrics = list(map(json.loads, (folder / METRICS).read_text().splitlines()))
+    speeds = [line[speed] for line in read_lines(folder / METRICS) if speed in line]
     return RunResult(
         folder=folder,
         checkpoint=local_checkpoint(folder, saved),
@@ -91,14 +96,18 @@ def read_result(folder: Path, recipe: Recipe, *, step: int | None = None) -> Run
         unigram_ece=Ece(**info["unigram_ece"]),
         uniform_ece=UNIFORM_ECE,
         failed_evaluations=Evaluations.of_manifest(saved.manifest).failed,
-        tokens_per_s=statistics.median(line[speed] for line in metrics if speed in line),
+        tokens_per_s=statistics.median(speeds or [0.0]),
         wandb_offline=any((folder / "wandb").glob("offline-run-*")),
-        audit=write_audit(folder) if recipe.tracking.audit else None,
+        audit=read_audit(folder) if recipe.tracking.audit else None,
     )
 
 
 def write_result(result: RunResult) -> None:
-    """Write `result.json`, all of it or nothing."""
-    partial = result.folder / f"{RESULT}.partial"
-    partial.write_text(json.dumps(asdict(result), default=str, indent=1) + "\n")
-    partial.rename(result.folder / RESULT)
+    """Write `result.json`, and what the audit comes to.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    if result.audit is not None:
+        keep_audit(result.folder, result.audit)
+    write_whole(result.folder / RESULT, json.dumps(asdict(result), default=str, indent=1) + "\n")

@@ -19,7 +19,9 @@ from pyarrow.fs import FileType
 
 from raptide.config import load_settings
 from raptide.errors import CheckpointError, ConfigError
-from raptide.training.checkpoints.checkpoint import RUN_INFO, Storage, has_finished_one
+from raptide.small_files import write_whole
+from raptide.training.checkpoints.checkpoint import has_finished_one
+from raptide.training.checkpoints.owned import RUN_INFO, Storage
 from raptide.training.planning.recipe import Recipe
 from raptide.training.planning.resuming import changed_fields
 from raptide.training.result import is_finished
@@ -107,7 +109,7 @@ def begin_run(folder: Path, recipe: Recipe, baseline: Ece) -> None:
     partial = folder.with_name(f"{folder.name}.{run_id}.partial")
     partial.mkdir(parents=True)
     try:
-        (partial / RUN_INFO).write_text(json.dumps(info) + "\n")
+        write_whole(partial / RUN_INFO, json.dumps(info) + "\n")
         keep_recipe(partial, recipe)
         partial.rename(folder)  # takes the place of nothing but an empty folder
     except OSError as error:
@@ -120,10 +122,12 @@ def begin_run(folder: Path, recipe: Recipe, baseline: Ece) -> None:
 
 
 def keep_recipe(folder: Path, recipe: Recipe) -> None:
-    """Write down the recipe that a run goes on with."""
-    partial = folder / f"{RECIPE}.partial"
-    partial.write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
-    partial.replace(folder / RECIPE)
+    """Write down the recipe that a run goes on with.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    write_whole(folder / RECIPE, yaml.safe_dump(recipe.model_dump(), sort_keys=False))
 
 
 @contextmanager

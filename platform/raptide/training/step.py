@@ -25,6 +25,10 @@ class StepResult:
     left_out: int
     """Targets in micro-batches whose loss was NaN or infinite."""
 
+    grad_norm: float = 0.0
+    """Of the gradients of all of them, before clipping; NaN or infinite if one of them is. Then no
+    gradient was used."""
+
     look: bool = False
     """Rank 0 asks all ranks to look for a preemption notice."""
 
@@ -33,6 +37,11 @@ class StepResult:
 
     leave: bool = False
     """Rank 0 asks all ranks to save and to go, to be resumed another time."""
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the gradients were no numbers, so that none was used."""
+        return not math.isfinite(self.grad_norm)
 
 
 class ForwardTime:
@@ -74,9 +83,11 @@ class Stepper:
         """
         Args:
             engine: DeepSpeed's, or what does the same for a model: it is called, goes back and
-                steps, and has `module`, `optimizer` and `device`.
+                steps, and has `module`, `optimizer` and `device`. DeepSpeed's optimizers leave out
+                gradients that are no numbers by themselves; for torch's own it is done here.
         """
         self._engine, self._workers = engine, workers
+        self._guards = isinstance(engine.optimizer, torch.optim.Optimizer)
         self._forward = ForwardTime(torch.device(engine.device))
         self.forward_s = 0.0
         """Seconds of this rank's own forward passes in the last step."""
@@ -87,6 +98,19 @@ class Stepper:
     def _only_if_finite(self, gradient: torch.Tensor) -> torch.Tensor:
         """Before anything adds it up: a pass whose loss is no number gives nothing."""
         return torch.where(self._finite, gradient, 0.0)
+
+    def _only_if_all_finite(self) -> torch.Tensor:
+        """The norm of the whole batch's gradients; they become zeros if it is no number.
+
+        Else every weight would be none after the update, since clipping divides by it.
+        """
+        parameters = self._engine.module.parameters()
+        gradients = [each.grad for each in parameters if each.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        spoiled = ~torch.isfinite(norm)
+        for gradient in gradients:
+            gradient.masked_fill_(spoiled, 0.0)
+        return norm
 
     def step(
         self,
@@ -102,31 +126,33 @@ class Stepper:
         The loss of a micro-batch is a sum, scaled so that the whole step is the mean over the
         targets of the global batch, whatever the number of workers: DeepSpeed divides gradients by
         workers and by accumulation, which the factor takes back. A micro-batch whose loss is not
-        finite is left out of the update.
+        finite is left out of the update, and so is everything if a gradient is not finite.
 
         What rank 0 asks of the others, `look`, `stop` and `leave`, travels with the loss.
         """
         total = self.launch(share, rate, look=look, stop=stop, leave=leave)
-        nats, left_out, *asked = total.tolist()
+        nats, left_out, *asked, norm_sum = total.tolist()
         self.forward_s = self._forward.seconds()
         kept = max(share.batch.num_targets, 1) - left_out
         loss = nats / kept if kept > 0 else math.nan
-        return StepResult(loss, int(left_out), *(ask > 0 for ask in asked))
+        norm = norm_sum / self._workers
+        return StepResult(loss, int(left_out), norm, *(ask > 0 for ask in asked))
 
     def launch(
         self, share: Share, rate: float, *, look: bool, stop: bool, leave: bool = False
     ) -> torch.Tensor:
         """Everything but reading what came of it: nothing here waits for the device.
 
-        Returns over all workers the nats, the targets left out, and who asks to look, to stop and
-        to leave, [5] float64.
+        Returns over all workers the nats, the targets left out, who asks to look, to stop and to
+        leave, and the norms of the gradients, of which each worker knows the whole, [6] float64.
         """
         engine = self._engine
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
         factor = self._workers * len(share.micro) / max(share.batch.num_targets, 1)
         found = torch.zeros(2, dtype=torch.float64, device=engine.device)
-        for micro in share.micro:
+        norm = None
+        for index, micro in enumerate(share.micro):
             with self._forward.pass_through():
                 loss = engine(micro.packed, micro.targets).sum()
             self._finite = torch.isfinite(loss.detach())
@@ -134,11 +160,16 @@ class Stepper:
             left_out = torch.where(self._finite, 0.0, float(len(micro.targets.at_N)))
             found += torch.stack([kept.detach(), left_out])
             engine.backward(kept * factor)
+            if self._guards and index == len(share.micro) - 1:
+                norm = self._only_if_all_finite()
             engine.step()
+        if norm is None:
+            norm = engine.get_global_grad_norm()
         asked = found.new_full((3,), float(look))
         asked[1].fill_(float(stop))
         asked[2].fill_(float(leave))
-        total = torch.cat([found, asked])
+        norm = torch.as_tensor(norm, dtype=found.dtype, device=found.device)
+        total = torch.cat([found, asked, norm.reshape(1)])
         if self._workers > 1:
             dist.all_reduce(total)
         return total

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ from raptide.data.streaming.stream import Source, StreamPlan
 from raptide.errors import CheckpointError, ConfigError, CorpusError, plain_errors
 from raptide.model.config import ModelSettings
 from raptide.model.formats.detect import read_weights
+from raptide.patience import reason_of
 from raptide.training.checkpoints.checkpoint import (
-    RUN_INFO,
-    Storage,
     find_bundle,
     forget_ray_snapshot,
     newest_checkpoint,
 )
+from raptide.training.checkpoints.owned import RUN_INFO, Storage, read_run_info
+from raptide.training.group import train_worker
 from raptide.training.planning.recipe import Recipe
 from raptide.training.planning.resuming import with_absolute_paths
 from raptide.training.planning.room import choose_device, look_around, worker_needs
@@ -39,9 +42,9 @@ from raptide.training.run_folder import (
 from raptide.training.watching.heldout import heldout_rows, unigram_ece
 from raptide.training.watching.leaving import LEFT, saved_on_sigterm
 from raptide.training.watching.picture import draw_run
-from raptide.training.watching.progress import BoardActor, shown
+from raptide.training.watching.progress import BoardActor, shown, warn_here
 from raptide.training.watching.validation import Bench
-from raptide.training.worker import Run, train_worker
+from raptide.training.worker import Run
 from raptide.version import code_version
 
 
@@ -136,14 +139,15 @@ def pretrain(
         begin_run(folder, recipe, baseline)
     with alone_in(folder):
         (folder / RESULT).unlink(missing_ok=True)  # there again once all is done
-        keep_recipe(folder, recipe)
+        with without_ending("The run goes on, but its recipe was not written down"):
+            keep_recipe(folder, recipe)
         return _train(recipe, plan, folder, device, bench)
 
 
 def _train(
     recipe: Recipe, plan: StreamPlan, folder: Path, device: str, bench: Bench | None
 ) -> RunResult:
-    info = json.loads((folder / RUN_INFO).read_text())
+    info = read_run_info(folder)
     board = BoardActor.options(scheduling_strategy=on_this_node()).remote()
     run = Run(
         recipe=recipe,
@@ -152,6 +156,7 @@ def _train(
         run_id=info["wandb_run_id"],
         code_version=code_version(),
         device=device,
+        driver=uuid.uuid4().hex,
         board=board,
         bench=bench,
     )
@@ -162,9 +167,24 @@ def _train(
         print(f"{folder} is saved at step {ended['step']}; --resume goes on.", file=sys.stderr)
         raise KeyboardInterrupt
     result = read_result(folder, recipe, step=ended["step"])
-    draw_run(folder, result.unigram_ece.all_chosen)
-    write_result(result)
+    with without_ending("The run's curve was not drawn"):
+        draw_run(folder, result.unigram_ece.all_chosen)
+    with without_ending(f"The run is done, but {RESULT} was not written; --resume writes it"):
+        write_result(result)
     return result
+
+
+@contextmanager
+def without_ending(what: str) -> Iterator[None]:
+    """Within the block a disk that is full, or fails, is told of and ends nothing.
+
+    Args:
+        what: is not done then.
+    """
+    try:
+        yield
+    except OSError as error:
+        warn_here(f"{what} ({reason_of(error)}).")
 
 
 def _fit(run: Run) -> None:

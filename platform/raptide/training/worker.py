@@ -1,4 +1,4 @@
-"""What each Ray Train worker runs: build the engine, go on from the checkpoint, train, save."""
+"""One rank of a run: build the engine, go on from the checkpoint, train, save."""
 
 from __future__ import annotations
 
@@ -14,28 +14,25 @@ import ray.train
 from ray.train.collective import broadcast_from_rank_zero
 
 from raptide.alphabet import ALPHABETS
+from raptide.attempts import Attempt
 from raptide.cluster import on_this_node
 from raptide.data.streaming.batch import Cursor, GlobalBatch
 from raptide.data.streaming.feeder import BatchReader, FeederActor
 from raptide.data.streaming.stream import StreamPlan
-from raptide.errors import CheckpointUnsaved, OutOfMemory, RaptideError
+from raptide.errors import CheckpointUnsaved
 from raptide.model.formats.detect import write_weights
 from raptide.model.formats.weights import Weights
 from raptide.training.ahead import SharesAhead
 from raptide.training.batches import Share, cut_share, share_bounds
-from raptide.training.checkpoints.checkpoint import (
-    MODEL,
-    SavedCheckpoint,
-    Storage,
-    checkpoint_name,
-    newest_checkpoint,
-)
+from raptide.training.checkpoints.checkpoint import MODEL, SavedCheckpoint, newest_checkpoint
+from raptide.training.checkpoints.keeping import best_effort
+from raptide.training.checkpoints.owned import Storage
 from raptide.training.checkpoints.saving import CheckpointWriter
 from raptide.training.checkpoints.scratch import scratch_folder
 from raptide.training.engine import build_engine, full_state, load_state
-from raptide.training.planning.estimate import checkpoint_bytes, explain_memory, ran_out_of_memory
+from raptide.training.planning.estimate import checkpoint_bytes
 from raptide.training.planning.recipe import Recipe, learning_rate
-from raptide.training.process import collect_garbage, garbage_by_hand, prepare_process
+from raptide.training.process import collect_garbage, garbage_by_hand
 from raptide.training.step import Stepper, StepResult
 from raptide.training.watching.audit import AuditWriter
 from raptide.training.watching.heldout import Evaluations, HeldoutEvaluator, heldout_rows
@@ -44,7 +41,7 @@ from raptide.training.watching.metrics import StepMetrics
 from raptide.training.watching.ranks import BoardWatch
 from raptide.training.watching.tracking import Tracker, start_tracking
 from raptide.training.watching.validation import Bench, RunEvaluations
-from raptide.training.watching.watch import HangWatch, LossWatch, begin_attempt
+from raptide.training.watching.watch import HangWatch, LossWatch
 
 LOOK_EVERY_S = 5.0
 """Seconds between two looks at what goes on beside the steps: preemption notices, evaluations."""
@@ -61,41 +58,18 @@ class Run:
     """W&B's id, the same through all restarts."""
     code_version: str
     device: str
+    driver: str
+    """Tells the process that started the workers from all others."""
     board: Any
-    """Handle of the driver's progress board."""
+    """Handle of its progress board."""
     bench: Bench | None
     """What checkpoints are asked beside their held-out ECE."""
-
-
-def train_worker(config: dict[str, Any]) -> None:
-    """The Ray Train loop function; `config["run"]` is a `Run`."""
-    run: Run = config["run"]
-    training = run.recipe.training
-    prepare_process(run.device, training.precision, compiles=training.compile)
-    rank = ray.train.get_context().get_world_rank()
-    begun = begin_attempt(Path(run.folder), run.board) if rank == 0 else None
-    attempt = broadcast_from_rank_zero(begun)
-    if attempt is None:  # Ray Train restarts after any error; this one no restart can mend
-        return
-    try:
-        with ExitStack() as stack:
-            Worker(run, attempt, stack).train()
-    except RaptideError as error:
-        ray.get(run.board.give_up.remote(error))
-        raise
-    except RuntimeError as error:
-        if not ran_out_of_memory(error):
-            raise
-        workers = ray.train.get_context().get_world_size()
-        mistake = OutOfMemory(explain_memory(run.recipe, workers, rank))
-        ray.get(run.board.give_up.remote(mistake))
-        raise mistake from error
 
 
 class Worker:
     """One rank of a run."""
 
-    def __init__(self, run: Run, attempt: int, stack: ExitStack) -> None:
+    def __init__(self, run: Run, attempt: Attempt, stack: ExitStack) -> None:
         context = ray.train.get_context()
         self._run = run
         self._recipe = run.recipe
@@ -103,9 +77,12 @@ class Worker:
         self._attempt = attempt
         folder = Path(run.folder)
         timeout_s = self._recipe.cluster.hang_timeout_s
-        watch = HangWatch(folder, self._rank, attempt, timeout_s)
+        watch = HangWatch(folder, self._rank, attempt.number, timeout_s)
         self._hang_watch = stack.enter_context(closing(watch))
-        self._loss_watch = LossWatch(self._recipe.training.max_nonfinite_steps)
+        self._loss_watch = LossWatch(
+            self._recipe.training.max_nonfinite_steps,
+            scales_loss=self._recipe.training.precision == "fp16",
+        )
         self._bounds = share_bounds(
             self._recipe.stream.batch_rows,
             self._rank,
@@ -132,13 +109,13 @@ class Worker:
         self._save_at_once = self._left = False
         self._tracker = self._start_tracking(stack)
         self._stepper = Stepper(self._engine, self._workers)
-        self._board_watch = BoardWatch(run.board, self._rank, attempt)
+        self._board_watch = BoardWatch(run.board, self._rank, attempt.number)
         cut = partial(cut_share, self._bounds, ALPHABETS[run.plan.alphabet], self._engine.device)
         self._shares = SharesAhead(reader.batches(self._steps_left), cut, self._engine.device)
         stack.callback(self._shares.close)
         self._audit = None
         if self._recipe.tracking.audit:
-            writer = AuditWriter(folder, self._rank, attempt)
+            writer = AuditWriter(folder, self._rank, attempt.number, run.board.warn.remote)
             self._audit = stack.enter_context(closing(writer))
 
     def train(self) -> None:
@@ -150,7 +127,7 @@ class Worker:
             with garbage_by_hand():
                 self._train_steps()
         if self._left:
-            self._refuse_unsaved(leaving=True)
+            self._refuse_trouble(leaving=True)
             self._post(phase=LEFT, step=self._step)
         else:
             self._finish()
@@ -172,8 +149,9 @@ class Worker:
             self._post(step=self._step, loss=result.loss, step_s=step_s, tokens_per_s=speed)
             last = result.stop or self._step == recipe.training.steps
             evaluate = last or self._step % recipe.evaluation.every_steps == 0
-            self._left = result.leave and not last
-            last = last or result.leave
+            # A step with losses or gradients that are none is not saved: a later one will do.
+            self._left = result.leave and not last and not self._loss_watch.nonfinite_steps
+            last = last or self._left
             if evaluate and not recipe.evaluation.asynchronous:
                 evaluation = self._evaluator.measure(self._engine, self._engine.device)
                 self._evaluations.take(evaluation, self._step)
@@ -183,7 +161,8 @@ class Worker:
             if last or self._save_at_once or self._step % recipe.checkpoint.every_steps == 0:
                 beside = evaluate and recipe.evaluation.asynchronous
                 beside = beside and (not last or self._run.bench is not None)
-                stall_s = self._save(share.batch.next_cursor, result.loss, beside)
+                if last or not self._loss_watch.nonfinite_steps:
+                    stall_s = self._save(share.batch.next_cursor, result.loss, beside)
             if last:
                 self._writer.wait()
             self._log(share.batch, result, step_s, stall_s)
@@ -201,6 +180,7 @@ class Worker:
         saved = self._choose_checkpoint()
         self._engine = build_engine(self._recipe, self._workers, self._run.device, saved)
         self._step, self._tokens = 0, 0
+        self._newest = saved.name if saved is not None else ""
         if saved is None:
             return Cursor(), Evaluations()
         load_state(self._engine, saved, self._workers)
@@ -237,11 +217,21 @@ class Worker:
             self._leaving |= leaving
             self._save_at_once = True
             self._warn(f"A node is to go away: saving a checkpoint after step {self._step}.")
-        self._refuse_unsaved()
+        if self._rank == 0:
+            self._writer.look()
+        self._refuse_trouble()
         self._evaluations.look()
         self._board_watch.look()
 
-    def _refuse_unsaved(self, *, leaving: bool = False) -> None:
+    def _refuse_trouble(self, *, leaving: bool = False) -> None:
+        """
+        Raises:
+            Superseded: another attempt owns the run.
+            CheckpointUnsaved: the last save failed, and the recipe says to stop then, or the run
+                was to leave with it.
+        """
+        if self._writer.superseded is not None:
+            raise self._writer.superseded
         unsaved = self._writer.problem
         if unsaved and (leaving or self._recipe.checkpoint.when_unsaved == "stop"):
             raise CheckpointUnsaved(unsaved)
@@ -257,9 +247,9 @@ class Worker:
         what a benchmark asks of it, beside them as ever.
         It is there already, so that who resumes a run that dies in here comes back here.
         """
-        self._refuse_unsaved()
+        self._refuse_trouble()
         self._hang_watch.progress()
-        evaluations, name = self._evaluations, checkpoint_name(self._step)
+        evaluations, name = self._evaluations, self._newest
         self._post(phase="evaluating")
         last = None
         if evaluations.so_far.step != self._step:
@@ -273,10 +263,15 @@ class Worker:
         self._writer.prune(name)
         for evaluation in evaluations.unlogged():
             self._tracker.log(self._step, evaluation)
-        saved = newest_checkpoint(Storage.of_ray_train(), only=f"{MODEL}/")
-        if saved is not None:
-            facts = {"step": saved.step, **evaluations.so_far.to_manifest()}
-            self._tracker.link("model", self._run.run_id, f"{saved.uri}/{MODEL}", **facts)
+        self._link_model()
+
+    def _link_model(self) -> None:
+        assert self._tracker is not None
+        with best_effort(self._warn, "W&B was not told of the model"):
+            saved = newest_checkpoint(Storage.of_ray_train(), only=f"{MODEL}/")
+            if saved is not None:
+                facts = {"step": saved.step, **self._evaluations.so_far.to_manifest()}
+                self._tracker.link("model", self._run.run_id, f"{saved.uri}/{MODEL}", **facts)
 
     def _log(
         self, batch: GlobalBatch, result: StepResult, step_s: float, stall_s: float | None
@@ -289,12 +284,13 @@ class Worker:
         if not (due or evaluations or stall_s is not None):
             return
         metrics = {
-            **self._measures.loss(self._step, result, self._engine.get_global_grad_norm()),
+            **self._measures.loss(self._step, result),
             **self._measures.speed(batch, step_s, self._shares.last_wait_s),
             "train/spikes": self._loss_watch.spikes,
+            "train/skipped_steps": self._loss_watch.skipped,
             "progress/tokens": self._tokens,
             "progress/epoch": batch.next_cursor.epoch,
-            "system/restarts": self._attempt - 1,
+            "system/restarts": self._attempt.number - 1,
             **self._board_watch.metrics,
         }
         if stall_s is not None:
@@ -305,13 +301,8 @@ class Worker:
         for evaluation in evaluations or [{}]:
             self._tracker.log(self._step, metrics | evaluation)
 
-    def _save(self, cursor: Cursor, loss: float, evaluate_beside: bool) -> float | None:
-        """Save what this step has come to, unless its loss says that it is no numbers any more.
-
-        Returns the seconds that training stood still for it; None where nothing was saved.
-        """
-        if self._loss_watch.nonfinite_steps:
-            return None
+    def _save(self, cursor: Cursor, loss: float, evaluate_beside: bool) -> float:
+        """Save what this step has come to; the seconds that training stood still for it."""
         self._hang_watch.progress()
         started = time.perf_counter()
         run, recipe = self._run, self._recipe
@@ -333,7 +324,7 @@ class Worker:
         state = full_state(self._engine, recipe.training)
         lineage = {name: manifest[name] for name in manifest if name not in ("cursor", "inv_freq")}
         weights = Weights(recipe.model, state, inv_freq, lineage=lineage)
-        self._writer.save(
+        self._newest = self._writer.save(
             self._engine,
             manifest | {"awaits_evaluation": evaluate_beside},
             lambda folder: write_weights(folder, weights),
@@ -384,7 +375,8 @@ class Worker:
             return None
         run, corpora = self._run, [source.open() for source in self._run.plan.sources]
         facts = {"code_version": run.code_version, "workers": self._workers}
-        tracker = start_tracking(self._recipe, Path(run.folder), run.run_id, corpora, facts)
+        folder = Path(run.folder)
+        tracker = start_tracking(self._recipe, folder, run.run_id, corpora, facts, self._warn)
         stack.enter_context(tracker)
         tracker.link_corpora(corpora)
         return tracker

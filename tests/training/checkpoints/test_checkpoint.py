@@ -1,21 +1,34 @@
+import errno
 import hashlib
 import json
 
 import pytest
-from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+from pyarrow.fs import LocalFileSystem, PyFileSystem, SubTreeFileSystem
+from stumbles import Stumbling, hurry
 
+from raptide.attempts import Attempt
 from raptide.config import parse_settings
-from raptide.errors import BundleError, CheckpointError
+from raptide.errors import BundleError, CheckpointError, PassingTrouble
 from raptide.training.checkpoints.checkpoint import (
-    CHECKPOINTS,
-    Storage,
+    find_bundle,
+    has_finished_one,
+    newest_checkpoint,
+    open_checkpoint,
+)
+from raptide.training.checkpoints.keeping import (
     amend_manifest,
     awaiting_evaluation,
-    discard,
-    find_bundle,
-    newest_checkpoint,
+    best_effort,
     prune,
 )
+from raptide.training.checkpoints.owned import (
+    CHECKPOINTS,
+    Storage,
+    begin_attempt,
+    checkpoint_name,
+    counted_names,
+)
+from raptide.training.checkpoints.saving import send_folder
 from raptide.training.checkpoints.scratch import scratch_folder
 from raptide.training.planning.recipe import Recipe
 
@@ -29,8 +42,8 @@ def recipe(**training):
     return parse_settings(Recipe, tree, source="test")
 
 
-def write_checkpoint(run, step, **changes):
-    folder = run / CHECKPOINTS / f"step-{step:08d}"
+def write_checkpoint(run, step, attempt=None, **changes):
+    folder = run / CHECKPOINTS / checkpoint_name(step, attempt)
     (folder / "model").mkdir(parents=True)
     (folder / "model/config.json").write_text("{}")
     (folder / "zero.pt").write_bytes(b"weights")
@@ -46,6 +59,8 @@ def write_checkpoint(run, step, **changes):
         "fingerprint": FINGERPRINT,
         "recipe": recipe().model_dump(),
         "files": files,
+        "heldout_ece": None,
+        "heldout_step": 0,
     } | changes
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
@@ -85,13 +100,6 @@ def test_a_broken_one_is_skipped_by_name_and_the_one_before_is_used(run, damage,
         "it has no manifest.json, so it ", ""
     ).replace("its manifest.json ", "")
     assert folder.exists(), "looking must not delete"
-
-
-def test_what_an_interrupted_save_left_is_discarded_before_the_next(run):
-    storage = Storage.of(run / CHECKPOINTS)
-    discard(storage, "step-00000030")
-    discard(storage, "step-00000040")  # not there: nothing to do
-    assert newest(run).step == 20
 
 
 def test_a_checkpoint_on_another_file_system_is_verified_and_fetched(run, tmp_path, monkeypatch):
@@ -174,3 +182,115 @@ def test_another_stream_and_another_stage_are_refused(run):
         saved.refuse_other_run(FINGERPRINT | {"seed": 2}, recipe())
     with pytest.raises(CheckpointError, match=r"resume with training.zero_stage=2"):
         saved.refuse_other_run(FINGERPRINT, recipe(zero_stage=0))
+
+
+def stumbling_storage(run, times, *deeds, error=errno.EIO):
+    """The run's checkpoints in a file system whose deeds fail so often for each path."""
+    handler = Stumbling(times, error, only=deeds)
+    return Storage(PyFileSystem(handler), str(run / CHECKPOINTS)), handler
+
+
+READING = ("info", "list", "open")
+
+
+def test_a_storage_that_stumbles_is_asked_again(run, monkeypatch):
+    hurry(monkeypatch)
+    storage, handler = stumbling_storage(run, 1)
+    assert newest_checkpoint(storage).step == 30
+    assert has_finished_one(storage)
+    amend_manifest(storage, "step-00000030", {"heldout_step": 30})
+    assert open_checkpoint(storage, "step-00000030").manifest["heldout_step"] == 30
+    (run / "zero").mkdir()
+    (run / "zero/state.pt").write_bytes(b"state")
+    assert send_folder(run / "zero", storage, "step-00000040") == {
+        "state.pt": hashlib.sha256(b"state").hexdigest()
+    }
+    storage.delete("step-00000040")
+    prune(storage, "step-00000030", 1, 0)
+    assert [name for name in storage.names("", folders=True) if "step" in name] == ["step-00000030"]
+    assert {deed for deed, _ in handler.seen} >= {*READING, "create", "write", "delete_dir"}
+
+
+@pytest.mark.parametrize("deed", READING)
+def test_what_the_storage_does_not_give_out_is_not_passed_over(run, monkeypatch, deed, capsys):
+    """Steps would be lost for nothing: it may be whole."""
+    hurry(monkeypatch)
+    storage, _ = stumbling_storage(run, 10**9, deed)
+    with pytest.raises(PassingTrouble, match="cannot be reached"):
+        newest_checkpoint(storage) if deed != "info" else has_finished_one(storage)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("deed", ["list", "open", "delete_dir"])
+def test_nothing_is_deleted_that_cannot_be_read_and_what_is_not_deleted_is_told(
+    run, monkeypatch, deed
+):
+    hurry(monkeypatch)
+    storage, _ = stumbling_storage(run, 10**9, deed)
+    warnings = []
+    with best_effort(warnings.append, "Old checkpoints were not deleted"):
+        prune(storage, "step-00000030", 1, 0)
+    (sentence,) = warnings
+    assert sentence.startswith("Old checkpoints were not deleted: /")
+    assert len(list((run / CHECKPOINTS).glob("step-*/manifest.json"))) == 3
+
+
+def counted(run):
+    return counted_names(Storage.of(run / CHECKPOINTS))
+
+
+def test_what_the_last_attempt_saved_counts_and_what_counted_when_it_began(run):
+    """10, 20 and 30 are of an earlier version, which knew no attempts."""
+    storage = Storage.of(run / CHECKPOINTS)
+    old = counted(run)
+    first = begin_attempt(storage, above=7)
+    assert first.number == 8
+    assert counted(run) == old
+    mine = write_checkpoint(run, 40, first)
+    (run / CHECKPOINTS / checkpoint_name(45, first)).mkdir()  # not finished
+    second = begin_attempt(storage, above=7)
+    assert counted(run) == [*old, mine.name], "it was not finished when the second began"
+    late = write_checkpoint(run, 50, first)  # the first still lives
+    write_checkpoint(run, 20, second)
+    taken = write_checkpoint(run, 40, second)
+    assert newest(run).name == taken.name == f"step-00000040-{second.name}"
+    assert late.name not in counted(run)
+    third = begin_attempt(storage, above=7)
+    write_checkpoint(run, 45, second)
+    assert newest(run).name == taken.name
+    assert find_bundle(run).parent.name == taken.name
+    write_checkpoint(run, 50, third)
+    prune(storage, checkpoint_name(50, third), 1, 0)
+    assert [path.name for path in (run / CHECKPOINTS).glob("step-*")] == [
+        f"step-00000050-{third.name}"
+    ]
+
+
+def test_an_attempt_that_could_not_say_what_counted_goes_on_from_those_before_it(run):
+    storage = Storage.of(run / CHECKPOINTS)
+    first = begin_attempt(storage)
+    write_checkpoint(run, 40, first)
+    second = begin_attempt(storage)
+    (run / CHECKPOINTS / "attempts" / second.name).write_text("")
+    assert newest(run).step == 40
+    write_checkpoint(run, 50, Attempt(second.number, "0"))  # one that began with it, and lost
+    assert newest(run).step == 40
+
+
+def test_a_checkpoint_may_be_named_by_its_step_alone(run):
+    """As commands and deployment files name it that were written down before."""
+    storage = Storage.of(run / CHECKPOINTS)
+    attempt = begin_attempt(storage)
+    saved = write_checkpoint(run, 40, attempt)
+    write_checkpoint(run, 40, Attempt(0, "0"))
+    for name in ("step-00000040", "step-00000040/model"):
+        assert find_bundle(run / CHECKPOINTS / name) == saved.resolve() / "model"
+    assert find_bundle(run / CHECKPOINTS / "step-00000030").parent.name == "step-00000030"
+    with pytest.raises(BundleError):
+        find_bundle(run / CHECKPOINTS / "step-00000050")
+
+
+def test_run_info_that_is_damaged_is_told(run):
+    (run / "run.json").write_text("")
+    with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
+        Storage.of_run(run)

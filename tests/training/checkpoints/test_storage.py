@@ -1,9 +1,13 @@
 """Checkpoints in an S3 bucket and on a full disk: real servers, real disks."""
 
+import re
+from types import SimpleNamespace
+
 import pyarrow.fs
 import pytest
 import storages
 from lone_worker import run_here
+from pyarrow.fs import PyFileSystem
 from small_runs import (
     EVERY,
     STEPS,
@@ -14,12 +18,15 @@ from small_runs import (
     metrics,
     run_to_the_end,
 )
+from stumbles import Stumbling, fill, hurry
 
 from raptide.errors import CheckpointError, CheckpointUnsaved, ConfigError
 from raptide.evaluation.beside import RunBenchmark
 from raptide.evaluation.emergence import read_emergence
 from raptide.inference.engine import Engine
-from raptide.training.checkpoints.checkpoint import Storage, find_bundle, newest_checkpoint
+from raptide.training.checkpoints import saving
+from raptide.training.checkpoints.checkpoint import find_bundle, newest_checkpoint
+from raptide.training.checkpoints.owned import Storage, checkpoint_step
 from raptide.training.trainer import prepare_run
 from raptide.training.watching.audit import audited_steps
 
@@ -49,7 +56,8 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(whole, stored):
     assert losses(run.folder) == {step: curve[step] for step in range(1, STEPS // 2 + 1)}
     assert not (run.folder / "checkpoints").exists()
     names = [info.base_name for info in listed(Storage.of_run(run.folder))]
-    assert names == ["step-00000006", "step-00000012"], "the best, and the newest"
+    steps = [checkpoint_step(name) for name in names]
+    assert steps == [EVERY, 2 * EVERY], "the best, and the newest"
     assert run.failed_evaluations == 0
     assert find_bundle(run.folder) == run.bundle
     assert Engine.load(run.bundle).lineage["step"] == STEPS // 2
@@ -95,14 +103,14 @@ def test_a_run_goes_on_from_a_bucket_past_a_damaged_checkpoint(whole, stored, ca
     """At another number of workers, from the checkpoint before the damaged one."""
     tree, run = stored
     storage = Storage.of_run(run.folder)
-    victim = f"{storage.path}/step-00000012/model/config.json"
+    name = listed(storage)[-1].base_name
+    victim = f"{storage.path}/{name}/model/config.json"
     with storage.filesystem.open_output_stream(victim) as file:
         file.write(b"{}")
     tree["training"]["steps"] = STEPS // 2 + 2
     resumed = run_to_the_end(as_recipe(tree, workers=1), run.folder, resume=True)
-    assert (
-        "Skipping checkpoint step-00000012: model/config.json is damaged" in capsys.readouterr().out
-    )
+    told = capsys.readouterr().out
+    assert f"Skipping checkpoint {name}: model/config.json is damaged" in told
     assert resumed.step == STEPS // 2 + 2
     assert resumed.audit.redone_steps == EVERY
     audit, curve = dict(audited_steps(whole.folder)), losses(whole.folder)
@@ -138,6 +146,59 @@ def test_a_full_disk_stops_the_run_or_not_and_the_last_good_checkpoint_stays(
         assert [info.base_name for info in listed(saved.storage)] == [saved.name], "nothing half"
         saved.storage.filesystem.delete_dir(saved.storage.path)
         tree["checkpoint"]["when_unsaved"] = "stop"
-        with pytest.raises(CheckpointUnsaved, match=r"step-00000012 could not be saved .*No space"):
+        with pytest.raises(
+            CheckpointUnsaved, match=r"step-00000012-\S+ could not be saved .*No space"
+        ):
             run_here(as_recipe(tree, workers=1), tmp_path / "stops")
         assert newest_checkpoint(Storage.of_run(tmp_path / "stops")).step == EVERY
+
+
+def test_a_full_scratch_warns_as_a_full_storage_does(alone, corpus, tmp_path, monkeypatch, capsys):
+    """It was free when it was asked, and is full when DeepSpeed writes."""
+    tree = make_recipe(corpus, steps=EVERY)
+    free = SimpleNamespace(free=10**15)
+    with storages.small_disk(tmp_path / "disk", 1) as disk:  # one checkpoint has two megabytes
+        monkeypatch.setattr("tempfile.tempdir", str(disk))
+        monkeypatch.setattr(saving.shutil, "disk_usage", lambda folder: free)
+        with pytest.raises(CheckpointError, match="ended without its last checkpoint"):
+            run_here(as_recipe(tree, workers=1), tmp_path / "run")
+    assert max(losses(tmp_path / "run")) == EVERY
+    assert re.search(
+        r"Warning: step-00000006-\S+ could not be saved \(rank 0: ", capsys.readouterr().err
+    )
+    assert listed(Storage.of_run(tmp_path / "run")) == []
+
+
+def test_a_full_run_folder_neither_prevents_nor_ends_a_run(alone, corpus, tmp_path, capsys):
+    """Its checkpoints lie elsewhere. A torn line, and a result that is none, are no harm either."""
+    tree = make_recipe(corpus, steps=EVERY)
+    tree["checkpoint"]["storage"] = (tmp_path / "storage").as_uri()
+    with storages.small_disk(tmp_path / "disk", 1) as disk:
+        run = disk / "run"
+        run_here(as_recipe(tree, workers=1), run)
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"trainer/global_st')
+        (run / "result.json").write_text("")
+        tree["training"]["steps"] = 2 * EVERY
+        fill(disk)
+        ended = run_here(as_recipe(tree, workers=1), run, resume=True)
+        assert ended.step == 2 * EVERY
+        assert not (run / "result.json").exists()
+    told = capsys.readouterr().err
+    assert "Warning: The run goes on, but its recipe was not written down (No space left" in told
+    assert "metrics.jsonl loses lines (No space left on device)" in told
+    assert "result.json was not written; --resume writes it (No space left on device)" in told
+
+
+def test_a_storage_that_deletes_nothing_ends_no_run(alone, corpus, tmp_path, monkeypatch, capsys):
+    hurry(monkeypatch)
+    tree = make_recipe(corpus, steps=2 * EVERY)
+    tree["checkpoint"]["keep"] = 1
+    never = PyFileSystem(Stumbling(10**9, only=("delete_dir",)))
+    storage = Storage(never, str(tmp_path / "storage"))
+    monkeypatch.setattr(Storage, "of_run", lambda folder: storage)
+    monkeypatch.setattr("raptide.training.result.local_checkpoint", lambda run, saved: saved.name)
+    assert run_here(as_recipe(tree, workers=1), tmp_path / "run").step == 2 * EVERY
+    assert len(listed(storage)) == 2
+    told = capsys.readouterr().err
+    assert "Warning: Old checkpoints were not deleted, and will be tried again: " in told

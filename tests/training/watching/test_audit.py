@@ -1,6 +1,6 @@
 import json
 
-from raptide.training.watching.audit import AUDIT, audited_steps, write_audit
+from raptide.training.watching.audit import AUDIT, audited_steps, read_audit
 
 
 def write(run, rank, *lines):
@@ -28,6 +28,6 @@ def test_a_step_counts_by_its_last_attempt_and_what_was_redone_is_told(tmp_path)
         3: [(0, "hash-2"), (1, "hash-2"), (2, "hash-2")],
         **{step: [(0, "hash-3")] for step in (4, 5, 6)},
     }
-    audit = write_audit(tmp_path)
+    audit = read_audit(tmp_path)
     assert (audit.steps, audit.rows, audit.attempts) == (6, 10, 3)
     assert (audit.redone_steps, audit.longest_redone) == (4, 2)

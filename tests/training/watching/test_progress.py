@@ -1,4 +1,4 @@
-from raptide.training.watching.progress import describe_state
+from raptide.training.watching.progress import Board, describe_state
 
 
 def test_figures_appear_as_they_become_known():
@@ -6,3 +6,12 @@ def test_figures_appear_as_they_become_known():
     state = {"step": 40, "loss": 2.5, "step_s": 61.0, "tokens_per_s": 12345.6}
     assert describe_state(state, 100) == ["loss 2.500", "12,346 tokens/s", "1:01:00 left"]
     assert "held-out ECE 14.02" in describe_state(state | {"heldout_ece": 14.02}, 100)
+
+
+def test_a_worker_that_wakes_too_late_takes_no_answer_from_its_successors():
+    board = Board()
+    board.sent("000002-b", "step-4", 0, {"a": "1"}, None)
+    board.sent("000001-a", "step-9", 1, {}, None)
+    assert board.answers("000002-b", "step-4") == {0: ({"a": "1"}, None)}
+    board.sent("000002-b", "step-8", 0, {}, None)
+    assert board.answers("000002-b", "step-4") == {}

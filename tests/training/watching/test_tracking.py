@@ -1,7 +1,12 @@
 import json
+from types import SimpleNamespace
 
 import pytest
+import wandb
+from offline_wandb import read_runs
 
+from raptide.training.checkpoints.checkpoint import SavedCheckpoint
+from raptide.training.checkpoints.owned import Storage
 from raptide.training.planning.recipe import TrackingSettings
 from raptide.training.watching.tracking import Tracker, resolve_mode
 
@@ -35,3 +40,53 @@ def test_disabled_writes_the_plain_copy_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line == {"trainer/global_step": 3, "train/loss": 2.5}
+
+
+@pytest.fixture
+def tracker(tmp_path):
+    """Opens a tracker in `tmp_path`; returns it and what it warned of."""
+
+    def track(mode):
+        warnings = []
+        options = {"run_id": "abc", "name": "x", "config": {}, "warn": warnings.append}
+        return Tracker(TrackingSettings(mode=mode), tmp_path, mode=mode, **options), warnings
+
+    yield track
+    wandb.teardown()  # its service runs beside this process
+
+
+def written(folder):
+    """What W&B has written, once its service has ended."""
+    wandb.teardown()
+    return [run for run in read_runs(folder / "wandb") if run[0]]
+
+
+def test_a_run_goes_on_offline_where_wandb_cannot_be_reached(tracker, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
+    opened, (warning,) = tracker("online")
+    with opened:
+        opened.log(1, {"train/loss": 2.5})
+    assert warning.startswith("W&B cannot be reached (")
+    assert "the run goes on offline: `wandb sync` sends it later" in warning
+    ((run_id, _, history, _),) = written(tmp_path)
+    assert (run_id, [row["train/loss"] for row in history]) == ("abc", [2.5])
+
+
+@pytest.mark.parametrize(
+    ("kind", "uri"),
+    [
+        ("gcs", "gs://b/runs/x/model"),
+        ("s3", "s3://b/runs/x/model"),
+        ("abfs", "abfs://b/runs/x/model"),
+    ],
+)
+def test_wandb_is_told_where_a_model_lies_in_any_storage(tracker, tmp_path, kind, uri):
+    storage = Storage(SimpleNamespace(type_name=kind), "b/runs")
+    opened, warnings = tracker("offline")
+    with opened:
+        opened.link("model", "abc", f"{SavedCheckpoint(storage, 'x', {}).uri}/model", step=3)
+    ((*_, artifacts),) = written(tmp_path)
+    assert artifacts == [("model", "model-abc", [uri])]
+    assert warnings == []

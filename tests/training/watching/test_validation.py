@@ -7,15 +7,19 @@ import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import ray
 from draws import generator
-from small_runs import EVERY, as_recipe, evaluations, make_recipe
+from pyarrow.fs import PyFileSystem
+from small_runs import EVERY, STEPS, as_recipe, checkpoint_of, evaluations, make_recipe
+from stumbles import Stumbling, hurry
 
 from raptide.evaluation.beside import RunBenchmark
-from raptide.training.checkpoints.checkpoint import Storage, awaiting_evaluation, prune
+from raptide.training.checkpoints.keeping import awaiting_evaluation, prune
+from raptide.training.checkpoints.owned import Storage
 from raptide.training.trainer import prepare_run
 from raptide.training.watching.heldout import Ece, Evaluation, Evaluations
 from raptide.training.watching.progress import BoardActor
@@ -54,7 +58,8 @@ def test_a_task_takes_what_is_free_and_leaves_some_to_the_data():
 @pytest.fixture
 def make(whole, corpus, tmp_path):
     """Evaluations of checkpoints that lie in `tmp_path/checkpoints`."""
-    shutil.copytree(whole.folder / "checkpoints", tmp_path / "checkpoints")
+    for step, name in zip(range(EVERY, STEPS + 1, EVERY), names, strict=True):
+        shutil.copytree(checkpoint_of(whole.folder, step), tmp_path / "checkpoints" / name)
     tree = make_recipe(corpus)
     plan = prepare_run(as_recipe(tree), tmp_path / "run")
 
@@ -76,6 +81,24 @@ def await_saves_of(storage, *names, **changes):
             manifest = json.load(before) | {"awaits_evaluation": True} | changes
         with open(file, "w") as after:
             json.dump(manifest, after)
+
+
+def test_what_cannot_be_written_down_now_is_told_and_written_later(tmp_path, monkeypatch):
+    hurry(monkeypatch)
+    (tmp_path / GOOD).mkdir()
+    (tmp_path / GOOD / "manifest.json").write_text('{"awaits_evaluation": true}')
+    handler = Stumbling(10**9, only=("create",))
+    storage = Storage(PyFileSystem(handler), str(tmp_path))
+    warnings = []
+    board = SimpleNamespace(warn=SimpleNamespace(remote=warnings.append))
+    run = RunEvaluations(None, None, "cpu", board, {}, Evaluations(failed=3), storage=storage)
+    run.write_down(GOOD)
+    assert warnings[0].startswith(f"What {GOOD} has come to was not written down, and will be")
+    handler.times = 0
+    run.look()
+    manifest = json.loads((tmp_path / GOOD / "manifest.json").read_text())
+    assert (manifest["awaits_evaluation"], manifest["heldout_failed"]) == (False, 3)
+    assert len(warnings) == 1
 
 
 def kill_evaluations():

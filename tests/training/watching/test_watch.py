@@ -1,5 +1,6 @@
 """Trouble that is seen early."""
 
+import math
 import subprocess
 import sys
 
@@ -40,11 +41,38 @@ def test_a_streak_of_losses_that_are_no_numbers_ends_the_run_but_single_ones_do_
     for left_out in (5, 0, 5):
         watch.see(StepResult(2.8, left_out))
         watch.refuse_divergence(3, last=False)
-    with pytest.raises(TrainingDiverged, match="in 1 steps in a row, up to step 3"):
-        watch.refuse_divergence(3, last=True)
+    watch.refuse_divergence(3, last=True)  # the weights are none the worse for what is left out
     watch.see(StepResult(2.8, 5))
     with pytest.raises(TrainingDiverged, match="in 2 steps in a row, up to step 4"):
         watch.refuse_divergence(4, last=False)
+
+
+def test_a_last_step_of_which_nothing_is_a_number_ends_the_run_without_it():
+    watch = LossWatch(max_nonfinite_steps=2)
+    watch.see(StepResult(math.nan, 5))
+    with pytest.raises(TrainingDiverged, match="in 1 steps in a row, up to step 3"):
+        watch.refuse_divergence(3, last=True)
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+def test_gradients_that_are_no_numbers_count_as_losses_do(norm):
+    watch = LossWatch(max_nonfinite_steps=2)
+    watch.see(StepResult(2.8, 0, norm))
+    assert (watch.nonfinite_steps, watch.skipped) == (1, 1)
+    watch.see(StepResult(2.8, 0, 1.0))
+    assert (watch.nonfinite_steps, watch.skipped) == (0, 1)
+    watch.see(StepResult(2.8, 5, 1.0))
+    watch.see(StepResult(2.8, 0, norm))
+    with pytest.raises(TrainingDiverged, match="The loss or a gradient was NaN or infinite in 2"):
+        watch.refuse_divergence(4, last=False)
+
+
+def test_steps_that_are_left_out_until_the_scale_of_the_loss_is_found_end_nothing():
+    watch = LossWatch(max_nonfinite_steps=2, scales_loss=True)
+    for _ in range(9):
+        watch.see(StepResult(2.8, 0, math.inf))
+        watch.refuse_divergence(9, last=True)
+    assert (watch.nonfinite_steps, watch.skipped) == (0, 9)
 
 
 def test_ranks_that_hang_leave_their_stacks_and_end(tmp_path):

@@ -12,7 +12,8 @@ import numpy as np
 from raptide.bulk.units import Unit, short_stretches
 from raptide.data.compressed import READ_BYTES, compression_of, decompress
 from raptide.errors import InputError
-from raptide.storage import Storage, patiently, read_surely
+from raptide.patience import patiently, read_surely
+from raptide.storage import Storage
 
 
 def open_plainly(

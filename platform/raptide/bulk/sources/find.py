@@ -21,7 +21,8 @@ from raptide.data.corpus import BLOCK_TABLE, MANIFEST, Split
 from raptide.data.fasta import ReadingRules
 from raptide.data.fasta_text import is_stream
 from raptide.errors import ConfigError
-from raptide.storage import Storage, is_uri, read_surely, storage_of
+from raptide.patience import read_surely
+from raptide.storage import Storage, is_uri, storage_of
 
 KNOWN = re.compile(
     r"\.(?:fasta|fas|fa|faa|fsa|pep|parquet)(?:\.(?:gz|bgz|bz2|xz|zst))?$", re.IGNORECASE

@@ -11,7 +11,8 @@ from raptide.bulk.units import Records, Sizes, Survey, Unit
 from raptide.data.compressed import READ_BYTES, STANDARD_INPUT
 from raptide.data.fasta import ReadingRules
 from raptide.errors import RaptideError
-from raptide.storage import Storage, reason_of
+from raptide.patience import reason_of
+from raptide.storage import Storage
 
 INPUTS = "inputs"
 """Folder of the copies, while a job goes on. The same bytes given again are the same units."""

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from raptide.alphabet import decode_residues, encode_residues
 from raptide.bulk.units import Cutter, Records, Sizes, Survey, Unit, short_stretches
 from raptide.errors import ConfigError, SequenceError
-from raptide.storage import Storage, patiently
+from raptide.patience import patiently
+from raptide.storage import Storage
 
 BATCH_ROWS = 4096
 CHUNK = 1 << 22

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from raptide.data.building.cleaning import KEPT, REASONS, UNCLUSTERED, CleaningS
 from raptide.data.building.heldout import Listed
 from raptide.data.building.manifest import write_manifest
 from raptide.data.building.notes import record_of
+from raptide.data.building.partial import PartialFolder, read_json
 from raptide.data.building.shards import BucketReport, write_bucket
 from raptide.data.building.shuffle import range_bucket, shuffle
 from raptide.data.building.survey import MEMBERS, Source, Survey, survey
@@ -39,6 +39,7 @@ from raptide.data.corpus import FORMAT_VERSION, Corpus, sha256_of_file
 from raptide.data.fasta import ReadingRules, locate
 from raptide.data.fasta_text import FastaPart, split_fasta
 from raptide.errors import CorpusError, InputError, plain_errors
+from raptide.small_files import write_whole
 
 BUCKET_RESIDUES = 32 << 20
 """Residues in a bucket, about: the paper's 86 G residues take 2,600 buckets. A cluster is never
@@ -47,8 +48,6 @@ bucket holds its residues up to four times."""
 
 NAMED = 5
 """Listed clusters, at most, that a message names."""
-
-PLAN, SURVEY, NOTES = "plan.json", "survey.json", "notes"
 
 
 class BuildSettings(Settings):
@@ -101,6 +100,7 @@ def build_corpus(
         FastaError: an input file is no protein FASTA.
         CorpusError: the output folder exists; a cluster table contradicts itself or the input; or
             nothing is left.
+        Superseded: another build of this output has begun meanwhile, and goes on.
     """
     if settings.unclustered != "own" and not cluster_tables and settings.cluster_tag is None:
         raise CorpusError(
@@ -113,10 +113,13 @@ def build_corpus(
     listed = Listed(heldout_clusters)
     parts = [part for path in sorted(map(str, inputs)) for part in split_fasta(path)]
     files = sorted(map(Path, [*inputs, *cluster_tables]))
-    partial = output.with_name(output.name + ".partial")
-    _open_partial(partial, _fingerprint(parts, files, settings, listed), say)
+    partial = PartialFolder.open(
+        output.with_name(output.name + ".partial"),
+        _fingerprint(parts, files, settings, listed),
+        say,
+    )
     try:
-        with plain_errors():
+        with partial.explaining_errors(), plain_errors():
             inputs_described = [_describe.remote(str(file.resolve())) for file in files]
             source = Source(
                 parts=parts,
@@ -128,14 +131,14 @@ def build_corpus(
                 holdout_fraction=settings.holdout_fraction,
                 # The hashes only: a published list has millions of names, and every task gets it.
                 listed=ray.put(listed.hashes),
-                notes=partial / NOTES,
+                notes=partial.notes,
             )
             input_bytes = sum(file.stat().st_size for file in files)
             found = _survey_once(partial, source, settings.cleaning, input_bytes, say)
             _check(found, settings, say)
             if len(listed.hashes):
                 clusters = np.array(found.listed_found, np.uint64)
-                names = np.union1d(clusters, np.load(partial / NOTES / MEMBERS))
+                names = np.union1d(clusters, np.load(partial.notes / MEMBERS))
                 _check_list(names, listed, len(clusters), say)
                 source = replace(source, listed=ray.put(clusters))
             if source.tables and (alone := found.sums["unclustered"]):
@@ -150,10 +153,11 @@ def build_corpus(
             described = ray.get(inputs_described)
             dropped_first = {reason: ray.get(first) for reason, first in firsts.items()}
     except InputError:
-        shutil.rmtree(partial)
+        partial.give_up()
         raise
+    partial.refuse_others()
     write_manifest(
-        partial,
+        partial.path,
         reports,
         read=sum(found.reasons.values()),
         dropped={reason: n for reason, n in found.reasons.items() if reason and n},
@@ -166,8 +170,7 @@ def build_corpus(
         listed_heldout_clusters_found=len(found.listed_found),
         inputs=sorted(described, key=lambda file: (file["name"], file["sha256"])),
     )
-    _tidy(partial, len(reports))
-    partial.rename(output)
+    partial.finish(output, len(reports))
     return Corpus.open(output)
 
 
@@ -189,28 +192,19 @@ def _fingerprint(
     }
 
 
-def _open_partial(partial: Path, fingerprint: dict[str, Any], say: Callable[[str], None]) -> None:
-    plan = partial / PLAN
-    if plan.exists() and json.loads(plan.read_text()) == fingerprint:
-        say(f"Going on with the interrupted build in {partial}")
-        return
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / NOTES).mkdir(parents=True)
-    _write_json(plan, fingerprint)
-
-
 def _survey_once(
-    partial: Path,
+    partial: PartialFolder,
     source: Source,
     cleaning: CleaningSettings,
     input_bytes: int,
     say: Callable[[str], None],
 ) -> Survey:
-    file = partial / SURVEY
-    if not file.exists():
+    if read_json(partial.survey) is None:
         say("Pass 1 of 2: what is there, and what is dropped")
-        _write_json(file, asdict(survey(source, cleaning, input_bytes)))
-    return Survey(**json.loads(file.read_text()))
+        found = survey(source, cleaning, input_bytes)
+        partial.refuse_others()
+        write_whole(partial.survey, json.dumps(asdict(found)))
+    return Survey(**read_json(partial.survey))
 
 
 def _check(
@@ -272,7 +266,7 @@ def _check_list(
 
 
 def _write_buckets(
-    partial: Path,
+    partial: PartialFolder,
     source: Source,
     settings: BuildSettings,
     found: Survey,
@@ -280,44 +274,32 @@ def _write_buckets(
 ) -> list[BucketReport]:
     """Shuffle the records into buckets and write those that are not finished yet."""
     buckets = -(-found.sums["residues"] // BUCKET_RESIDUES)
-    done = np.array([_is_finished(partial, bucket) for bucket in range(buckets)])
+    done = np.array([partial.report(bucket) is not None for bucket in range(buckets)])
     one_each = settings.cluster_tag is None and not source.tables
 
     def bucket_of(table: pa.Table) -> np.ndarray:
         return range_bucket(table["order"], buckets)
 
     def write(bucket: int, records: pa.Table) -> pa.Table:
-        report = write_bucket(
+        partial.write_bucket(
             bucket,
-            records,
-            partial,
-            block_residues=settings.block_residues,
-            one_each=one_each,
-            number_sign="#" * (found.hash_signs + 1),
+            lambda folder: write_bucket(
+                bucket,
+                records,
+                folder,
+                block_residues=settings.block_residues,
+                one_each=one_each,
+                number_sign="#" * (found.hash_signs + 1),
+            ),
         )
-        _write_json(_report_of(partial, bucket), report)
         return pa.table({"bucket": [bucket]})
 
     if not done.all():
         say(f"Pass 2 of 2: {buckets - done.sum():,} of {buckets:,} buckets to write")
         records = source.placed(lambda table: ~done[bucket_of(table)])
         shuffle(records, buckets, bucket_of, write).take_all()
-    files = [_report_of(partial, bucket) for bucket in range(buckets)]
     empty = BucketReport(shards=[], renamed=0)
-    return [json.loads(file.read_text()) if file.exists() else empty for file in files]
-
-
-def _is_finished(partial: Path, bucket: int) -> bool:
-    report = _report_of(partial, bucket)
-    if not report.exists():
-        return False
-    shards = json.loads(report.read_text())["shards"]
-    files = [(partial / shard["name"], shard["bytes"]) for shard in shards]
-    return all(file.exists() and file.stat().st_size == size for file, size in files)
-
-
-def _report_of(partial: Path, bucket: int) -> Path:
-    return partial / f"bucket-{bucket:05d}.json"
+    return [partial.report(bucket) or empty for bucket in range(buckets)]
 
 
 @ray.remote
@@ -333,16 +315,3 @@ def _describe_record(parts: Sequence[FastaPart], number: int, rules: ReadingRule
     part, index = record_of(number)
     name, line = locate(parts[part], index, rules)
     return f"{name!r} in {Path(parts[part].path).name}:{line}"
-
-
-def _tidy(partial: Path, buckets: int) -> None:
-    shutil.rmtree(partial / NOTES)
-    for file in (PLAN, SURVEY, *(_report_of(partial, bucket).name for bucket in range(buckets))):
-        (partial / file).unlink(missing_ok=True)
-
-
-def _write_json(file: Path, content: Any) -> None:
-    """Write whole or not at all."""
-    new = file.with_suffix(".new")
-    new.write_text(json.dumps(content))
-    new.replace(file)

@@ -20,6 +20,7 @@ from raptide.data.corpus import (
     digest_of_blocks,
     sha256_of_file,
 )
+from raptide.small_files import write_whole
 
 SPLITS = ("train", "heldout")
 
@@ -55,7 +56,7 @@ def write_manifest(folder: Path, buckets: Sequence[BucketReport], **fields: Any)
         ],
         "blocks_sha256": sha256_of_file(folder / BLOCK_TABLE),
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def _total(shards: Sequence[ShardReport], split: str, field: str) -> dict[str, int]:

@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raptide.small_files import made_whole
+
 PART_BITS = 32
 CHUNK_BITS = 18
 
@@ -50,7 +52,8 @@ class Notes:
         cuts = [0, *(np.flatnonzero(np.diff(chunks)) + 1).tolist(), len(chunks)]
         for start, end in pairwise(cuts):
             if end > start:
-                pq.write_table(table.slice(start, end - start), self._file(int(chunks[start])))
+                with made_whole(self._file(int(chunks[start]))) as file:
+                    pq.write_table(table.slice(start, end - start), file)
 
     def read(self, first: int, count: int) -> Iterator[pa.Table]:
         """The notes of records `first` to `first + count - 1`, by number."""

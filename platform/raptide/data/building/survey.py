@@ -35,6 +35,7 @@ from raptide.data.building.shuffle import range_bucket, shuffle
 from raptide.data.fasta import FastaBatch, ReadingRules, read_fasta
 from raptide.data.fasta_text import FastaPart
 from raptide.errors import CorpusError
+from raptide.small_files import made_whole
 
 SURVEY_BYTES = 256 << 20
 """Bytes of input whose names and hashes one task of a shuffle holds."""
@@ -286,7 +287,8 @@ def _with_clusters_of_members(source: Source) -> Source:
         for table in found.iter_batches(batch_size=None, batch_format="pyarrow"):
             members.append(table["member"].to_numpy())
             clusters.append(table["cluster"].to_numpy())
-    np.save(source.notes / MEMBERS, np.unique(np.concatenate(members)))
+    with made_whole(source.notes / MEMBERS) as file, file.open("wb") as opened:
+        np.save(opened, np.unique(np.concatenate(members)))
     return replace(source, listed=ray.put(np.unique(np.concatenate(clusters))))
 
 

@@ -23,7 +23,7 @@ from raptide.evaluation.subjects.readers import Reader
 from raptide.evaluation.subjects.store import Store, write_values
 from raptide.evaluation.subjects.subject import Ask
 from raptide.evaluation.subjects.work import ReadWork
-from raptide.storage import reason_of
+from raptide.patience import reason_of
 
 ANSWERS: frozenset[Kind] = frozenset(
     ("residues", "mean", "sites", "contacts", "masked", "marginals", "pseudo", "letters")

@@ -27,6 +27,7 @@ from raptide.errors import BundleError
 from raptide.model.config import ModelSettings
 from raptide.model.formats.names import INV_FREQ, Named, tensor_names
 from raptide.model.formats.tensor_files import SAFETENSORS, read_folder
+from raptide.patience import patiently, read_surely, unreadable
 
 CONFIG, VOCABULARY, LINEAGE = "config.json", "vocab.txt", "raptide.json"
 
@@ -188,7 +189,9 @@ def _from_hugging_face(config: dict[str, Any], source: Path) -> ModelSettings:
 
 
 def _check_vocabulary(file: Path, settings: ModelSettings) -> None:
-    if file.is_file() and tuple(file.read_text().split()) != settings.alphabet.tokens:
+    if not file.is_file():
+        return
+    if tuple(read_surely(str(file), file.read_text).split()) != settings.alphabet.tokens:
         raise BundleError(
             f"{file} is not the {len(settings.alphabet)}-token alphabet of the ESM models; a model "
             "with other tokens cannot be read."
@@ -197,14 +200,16 @@ def _check_vocabulary(file: Path, settings: ModelSettings) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(patiently(path.read_text))
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(
             f"{path.parent} holds no {path.name}; name a model folder, such as the model/ folder "
             "of a checkpoint, or a .pt file of fair-esm."
         ) from None
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read ({error}).") from None
+    except OSError as error:
+        raise unreadable(str(path), error) from None
+    except ValueError as error:
+        raise BundleError(f"{path} is damaged ({error}); copy it again.") from None
     if not isinstance(tree, dict):
         raise BundleError(f"{path} must hold a JSON object; copy it again.")
     return tree

@@ -8,6 +8,7 @@ Each format is one file that knows neither the others nor what becomes of its te
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -72,11 +73,18 @@ def write_weights(path: str | Path, weights: Weights) -> None:
     written.
 
     Raises:
-        BundleError: fair-esm would not take the file for what it is.
+        BundleError: fair-esm would not take the file for what it is; or the model answers a known
+            sequence with something that is no number, and the folder is gone.
     """
     path = Path(path)
     if detect(path) == "fair_esm":
         fair_esm.write_fair_esm(path, name_tensors(weights, fair_esm.COLUMN))
     else:
+        new = not path.exists()
         bundle.write_bundle(path, name_tensors(weights, bundle.column(weights.settings)))
-        write_check(path, read_weights(path).build())
+        try:
+            write_check(path, read_weights(path).build())
+        except BundleError:
+            if new:
+                shutil.rmtree(path)
+            raise

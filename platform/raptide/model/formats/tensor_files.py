@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import pickle
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from raptide.errors import BundleError
+from raptide.patience import patiently, read_surely, unreadable
 
 SAFETENSORS = "model.safetensors"
 BIN = "pytorch_model.bin"
@@ -52,21 +54,23 @@ def digest_weights(path: Path) -> str:
 
     Raises:
         BundleError: there are none.
+        RaptideError: one cannot be read.
     """
     files = [path]
     if path.is_dir():
         patterns = ("model*.safetensors", "pytorch_model*.bin")
         files = next(filter(None, (sorted(path.glob(pattern)) for pattern in patterns)), [])
     whole = hashlib.sha256()
-    try:
-        for file in files:
-            with file.open("rb") as stream:
-                whole.update(hashlib.file_digest(stream, "sha256").digest())
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read ({error.strerror}).") from None
+    for file in files:
+        whole.update(read_surely(str(file), functools.partial(_digest, file)))
     if not files:
         raise BundleError(f"{path} holds no weights; name a model folder or a .pt file.")
     return whole.hexdigest()
+
+
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def read_pickle(file: Path) -> Any:
@@ -74,20 +78,27 @@ def read_pickle(file: Path) -> Any:
 
     Raises:
         BundleError: it is damaged, or would have to run code to be read.
+        RaptideError: the file system does not give it out.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
-            mapped = zipfile.is_zipfile(file)
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        return patiently(functools.partial(_unpickle, file))
     except FileNotFoundError:
         raise BundleError(f"{file} does not exist; name a model file or folder.") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+    except OSError as error:
+        raise unreadable(str(file), error) from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         reason = str(error).split("\n")[0].rstrip(".")
         raise BundleError(
             f"{file} is damaged, or holds more than tensors and plain values ({reason}); fetch it "
             "again from a source you trust."
         ) from None
+
+
+def _unpickle(file: Path) -> Any:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+        mapped = zipfile.is_zipfile(file)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def mentions(file: Path, word: str) -> bool:
@@ -106,9 +117,10 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
 
     Raises:
         BundleError: it is damaged.
+        RaptideError: the file system does not give it out.
     """
     try:
-        return load_file(file)
+        return read_surely(str(file), functools.partial(load_file, file))
     except SafetensorError as error:
         raise BundleError(f"{file} is damaged ({error}); copy it again.") from None
 
@@ -122,7 +134,7 @@ def _read_bin(file: Path) -> dict[str, torch.Tensor]:
 
 def _read_shards(index: Path, read: Callable[[Path], dict[str, torch.Tensor]]) -> Any:
     try:
-        places = dict(json.loads(index.read_text())["weight_map"])
+        places = dict(json.loads(read_surely(str(index), index.read_text))["weight_map"])
     except (ValueError, KeyError, TypeError):
         raise BundleError(f"{index} is no index of shards; copy it again.") from None
     tensors: dict[str, torch.Tensor] = {}

@@ -1,6 +1,6 @@
 """Checkpoints of a run, in its storage.
 
-    step-00000200/
+    step-00000200-000007-1f0c9a3e/
       manifest.json   step, cursor, fingerprint, recipe, rotary frequencies, sha256 of every file;
                   written last
       zero/state/     DeepSpeed's files, one or more a rank (pickle: only from your own storage)
@@ -15,17 +15,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pyarrow.fs
-import ray.train
 import torch
 
-import raptide.storage
 from raptide.config import parse_settings
 from raptide.data.streaming.batch import Cursor
 from raptide.data.streaming.stream import describe_difference
@@ -34,53 +31,30 @@ from raptide.kept import make_whole
 from raptide.model.formats.detect import read_weights
 from raptide.model.formats.strangers import recognise
 from raptide.storage import below
+from raptide.training.checkpoints.owned import (
+    FOLDER,
+    MANIFEST,
+    RUN_INFO,
+    Storage,
+    checkpoint_step,
+    counted_names,
+)
 from raptide.training.checkpoints.scratch import made_once
 from raptide.training.planning.recipe import Recipe
 from raptide.training.planning.resuming import refuse_changes
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 ZERO, ZERO_TAG, MODEL = "zero", "state", "model"
-CHECKPOINTS = "checkpoints"
-"""A run's storage, which is Ray Train's too, where the recipe names no other."""
-
-RUN_INFO = "run.json"
-"""What stays the same through all restarts of a run, in its folder."""
-
 FETCHED = "fetched"
 """Folder of a run for bundles that were fetched from its storage elsewhere."""
+
+SCHEMES = {"local": "file", "gcs": "gs"}
+"""Of URIs, by pyarrow's name of the file system, where the two differ."""
 
 TRANSFERS = 8
 """Files that are read from, or sent to, the storage at once."""
 
 CHUNK = 1 << 22
-
-
-class Storage(raptide.storage.Storage):
-    """Where a run's checkpoints lie."""
-
-    @classmethod
-    def of_run(cls, folder: Path) -> Storage:
-        """The storage of the run in a folder."""
-        info = folder / RUN_INFO
-        uri = json.loads(info.read_text())["checkpoints"] if info.is_file() else None
-        return cls.of(folder / CHECKPOINTS) if uri is None else cls.at(uri)
-
-    @classmethod
-    def of_ray_train(cls) -> Storage:
-        """The storage of the Ray Train run that this worker belongs to."""
-        context = ray.train.get_context().get_storage()
-        return cls(context.storage_filesystem, context.experiment_fs_path)
-
-
-def checkpoint_name(step: int) -> str:
-    """The folder of the checkpoint after a step."""
-    return f"step-{step:08d}"
-
-
-def checkpoint_step(name: str) -> int:
-    """The inverse of `checkpoint_name`."""
-    return int(name.removeprefix("step-"))
 
 
 @dataclass(frozen=True)
@@ -101,7 +75,8 @@ class SavedCheckpoint:
 
     @property
     def uri(self) -> str:
-        scheme = "file" if self.storage.is_local else self.storage.filesystem.type_name
+        name = self.storage.filesystem.type_name
+        scheme = SCHEMES.get(name, name)
         return f"{scheme}://{self.storage.path}/{self.name}"
 
     def refuse_other_run(self, fingerprint: dict[str, Any], recipe: Recipe) -> None:
@@ -155,10 +130,13 @@ def newest_checkpoint(
         only: verify the files whose names start so; by default all of them.
         skipped: told, in one sentence each, of those that do not count.
 
+    What the storage does not give out may be whole, so nothing older is taken in its place.
+
     Raises:
         CheckpointError: a checkpoint has another format version.
+        RaptideError: the storage does not give one out.
     """
-    for name in sorted(_checkpoint_names(storage), reverse=True):
+    for name in reversed(counted_names(storage)):
         manifest, problem = _verify(storage, name, only)
         if manifest is not None:
             return SavedCheckpoint(storage, name, manifest)
@@ -187,11 +165,7 @@ def verify_folder(folder: Path, *, only: str = "") -> dict[str, Any]:
 
 def has_finished_one(storage: Storage) -> bool:
     """Whether a checkpoint was ever finished, be it damaged since."""
-    manifests = [f"{storage.path}/{name}/{MANIFEST}" for name in _checkpoint_names(storage)]
-    return any(
-        info.type == pyarrow.fs.FileType.File
-        for info in storage.filesystem.get_file_info(manifests)
-    )
+    return any(storage.holds(f"{name}/{MANIFEST}") for name in counted_names(storage))
 
 
 def find_bundle(folder: Path) -> Path:
@@ -200,7 +174,7 @@ def find_bundle(folder: Path) -> Path:
     Raises:
         BundleError: there is none.
     """
-    folder = folder.resolve()
+    folder = Path(_with_attempt(str(folder.resolve()), Storage.of(folder)))
     if (folder / "config.json").is_file() or folder.suffix == ".pt":
         return folder
     if (folder / MODEL / "config.json").is_file():
@@ -224,6 +198,8 @@ def find_bundle_at(uri: str) -> str:
     storage = Storage.at(uri, "model")
     if storage.is_local:
         return str(find_bundle(Path(storage.path)))
+    uri = _with_attempt(uri, storage)
+    storage = Storage.at(uri, "model")
     if storage.path.endswith(".pt") or storage.holds("config.json"):
         return uri
     if storage.holds(f"{MODEL}/config.json"):
@@ -242,6 +218,23 @@ def run_of(path: Path) -> Path | None:
     return next((each for each in path.parents if (each / RUN_INFO).is_file()), None)
 
 
+def _with_attempt(path: str, storage: Storage) -> str:
+    """A path or URI of a checkpoint, or into one, that may name it by its step: `step-00000200`.
+
+    Args:
+        storage: of the same folder.
+    """
+    whole = PurePosixPath(storage.path)
+    for folder in (whole, whole.parent):
+        named = FOLDER.fullmatch(folder.name) is not None
+        if named and not Storage(storage.filesystem, str(folder)).is_there():
+            for name in reversed(counted_names(Storage(storage.filesystem, str(folder.parent)))):
+                if checkpoint_step(name) == checkpoint_step(folder.name):
+                    before, _, within = path.rpartition(folder.name)
+                    return f"{before}{name}{within}"
+    return path
+
+
 def local_checkpoint(run: Path, saved: SavedCheckpoint) -> Path:
     """A local folder with a checkpoint's bundle: its own, or one in the run folder."""
     if saved.storage.is_local:
@@ -253,83 +246,17 @@ def local_checkpoint(run: Path, saved: SavedCheckpoint) -> Path:
     return make_whole(target.parent, fill, lambda _: saved.key)
 
 
-def prune(
-    storage: Storage, newest: str, keep: int, keep_best: int, spare: Collection[str] = ()
-) -> None:
-    """Delete the checkpoints before `newest` that are neither among the newest nor the best.
-
-    Args:
-        spare: names that stay in any case.
-    """
-    earlier = sorted(name for name in _checkpoint_names(storage) if name <= newest)
-    manifests = {name: _read_manifest(storage, name)[0] for name in earlier}
-    finished = [name for name in earlier if manifests[name] is not None]
-    measured: list[tuple[float, str]] = []
-    for name in finished[:-keep]:
-        manifest = manifests[name]
-        assert manifest is not None
-        if manifest["heldout_ece"] and manifest["heldout_step"] == manifest["step"]:
-            measured.append((manifest["heldout_ece"]["all_chosen"], name))
-    best = [name for _, name in sorted(measured)[:keep_best]]
-    for name in earlier:
-        if name not in (*finished[-keep:], *best, *spare):
-            discard(storage, name)
-
-
-def awaiting_evaluation(storage: Storage, last_step: int) -> list[str]:
-    """Checkpoints up to a step whose evaluation was promised and never ended, oldest first."""
-    waiting = []
-    for name in sorted(_checkpoint_names(storage)):
-        manifest, _ = _read_manifest(storage, name)
-        due = manifest is not None and manifest.get("awaits_evaluation", False)
-        if due and checkpoint_step(name) <= last_step:
-            waiting.append(name)
-    return waiting
-
-
-def amend_manifest(storage: Storage, name: str, changes: dict[str, Any]) -> None:
-    """Write down what became known after a checkpoint was saved; nothing if it is gone."""
-    manifest, _ = _read_manifest(storage, name)
-    if manifest is not None:
-        write_manifest(storage, name, manifest | changes)
-
-
-def write_manifest(storage: Storage, name: str, manifest: dict[str, Any]) -> None:
-    """Write a checkpoint's manifest, all of it or nothing."""
-    target = f"{storage.path}/{name}/{MANIFEST}"
-    with storage.filesystem.open_output_stream(target + ".partial") as file:
-        file.write((json.dumps(manifest, indent=1) + "\n").encode())
-    storage.filesystem.move(target + ".partial", target)
-
-
-def discard(storage: Storage, name: str) -> None:
-    """Delete a checkpoint, if it is there: an old one, or what an interrupted save has left."""
-    folder = f"{storage.path}/{name}"
-    if storage.filesystem.get_file_info(folder).type == pyarrow.fs.FileType.Directory:
-        storage.filesystem.delete_dir(folder)
-
-
 def forget_ray_snapshot(storage: Storage) -> None:
     """Remove Ray Train's own list of a run's checkpoints, so that it cannot refuse to resume.
 
     It names folders that may be gone since, and is not written atomically.
     """
-    snapshot = f"{storage.path}/checkpoint_manager_snapshot.json"
-    if storage.filesystem.get_file_info(snapshot).type == pyarrow.fs.FileType.File:
-        storage.filesystem.delete_file(snapshot)
-
-
-def _checkpoint_names(storage: Storage) -> Iterator[str]:
-    selector = pyarrow.fs.FileSelector(storage.path, allow_not_found=True)
-    for info in storage.filesystem.get_file_info(selector):
-        if info.type == pyarrow.fs.FileType.Directory and info.base_name.startswith("step-"):
-            yield info.base_name
+    storage.delete("checkpoint_manager_snapshot.json")
 
 
 def _verify(storage: Storage, name: str, only: str) -> tuple[dict[str, Any] | None, str]:
     """The manifest if the checkpoint counts, else None and what is wrong with it."""
-    folder = f"{storage.path}/{name}"
-    manifest, problem = _read_manifest(storage, name)
+    manifest, problem = read_manifest(storage, name)
     if manifest is None:
         return None, problem
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -339,33 +266,40 @@ def _verify(storage: Storage, name: str, only: str) -> tuple[dict[str, Any] | No
         )
     files = [file for file in manifest["files"] if file.startswith(only)]
     with ThreadPoolExecutor(TRANSFERS) as pool:
-        found = pool.map(lambda file: _sha256(storage, f"{folder}/{file}"), files)
-        for file, digest in zip(files, found, strict=True):
-            if digest is None:
-                return None, f"{file} is missing"
-            if digest != (expected := manifest["files"][file]):
-                return None, f"{file} is damaged (sha256 {digest}, expected {expected})"
+        found = pool.map(lambda file: _sha256(storage, f"{name}/{file}"), files)
+        try:
+            for file, digest in zip(files, found, strict=True):
+                if digest is None:
+                    return None, f"{file} is missing"
+                if digest != (expected := manifest["files"][file]):
+                    return None, f"{file} is damaged (sha256 {digest}, expected {expected})"
+        finally:
+            pool.shutdown(cancel_futures=True)
     return manifest, ""
 
 
-def _read_manifest(storage: Storage, name: str) -> tuple[dict[str, Any] | None, str]:
+def read_manifest(storage: Storage, name: str) -> tuple[dict[str, Any] | None, str]:
     """A checkpoint's manifest, else None and what is wrong with it."""
-    try:
-        with storage.filesystem.open_input_file(f"{storage.path}/{name}/{MANIFEST}") as file:
-            return json.loads(file.read()), ""
-    except FileNotFoundError:
+    content = storage.find(f"{name}/{MANIFEST}")
+    if content is None:
         return None, f"it has no {MANIFEST}, so it was not finished"
-    except (OSError, ValueError) as error:
+    try:
+        return json.loads(content), ""
+    except ValueError as error:
         return None, f"its {MANIFEST} cannot be read ({error})"
 
 
-def _sha256(storage: Storage, path: str) -> str | None:
-    """Digest of a file in the storage, None if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with storage.filesystem.open_input_stream(path) as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-    except OSError:
-        return None
-    return digest.hexdigest()
+def _sha256(storage: Storage, name: str) -> str | None:
+    """Digest of a file in the storage, None if it is not there."""
+
+    def hashed(path: str) -> str | None:
+        digest = hashlib.sha256()
+        try:
+            with storage.filesystem.open_input_stream(path) as file:
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
+        except FileNotFoundError:
+            return None
+        return digest.hexdigest()
+
+    return storage.ask(name, hashed)

@@ -13,13 +13,13 @@ from raptide.config import parse_settings
 from raptide.model.formats.detect import read_weights
 from raptide.model.formats.weights import Weights
 from raptide.training.checkpoints.checkpoint import (
-    MANIFEST,
     MODEL,
     ZERO,
     ZERO_TAG,
     find_bundle,
     verify_folder,
 )
+from raptide.training.checkpoints.owned import MANIFEST
 from raptide.training.planning.recipe import Recipe
 
 

@@ -12,8 +12,9 @@ import hashlib
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ import torch.distributed as dist
 from ray.train import CheckpointUploadMode
 from safetensors import SafetensorError
 
+from raptide.attempts import Attempt, Attempts
+from raptide.errors import RaptideError, Superseded
+from raptide.patience import patiently
 from raptide.training.checkpoints.checkpoint import (
     CHUNK,
     FORMAT_VERSION,
@@ -32,15 +36,15 @@ from raptide.training.checkpoints.checkpoint import (
     TRANSFERS,
     ZERO,
     ZERO_TAG,
-    Storage,
-    checkpoint_name,
-    discard,
-    prune,
-    write_manifest,
 )
+from raptide.training.checkpoints.keeping import best_effort, prune, write_manifest
+from raptide.training.checkpoints.owned import Storage, checkpoint_name
 from raptide.training.planning.recipe import CheckpointSettings
 
 POLL_S = 0.1
+
+OWNER_EVERY_S = 60.0
+"""Seconds between two questions, beside those at each save, whose the storage is."""
 
 
 class CheckpointWriter:
@@ -50,14 +54,14 @@ class CheckpointWriter:
         self,
         settings: CheckpointSettings,
         board: Any,
-        attempt: int,
+        attempt: Attempt,
         scratch: Path,
         needed_bytes: float,
     ) -> None:
         """
         Args:
             board: handle of the driver's board, through which the workers tell rank 0.
-            attempt: tells this group of workers from the ones before.
+            attempt: whose checkpoints count as long as it owns the storage.
             scratch: a folder of this rank's own.
             needed_bytes: free space in the scratch without which nothing is saved.
         """
@@ -67,11 +71,15 @@ class CheckpointWriter:
         self._storage = Storage.of_ray_train()
         self._manifest: dict[str, Any] = {}
         self._write_bundle: Callable[[], None] | None = None
+        self._unwritten: list[str] = []
+        self._asked = time.monotonic()
         self._idle = threading.Event()
         self._idle.set()
         self.unevaluated: dict[str, float] = {}
         """Checkpoints that wait to be evaluated, and since when (`time.monotonic`), on rank 0; they
         must not be deleted yet."""
+        self.superseded: Superseded | None = None
+        """Who owns the storage now, on rank 0."""
         self.problem: str | None = None
         """Why the last checkpoint could not be saved, on rank 0."""
         self.last_seconds: float | None = None
@@ -82,8 +90,10 @@ class CheckpointWriter:
         engine: Any,
         manifest: dict[str, Any],
         write_bundle: Callable[[Path], None],
-    ) -> None:
+    ) -> str:
         """Save through Ray Train; every rank calls it and goes on once its files are written.
+
+        Returns the checkpoint's name.
 
         Args:
             manifest: what rank 0 writes, without `files`; with `awaits_evaluation` the checkpoint
@@ -92,17 +102,18 @@ class CheckpointWriter:
         """
         self.wait()
         self._began = time.perf_counter()
-        name = checkpoint_name(manifest["step"])
-        if not self._everyone_has_room():
-            self._fail(name, f"{self._scratch} has too little space on some node")
-            return
+        name = checkpoint_name(manifest["step"], self._attempt)
         folder = self._scratch / name
         shutil.rmtree(folder, ignore_errors=True)
-        engine.save_checkpoint(str(folder / ZERO), tag=ZERO_TAG, save_latest=False)
+        if not self._everyone_has_room(folder / ZERO / ZERO_TAG):
+            shutil.rmtree(folder, ignore_errors=True)
+            self._fail(name, f"{self._scratch} has too little space on some node")
+            return name
+        with noted_problems(engine) as self._unwritten:
+            engine.save_checkpoint(str(folder / ZERO), tag=ZERO_TAG, save_latest=False)
         self._write_bundle = None
         if dist.get_rank() == 0:
             self._write_bundle = partial(write_bundle, folder / MODEL)
-            discard(self._storage, name)  # what an interrupted save has left
         self._manifest = manifest
         self._idle.clear()
         ray.train.report(
@@ -112,14 +123,19 @@ class CheckpointWriter:
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=self._send,
         )
+        return name
 
     def wait(self) -> None:
         """Return once nothing is on its way any more; on rank 0, once the last one counts."""
         self._idle.wait()
 
-    def _everyone_has_room(self) -> bool:
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        enough = shutil.disk_usage(self._scratch).free >= self._needed_bytes
+    def _everyone_has_room(self, folder: Path) -> bool:
+        """Whether on every node the scratch has room, and a folder for the engine's files."""
+        try:
+            folder.mkdir(parents=True)
+            enough = shutil.disk_usage(folder).free >= self._needed_bytes
+        except OSError:
+            enough = False
         agreed = torch.tensor([int(enough)])
         if dist.get_backend() == "nccl":  # not exercised without a GPU
             agreed = agreed.cuda()
@@ -130,15 +146,18 @@ class CheckpointWriter:
         """Called by Ray Train in a thread of its own."""
         rank = ray.train.get_context().get_world_rank()
         files: dict[str, str] = {}
-        problem = None
+        problem = self._unwritten[0] if self._unwritten else None
         try:
             try:
-                if self._write_bundle is not None:
+                if problem is None and self._write_bundle is not None:
                     self._write_bundle()
-                files = send_folder(Path(local.path), self._storage, name)
-            except (OSError, SafetensorError) as error:
-                problem = f"rank {rank}: {error}"
-            ray.get(self._board.sent.remote(self._attempt, name, rank, files, problem))
+                if problem is None:
+                    files = send_folder(Path(local.path), self._storage, name)
+            except (OSError, SafetensorError, RaptideError) as error:
+                problem = str(error)
+            if problem is not None:
+                problem = f"rank {rank}: {problem}"
+            ray.get(self._board.sent.remote(self._attempt.name, name, rank, files, problem))
             if rank == 0:
                 self._finish(name)
         finally:
@@ -147,7 +166,8 @@ class CheckpointWriter:
 
     def _finish(self, name: str) -> None:
         workers = ray.train.get_context().get_world_size()
-        while len(answers := ray.get(self._board.answers.remote(self._attempt, name))) < workers:
+        ask = partial(self._board.answers.remote, self._attempt.name, name)
+        while len(answers := ray.get(ask())) < workers:
             time.sleep(POLL_S)
         problems = [problem for _, problem in answers.values() if problem is not None]
         if problems:
@@ -158,9 +178,12 @@ class CheckpointWriter:
             assert not files.keys() & sent.keys(), "two ranks wrote the same file"
             files |= sent
         try:
+            self._refuse_others()
             full = {"format_version": FORMAT_VERSION, **self._manifest, "files": files}
             write_manifest(self._storage, name, full)
-        except OSError as error:
+        except Superseded:
+            return
+        except RaptideError as error:
             self._fail(name, str(error))
             return
         if full["awaits_evaluation"]:
@@ -169,18 +192,63 @@ class CheckpointWriter:
         self.problem = None
         self.last_seconds = time.perf_counter() - self._began
 
+    def look(self) -> None:
+        """Ask on rank 0, now and then, whose the storage is; what fails now may wait."""
+        if time.monotonic() - self._asked > OWNER_EVERY_S:
+            with suppress(RaptideError):
+                self._refuse_others()
+
+    def _refuse_others(self) -> None:
+        self._asked = time.monotonic()
+        try:
+            Attempts(self._storage).refuse_others(self._attempt.name)
+        except Superseded as error:
+            self.superseded = error
+            raise
+
     def prune(self, newest: str) -> None:
         """Delete what the settings do not keep; not while a save is on its way."""
         settings, spare = self._settings, tuple(self.unevaluated)
-        prune(self._storage, newest, settings.keep, settings.keep_best, spare)
+        with best_effort(self._warn, "Old checkpoints were not deleted, and will be tried again"):
+            self._refuse_others()
+            prune(self._storage, newest, settings.keep, settings.keep_best, spare)
 
     def _fail(self, name: str, reason: str) -> None:
         """Leave no part of a checkpoint, and tell the user."""
         reason = " ".join(reason.split())
-        self.problem = f"{name} could not be saved ({reason}); free some space in the storage."
+        self.problem = f"{name} could not be saved ({reason}); see to that before the next one."
         if dist.get_rank() == 0:
-            discard(self._storage, name)
-            self._board.warn.remote(self.problem)
+            self._warn(self.problem)
+            with best_effort(self._warn, f"What there is of {name} was not deleted"):
+                self._storage.delete(name)
+
+    def _warn(self, sentence: str) -> None:
+        self._board.warn.remote(sentence)
+
+
+@contextmanager
+def noted_problems(engine: Any) -> Iterator[list[str]]:
+    """Within the block, why files of a DeepSpeed engine could not be written is kept, not raised.
+
+    While an engine saves, its ranks wait for each other: one that raised would leave the others
+    waiting.
+    """
+    problems: list[str] = []
+
+    def noted(write: Callable[..., Any]) -> Callable[..., None]:
+        def try_to(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except (OSError, RuntimeError) as error:  # torch's own writer has no OSError
+                problems.append(str(error))
+
+        return try_to
+
+    with ExitStack() as stack:
+        for owner, name in ((engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")):
+            setattr(owner, name, noted(getattr(owner, name)))
+            stack.callback(delattr, owner, name)
+        yield problems
 
 
 def send_folder(folder: Path, storage: Storage, name: str) -> dict[str, str]:
@@ -191,7 +259,8 @@ def send_folder(folder: Path, storage: Storage, name: str) -> dict[str, str]:
     """
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     for parent in sorted({str(file.parent) for file in files}):
-        storage.filesystem.create_dir(f"{storage.path}/{name}/{parent}", recursive=True)
+        target = f"{storage.path}/{name}/{parent}"
+        patiently(partial(storage.filesystem.create_dir, target, recursive=True))
 
     def send(file: Path) -> str:
         digest = hashlib.sha256()
@@ -206,4 +275,5 @@ def send_folder(folder: Path, storage: Storage, name: str) -> dict[str, str]:
         return digest.hexdigest()
 
     with ThreadPoolExecutor(TRANSFERS) as pool:
-        return dict(zip(map(str, files), pool.map(send, files), strict=True))
+        sent = pool.map(lambda file: patiently(partial(send, file)), files)
+        return dict(zip(map(str, files), sent, strict=True))

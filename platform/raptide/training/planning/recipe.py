@@ -48,8 +48,9 @@ class TrainingSettings(Settings):
     """Packed rows in one forward pass of one worker; what GPU memory allows."""
 
     max_nonfinite_steps: int = Field(10, ge=1)
-    """Steps in a row with a loss that is NaN or infinite after which the run stops. What such a
-    loss comes from is left out of the update, and counted."""
+    """Steps in a row with a loss or a gradient that is NaN or infinite after which the run stops.
+    What such a loss comes from is left out of the update, a step with such a gradient as a whole,
+    and both are counted."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -117,7 +118,8 @@ class ClusterSettings(Settings):
     and changes of size do not count."""
 
     data_timeout_s: float = Field(600.0, gt=0.0)
-    """Seconds without a batch after which the run stops with a data stall."""
+    """Seconds without a batch after which the workers are started again, which counts as a failure,
+    or the run stops with a data stall."""
 
     hang_timeout_s: float = Field(1800.0, gt=0.0)
     """Seconds without progress after which a worker writes the stacks of its threads to the run

@@ -12,13 +12,15 @@ import hashlib
 import heapq
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 from raptide.data.streaming.batch import GlobalBatch
+from raptide.small_files import LinesFile, read_lines, write_whole
 
 AUDIT, SUMMARY = "audit", "audit.json"
 
@@ -29,11 +31,14 @@ AuditedRow = tuple[int, int, int, str]
 class AuditWriter:
     """Writes the rows of one rank."""
 
-    def __init__(self, run: Path, rank: int, attempt: int) -> None:
-        (run / AUDIT).mkdir(exist_ok=True)
-        self._file = (run / AUDIT / f"rank-{rank:05d}.jsonl").open("a")
-        if self._file.tell():
-            self._file.write("\n")  # ends the half line that a killed worker may have left
+    def __init__(self, run: Path, rank: int, attempt: int, warn: Callable[[str], Any]) -> None:
+        """
+        Args:
+            warn: told, in a sentence, when rows begin to be lost.
+        """
+        with suppress(OSError):  # without the folder every line is lost, and told of
+            (run / AUDIT).mkdir(exist_ok=True)
+        self._lines = LinesFile(run / AUDIT / f"rank-{rank:05d}.jsonl", warn)
         self._attempt = attempt
 
     def write(self, step: int, batch: GlobalBatch, first: int, last: int) -> None:
@@ -41,12 +46,10 @@ class AuditWriter:
         rows = [
             (*batch.row_ids[index].tolist(), hash_row(batch, index)) for index in range(first, last)
         ]
-        line = {"step": step, "attempt": self._attempt, "rows": rows}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._lines.write({"step": step, "attempt": self._attempt, "rows": rows})
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 def hash_row(batch: GlobalBatch, index: int) -> str:
@@ -89,7 +92,7 @@ def _rows_of_steps(
 ) -> Iterator[tuple[int, list[AuditedRow]]]:
     last = {step: max(made) for step, made in attempts.items()}
     ranks = (
-        (line for line in _lines(file) if line["attempt"] == last[line["step"]])
+        (line for line in read_lines(file) if line["attempt"] == last[line["step"]])
         for file in _files(run)
     )
     merged = heapq.merge(*ranks, key=_step)  # equal steps come in the order of the ranks
@@ -97,8 +100,8 @@ def _rows_of_steps(
         yield step, [tuple(row) for line in lines for row in line["rows"]]
 
 
-def write_audit(run: Path) -> Audit:
-    """Read the audit of a finished run and write its summary."""
+def read_audit(run: Path) -> Audit:
+    """What the audit of a finished run comes to."""
     attempts = _attempts(run)
     digest, rows, steps = hashlib.sha256(), 0, 0
     for step in _rows_of_steps(run, attempts):
@@ -120,31 +123,29 @@ def write_audit(run: Path) -> Audit:
         redone_steps=sum(redone),
         longest_redone=max(redone, default=0),
     )
-    (run / SUMMARY).write_text(json.dumps(asdict(audit), indent=1) + "\n")
     return audit
+
+
+def keep_audit(run: Path, audit: Audit) -> None:
+    """Write the summary of an audit.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    write_whole(run / SUMMARY, json.dumps(asdict(audit), indent=1) + "\n")
 
 
 def _attempts(run: Path) -> dict[int, set[int]]:
     """The attempts at each step, over all ranks."""
     attempts: dict[int, set[int]] = defaultdict(set)
     for file in _files(run):
-        for line in _lines(file):
+        for line in read_lines(file):
             attempts[line["step"]].add(line["attempt"])
     return attempts
 
 
 def _files(run: Path) -> list[Path]:
     return sorted((run / AUDIT).glob("rank-*.jsonl"))
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Every line that was written whole; a killed worker may leave a half one."""
-    with file.open() as lines:
-        for text in lines:
-            try:
-                yield json.loads(text)
-            except ValueError:
-                continue
 
 
 def _step(line: dict[str, Any]) -> int:

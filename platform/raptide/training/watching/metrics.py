@@ -20,15 +20,15 @@ class StepMetrics:
         self._recipe, self._device, self._workers = recipe, device, workers
         self._peak_flops = peak_flops(recipe, device)
 
-    def loss(self, step: int, result: StepResult, grad_norm: float | None) -> dict[str, float]:
-        """What a step came to; at stage 0 in fp32 DeepSpeed knows no norm."""
+    def loss(self, step: int, result: StepResult) -> dict[str, float]:
+        """What a step came to; a norm that is no number is no metric."""
         metrics = {
             "train/loss": result.loss,
             "train/ece": math.exp(min(result.loss, 50.0)),
             "train/lr": learning_rate(self._recipe.optimizer, step, self._recipe.training.steps),
             "train/nonfinite_targets": result.left_out,
         }
-        return metrics if grad_norm is None else metrics | {"train/grad_norm": float(grad_norm)}
+        return metrics if result.skipped else metrics | {"train/grad_norm": result.grad_norm}
 
     def speed(self, batch: GlobalBatch, seconds: float, wait_s: float) -> dict[str, float]:
         """How fast it went, and in how much room; MFU where the device's peak is known.

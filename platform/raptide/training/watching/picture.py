@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 
+from raptide.small_files import made_whole, read_lines
 from raptide.training.watching.tracking import METRICS, STEP
 
 PICTURE = "loss.png"
@@ -19,7 +20,7 @@ def draw_run(folder: Path, unigram_ece: float) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    lines = list(read_lines(folder / METRICS))
     last = {line[STEP]: line for line in lines if "train/ece" in line}
     steps = {step: last[step] for step in sorted(last)}
     figure, axes = pyplot.subplots(figsize=(8, 4.5), constrained_layout=True)
@@ -33,10 +34,12 @@ def draw_run(folder: Path, unigram_ece: float) -> Path:
     )
     axes.axhline(unigram_ece, color=UNIGRAM, ls="--", lw=1, label=f"unigram {unigram_ece:.2f}")
     axes.set(xlabel="step", ylabel="ECE (exp of the mean loss)", xlim=(0, None))
-    axes.set_title(f"{folder.name}: held-out ECE {list(measured.values())[-1]:.3f}", loc="left")
+    last_ece = list(measured.values())[-1] if measured else math.nan  # its line may be lost
+    axes.set_title(f"{folder.name}: held-out ECE {last_ece:.3f}", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     file = folder / PICTURE
-    figure.savefig(file, dpi=120)
+    with made_whole(file) as new:
+        figure.savefig(new, dpi=120, format="png")
     pyplot.close(figure)
     return file

@@ -33,9 +33,18 @@ class Board:
         self._state: dict[str, Any] = {}
         self._warnings: list[str] = []
         self._mistake: RaptideError | None = None
-        self._answers: dict[tuple[int, str], dict[int, Any]] = {}
+        self._answers: dict[tuple[str, str], dict[int, Any]] = {}
+        self._attempts: list[str] = []
         self._leaving = False
         self._times = RankTimes()
+
+    def began(self, attempt: str) -> None:
+        """The workers have started once more."""
+        self._attempts.append(attempt)
+
+    def attempts(self) -> list[str]:
+        """Every start of this driver's workers, in order."""
+        return self._attempts
 
     def leave(self) -> None:
         """Let the workers save and go, once they look."""
@@ -70,14 +79,16 @@ class Board:
         return self._state, self._warnings
 
     def sent(
-        self, attempt: int, name: str, rank: int, files: dict[str, str], problem: str | None
+        self, attempt: str, name: str, rank: int, files: dict[str, str], problem: str | None
     ) -> None:
         """A rank has sent its files of a checkpoint, or could not."""
+        if any(attempt < of for of, _ in self._answers):
+            return  # a worker that stood still, and whose successors are at work
         if (attempt, name) not in self._answers:
             self._answers = {(attempt, name): {}}  # only one is ever on its way
         self._answers[attempt, name][rank] = (files, problem)
 
-    def answers(self, attempt: int, name: str) -> dict[int, tuple[dict[str, str], str | None]]:
+    def answers(self, attempt: str, name: str) -> dict[int, tuple[dict[str, str], str | None]]:
         """What the ranks have sent so far."""
         return self._answers.get((attempt, name), {})
 
@@ -108,7 +119,7 @@ def _states(board: Any, stop: threading.Event) -> Iterator[dict[str, Any]]:
             timeout_s = LAST_LOOK_S if last else POLL_S
             state, warnings = ray.get(board.read.remote(), timeout=timeout_s)
             for sentence in warnings[warned:]:
-                tqdm.write(f"Warning: {sentence}", file=sys.stderr)
+                warn_here(sentence)
             warned = len(warnings)
             yield state
         except ray.exceptions.GetTimeoutError:
@@ -117,6 +128,11 @@ def _states(board: Any, stop: threading.Event) -> Iterator[dict[str, Any]]:
             return
         if last:
             return
+
+
+def warn_here(sentence: str) -> None:
+    """Say something above the live line, if there is one."""
+    tqdm.write(f"Warning: {sentence}", file=sys.stderr)
 
 
 def _draw_bar(board: Any, total_steps: int, stop: threading.Event) -> None:

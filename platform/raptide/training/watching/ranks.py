@@ -65,11 +65,13 @@ class RankTimes:
     def take(self, attempt: int, rank: int, where: str, seconds: float) -> None:
         """
         Args:
-            attempt: of the run's workers; a new one begins anew.
+            attempt: of the run's workers; a new one begins anew, an earlier one is over.
             where: the rank's node.
             seconds: for each token of its own.
         """
-        if attempt != self._attempt:
+        if attempt < self._attempt:
+            return
+        if attempt > self._attempt:
             self._attempt, self._times, self._in_a_row = attempt, {}, {}
         self._times[rank] = (where, seconds)
 

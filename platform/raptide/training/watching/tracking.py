@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import netrc
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
 from raptide.data.corpus import MANIFEST, Corpus
+from raptide.small_files import LinesFile
 from raptide.training.planning.recipe import Recipe, TrackingSettings
 from raptide.training.watching.exporting import RunExporter
 
@@ -19,8 +19,15 @@ STEP = "trainer/global_step"
 METRICS = "metrics.jsonl"
 
 
+FINISH_S = 300.0
+"""Seconds that the end of a run waits for W&B to take what it has not taken yet."""
+
+
 class Tracker:
-    """Writes metrics to `metrics.jsonl`, and to W&B under an id that survives restarts."""
+    """Writes metrics to `metrics.jsonl` and to W&B under an id that survives restarts.
+
+    Nothing that W&B does ends a run: what it cannot do is told, and the run goes on without.
+    """
 
     def __init__(
         self,
@@ -32,40 +39,37 @@ class Tracker:
         name: str,
         config: dict[str, Any],
         exporter: RunExporter | None = None,
+        warn: Callable[[str], Any] = print,
     ) -> None:
         """
         Args:
+            mode: of W&B: online, offline or disabled.
             exporter: shows the metrics to Prometheus as well; closed with this.
+            warn: told, in a sentence, what W&B cannot do.
         """
-        self._exporter = exporter
-        self._file = (run_folder / METRICS).open("a")
+        self._exporter, self._warn = exporter, warn
+        self._lines = LinesFile(run_folder / METRICS, warn)
         self._wandb: Any = None
         if mode == "disabled":
             return
-        import wandb
-
-        self._wandb = wandb.init(
-            project=settings.project,
-            name=name,
-            id=run_id,
-            resume="allow",
-            dir=str(run_folder),
-            mode=cast(Any, mode),
-            config=config,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-        # After a rollback W&B drops steps below its last; an axis of our own keeps them.
-        self._wandb.define_metric(STEP)
-        self._wandb.define_metric("*", step_metric=STEP)
+        options = {"project": settings.project, "name": name, "id": run_id, "config": config}
+        self._wandb = _begin_wandb(mode, {**options, "dir": str(run_folder)}, warn)
+        if self._wandb is not None:
+            # After a rollback W&B drops steps below its last; an axis of our own keeps them.
+            self._wandb.define_metric(STEP)
+            self._wandb.define_metric("*", step_metric=STEP)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         record = {STEP: step, **metrics}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._lines.write(record)
         if self._exporter is not None:
             self._exporter.export(record)
         if self._wandb is not None:
-            self._wandb.log(record)
+            try:
+                self._wandb.log(record)
+            except Exception as error:
+                self._warn(f"W&B takes no more metrics ({_reason(error)}); {METRICS} has them all.")
+                self._wandb = None
 
     def link(self, kind: Literal["corpus", "model"], name: str, uri: str, **facts: Any) -> None:
         """Draw the lineage: corpus to run, run to model, as artifacts that refer to a URI.
@@ -74,14 +78,14 @@ class Tracker:
         """
         if self._wandb is None:
             return
-        import wandb
-
-        artifact = wandb.Artifact(f"{kind}-{name}", kind, metadata=facts)
-        artifact.add_reference(uri, checksum=False)
-        if kind == "corpus" and not self._wandb.offline:  # not exercised without a network
-            self._wandb.use_artifact(artifact)
-        else:
-            self._wandb.log_artifact(artifact)
+        try:
+            artifact = _refer(f"{kind}-{name}", kind, uri, facts)
+            if kind == "corpus" and not self._wandb.offline:  # not exercised without a network
+                self._wandb.use_artifact(artifact)
+            else:
+                self._wandb.log_artifact(artifact)
+        except Exception as error:
+            self._warn(f"W&B was not told of the {kind} {uri} ({_reason(error)}).")
 
     def link_corpora(self, corpora: Sequence[Corpus]) -> None:
         for corpus in corpora:
@@ -97,15 +101,52 @@ class Tracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        self._lines.close()
         if self._exporter is not None:
             self._exporter.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error is None else 1)
 
 
+def _begin_wandb(mode: str, options: dict[str, Any], warn: Callable[[str], Any]) -> Any:
+    """W&B's run, offline where W&B cannot be reached; None where it cannot be begun at all."""
+    import wandb
+
+    settings = wandb.Settings(silent=True, console="off", finish_timeout=FINISH_S)
+    for tried in dict.fromkeys((mode, "offline")):
+        try:
+            return wandb.init(mode=cast(Any, tried), resume="allow", settings=settings, **options)
+        except Exception as error:
+            instead = "without it" if tried == "offline" else "offline: `wandb sync` sends it later"
+            warn(f"W&B cannot be reached ({_reason(error)}); the run goes on {instead}.")
+            wandb.teardown()  # its service holds the run's id
+    return None
+
+
+def _refer(name: str, kind: str, uri: str, facts: dict[str, Any]) -> Any:
+    """An artifact that refers to a URI."""
+    import wandb
+    from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
+
+    artifact = wandb.Artifact(name, kind, metadata={**facts, "uri": uri})
+    if urlsplit(uri).scheme == "file":
+        artifact.add_reference(uri, checksum=False)
+    else:  # what `add_reference` does, too, once it has the cloud's own client library
+        artifact.manifest.add_entry(ArtifactManifestEntry(path=kind, ref=uri, digest=uri))
+    return artifact
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def start_tracking(
-    recipe: Recipe, run_folder: Path, run_id: str, corpora: Sequence[Corpus], facts: dict[str, Any]
+    recipe: Recipe,
+    run_folder: Path,
+    run_id: str,
+    corpora: Sequence[Corpus],
+    facts: dict[str, Any],
+    warn: Callable[[str], Any],
 ) -> Tracker:
     """The tracker of a run; `facts` join the recipe and the corpora in W&B's configuration."""
     known = [corpus_facts(corpus) for corpus in corpora]
@@ -118,6 +159,7 @@ def start_tracking(
         config=recipe.model_dump()
         | {"corpus_manifest": known[0] if len(known) == 1 else known, **facts},
         exporter=RunExporter(run_folder.name),
+        warn=warn,
     )
 
 

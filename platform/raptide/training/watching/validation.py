@@ -21,14 +21,9 @@ from ray.exceptions import GetTimeoutError, RayError
 from raptide.data.streaming.stream import StreamPlan
 from raptide.errors import CheckpointError
 from raptide.model.formats.detect import read_weights
-from raptide.training.checkpoints.checkpoint import (
-    MODEL,
-    Storage,
-    amend_manifest,
-    awaiting_evaluation,
-    checkpoint_step,
-    open_checkpoint,
-)
+from raptide.training.checkpoints.checkpoint import MODEL, open_checkpoint
+from raptide.training.checkpoints.keeping import amend_manifest, awaiting_evaluation, best_effort
+from raptide.training.checkpoints.owned import Storage, checkpoint_step
 from raptide.training.planning.estimate import DTYPES
 from raptide.training.planning.recipe import Recipe
 from raptide.training.watching.heldout import (
@@ -84,17 +79,19 @@ class RunEvaluations:
         self.waiting = waiting
         self._task: Any = None
         self._unlogged: list[dict[str, float]] = []
+        self._unwritten: dict[str, dict[str, Any]] = {}
+        """What manifests are still to say, by checkpoint."""
         self._bench_problems: set[str] = set()
         self.so_far = so_far
 
     def take(self, evaluation: Evaluation, step: int) -> None:
         """Count an evaluation of this step, or of an earlier one."""
         for sentence in self.so_far.collapses(evaluation):
-            self._board.warn.remote(f"Step {step}: {sentence}")
+            self._warn(f"Step {step}: {sentence}")
         problem = evaluation.bench_problem
         if problem and problem not in self._bench_problems:  # it is likely to come again and again
             self._bench_problems.add(problem)
-            self._board.warn.remote(
+            self._warn(
                 f"Step {step}: the benchmark gave nothing ({problem}); the training goes on, and "
                 "this is not said again."
             )
@@ -115,6 +112,7 @@ class RunEvaluations:
 
         A checkpoint waits until its manifest says what came of it: nobody deletes it before.
         """
+        self._write_what_is_left()
         while self.waiting:
             name = next(iter(self.waiting))
             outcome = self._look_at(name)
@@ -125,8 +123,7 @@ class RunEvaluations:
             else:
                 self.so_far = self.so_far.after_failure()
                 self._unlogged.append({"eval/failed": self.so_far.failed})
-                sentence = f"{name} was not evaluated beside the training: {outcome}."
-                self._board.warn.remote(sentence)
+                self._warn(f"{name} was not evaluated beside the training: {outcome}.")
             self.write_down(name)
             del self.waiting[name]
 
@@ -144,13 +141,23 @@ class RunEvaluations:
 
     def write_down(self, name: str) -> None:
         """Let a checkpoint's manifest say that it was evaluated, and what it has come to."""
-        changes = {**self.so_far.to_manifest(), "awaits_evaluation": False}
-        amend_manifest(self._storage, name, changes)
+        self._unwritten[name] = {**self.so_far.to_manifest(), "awaits_evaluation": False}
+        self._write_what_is_left()
+
+    def _write_what_is_left(self) -> None:
+        for name, changes in list(self._unwritten.items()):
+            sentence = f"What {name} has come to was not written down, and will be tried again"
+            with best_effort(self._warn, sentence):
+                amend_manifest(self._storage, name, changes)
+                del self._unwritten[name]
 
     def unlogged(self) -> list[dict[str, float]]:
         """Metrics of what has come since the last call."""
         taken, self._unlogged = self._unlogged, []
         return taken
+
+    def _warn(self, sentence: str) -> None:
+        self._board.warn.remote(sentence)
 
     def _look_at(self, name: str) -> Evaluation | str | None:
         """What has come of the oldest that waits, None while something may."""

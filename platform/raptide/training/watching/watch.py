@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import faulthandler
+import math
+import os
 import statistics
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import ray
 
 from raptide.errors import TrainingDiverged
 from raptide.training.step import StepResult
 
 HANGS = "hangs"
-
-ATTEMPTS = "attempts"
-"""File of a run that says how often its workers were started."""
 
 WINDOW, LEAST = 64, 16
 """Losses that a new one is compared with, and how many there must be."""
@@ -29,13 +26,22 @@ LEAST_DEVIATION = 0.05
 
 
 class LossWatch:
-    """Looks at the loss of each step; the same on every rank."""
+    """Looks at the loss and the gradients of each step; the same on every rank."""
 
-    def __init__(self, max_nonfinite_steps: int) -> None:
+    def __init__(self, max_nonfinite_steps: int, *, scales_loss: bool = False) -> None:
+        """
+        Args:
+            scales_loss: steps are left out until the scale of the loss is found, as in fp16; such
+                are counted, and end nothing.
+        """
+        self._scales_loss = scales_loss
         self._max_nonfinite_steps = max_nonfinite_steps
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self.nonfinite_steps = 0
-        """Steps in a row, up to the last, with a loss that is NaN or infinite."""
+        """Steps in a row, up to the last, with a loss or a gradient that is NaN or infinite."""
+        self.skipped = 0
+        """Steps since the workers have started whose gradients were NaN or infinite."""
+        self._last: StepResult | None = None
         self.spikes = 0
         """Spikes since the workers have started."""
 
@@ -45,7 +51,9 @@ class LossWatch:
         A spike lies ten median absolute deviations above the median of the last 64 losses. It is
         reported, not acted upon.
         """
-        if result.left_out:
+        self._last = result
+        self.skipped += result.skipped
+        if result.left_out or (result.skipped and not self._scales_loss):
             self.nonfinite_steps += 1
             return False
         self.nonfinite_steps = 0
@@ -62,13 +70,16 @@ class LossWatch:
     def refuse_divergence(self, step: int, *, last: bool) -> None:
         """
         Raises:
-            TrainingDiverged: too many losses in a row are no numbers, or the last of all is none.
+            TrainingDiverged: too many steps in a row had losses or gradients that are no numbers,
+                or nothing of the last one's loss is a number.
         """
         streak = self.nonfinite_steps
-        if streak >= self._max_nonfinite_steps or (last and streak):
+        lost = self._last is not None and math.isnan(self._last.loss)
+        if streak >= self._max_nonfinite_steps or (last and lost):
             raise TrainingDiverged(
-                f"The loss was NaN or infinite in {streak} steps in a row, up to step {step}; "
-                "resume from the last checkpoint with a lower optimizer.lr or a longer warm-up."
+                f"The loss or a gradient was NaN or infinite in {streak} steps in a row, up to "
+                f"step {step}; resume from the last checkpoint with a lower optimizer.lr or a "
+                "longer warm-up."
             )
 
 
@@ -80,9 +91,12 @@ class HangWatch:
     """
 
     def __init__(self, run: Path, rank: int, attempt: int, timeout_s: float) -> None:
-        (run / HANGS).mkdir(exist_ok=True)
         self._path = run / HANGS / f"attempt-{attempt:03d}-rank-{rank:05d}.txt"
-        self._file = self._path.open("w")
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            self._file = self._path.open("w")
+        except OSError:  # a full disk: then they go where all else that is said goes
+            self._file = os.fdopen(os.dup(2), "w")
         self._timeout_s = timeout_s
         self.progress()
 
@@ -93,20 +107,9 @@ class HangWatch:
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
-        if self._path.stat().st_size == 0:
-            self._path.unlink()
-
-
-def begin_attempt(run: Path, board: Any) -> int | None:
-    """How often the workers of this run have started, or None if they should give up."""
-    if ray.get(board.mistake.remote()) is not None:
-        return None
-    file = run / ATTEMPTS
-    attempt = int(file.read_text()) + 1 if file.exists() else 1
-    file.write_text(f"{attempt}\n")
-    if (hang := describe_hang(run, attempt - 1)) is not None:
-        board.warn.remote(hang)
-    return attempt
+        with suppress(OSError):
+            if self._path.stat().st_size == 0:
+                self._path.unlink()
 
 
 def describe_hang(run: Path, attempt: int) -> str | None:

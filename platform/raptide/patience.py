@@ -1,0 +1,77 @@
+"""What a file system does not do at first is tried again, unless it says that it never will."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from raptide.errors import RaptideError, StorageStumbled
+
+TRIES = 5
+FIRST_PAUSE_S = 0.2
+
+FINAL = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+}
+"""Numbers of errors that no second try mends."""
+
+FINAL_KINDS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+"""The same, by type: not everyone who raises them gives the number."""
+
+T = TypeVar("T")
+
+
+def patiently(action: Callable[[], T]) -> T:
+    """What `action` returns; where the file system stumbles, it is tried again."""
+    for pause in _pauses():
+        try:
+            return action()
+        except OSError as error:
+            if is_final(error):
+                raise
+            time.sleep(pause)
+    return action()
+
+
+def read_surely(name: str, action: Callable[[], T]) -> T:
+    """What an action that reads an input returns, patiently.
+
+    Raises:
+        StorageStumbled: it cannot be read, which may pass.
+        RaptideError: it never can be.
+    """
+    try:
+        return patiently(action)
+    except OSError as error:
+        raise unreadable(name, error) from None
+
+
+def unreadable(name: str, error: OSError) -> RaptideError:
+    return trouble(
+        error,
+        f"{name} cannot be read ({reason_of(error)}); mend the file system or the permissions, and "
+        "start the job again: it goes on where it was.",
+    )
+
+
+def trouble(error: OSError, sentence: str) -> RaptideError:
+    """What to raise for an error that stayed through all tries."""
+    return RaptideError(sentence) if is_final(error) else StorageStumbled(sentence)
+
+
+def is_final(error: OSError) -> bool:
+    """Whether no second try mends it."""
+    return error.errno in FINAL or isinstance(error, FINAL_KINDS)
+
+
+def reason_of(error: OSError) -> str:
+    """In a few words."""
+    return os.strerror(error.errno) if error.errno else " ".join(str(error).split())[:200]
+
+
+def _pauses() -> Iterator[float]:
+    return (FIRST_PAUSE_S * 2**number for number in range(TRIES - 1))
