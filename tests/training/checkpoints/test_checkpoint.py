@@ -11,6 +11,7 @@ from raptide.config import parse_settings
 from raptide.errors import BundleError, CheckpointError, PassingTrouble
 from raptide.training.checkpoints.checkpoint import (
     find_bundle,
+    find_bundle_at,
     has_finished_one,
     newest_checkpoint,
     open_checkpoint,
@@ -294,3 +295,17 @@ def test_run_info_that_is_damaged_is_told(run):
     (run / "run.json").write_text("")
     with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
         Storage.of_run(run)
+
+
+@pytest.mark.parametrize("options", ["", "?scheme=http"])
+def test_so_it_may_in_a_uri(run, monkeypatch, options):
+    storage = Storage.of(run / CHECKPOINTS)
+    saved = write_checkpoint(run, 40, begin_attempt(storage))
+    monkeypatch.setattr(Storage, "is_local", False)  # as of a bucket
+    uri = (run / CHECKPOINTS).as_uri()
+    monkeypatch.setattr(Storage, "at", lambda uri, what: Storage.of(uri[7:].partition("?")[0]))
+    for name in ("", "/step-00000040", "/step-00000040/model"):
+        found = find_bundle_at(f"{uri}{name}{options}")
+        assert found == f"{(saved / 'model').as_uri()}{options}"
+    with pytest.raises(BundleError):
+        find_bundle_at(f"{uri}/step-00000050{options}")

@@ -50,6 +50,7 @@ def test_new_workers_begin_anew():
     times.take(2, 0, "node0", 1.0)
     assert times.slowest() is None, "the times of ranks that are gone do not count"
     assert not look(times, [1.0, 2.0, 1.0], attempt=2).stands_out
+    assert look(times, [9.0, 1.0, 1.0], attempt=1).rank == 1, "whoever stood still is late"
 
 
 class Handle:
