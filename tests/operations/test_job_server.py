@@ -70,7 +70,7 @@ def with_headers(monkeypatch, headers):
 def run(cluster, tmp_path_factory, monkeypatch):
     """Runs submit_job.py in this process; returns its exit code."""
     checkout = tmp_path_factory.getbasetemp() / "checkout"
-    for folder in ("jobs", "platform"):
+    for folder in ("jobs", "platform/raptide"):
         (checkout / folder).mkdir(parents=True, exist_ok=True)
     (checkout / "jobs/nap.py").write_text(NAP)
     (checkout / "secret.fasta").write_text(">a\nMK\n")
