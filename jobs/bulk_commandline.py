@@ -114,12 +114,8 @@ def protein_sources(args: argparse.Namespace) -> list[Source]:
     return find_sources(args.input, rules, args.split, args.sampling)
 
 
-def add_bulk_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every bulk job; `run_bulk_job` reads them."""
-    group = parser.add_argument_group("how it runs")
-    group.add_argument(
-        "--output", required=True, metavar="DIR", help="folder or URI; given again, it goes on"
-    )
+def add_engine_options(group: argparse._ArgumentGroup) -> None:
+    """How many engines, and how large each."""
     group.add_argument(
         "--workers",
         type=int,
@@ -132,6 +128,15 @@ def add_bulk_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="CPUs of one engine where there are no GPUs (default: by the model's size)",
     )
+
+
+def add_bulk_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every bulk job; `run_bulk_job` reads them."""
+    group = parser.add_argument_group("how it runs")
+    group.add_argument(
+        "--output", required=True, metavar="DIR", help="folder or URI; given again, it goes on"
+    )
+    add_engine_options(group)
     group.add_argument(
         "--timeout-s",
         type=float,

@@ -24,6 +24,7 @@ import os
 import sys
 from pathlib import Path
 
+from bulk_commandline import add_engine_options
 from commandline import job_parser, refuse_output, run_job, shipped_file
 from evaluation_tracking import log_evaluation
 from raptide.bulk import BulkSettings
@@ -133,18 +134,7 @@ def read_arguments() -> argparse.Namespace:
         default="fp32",
         help="of the computation; auto takes bf16 where it is faster (default: %(default)s)",
     )
-    group.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="engines (default: one for each GPU, or share of the CPUs)",
-    )
-    group.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="CPUs of one engine where there are no GPUs (default: by the model's size)",
-    )
+    add_engine_options(group)
     group.add_argument(
         "--cache", type=Path, metavar="DIR", help="results and scratch (default: OUTPUT/cache)"
     )

@@ -53,6 +53,11 @@ SURGE_PERCENT = 25
 FINISH_S = 10.0
 """Beyond the longest request that is allowed, until what is being stopped ends in any case."""
 
+LINGER_S = 10.0
+"""How long a replica that is being stopped stays at least, and how often it looks whether it has
+nothing more to do. Between two runs of one request it may have nothing for a moment, and were it
+gone then, so were the version of the weights that the request is answered by."""
+
 METRICS_INTERVAL_S = 1.0
 """How often replicas report their tokens to the autoscaler (Serve's default is 10)."""
 
@@ -127,6 +132,7 @@ def _replicas(model: ModelSettings, replica: type, finish_s: float) -> serve.App
         health_check_period_s=5,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=finish_s,
+        graceful_shutdown_wait_loop_s=LINGER_S,
         max_surge_percent=SURGE_PERCENT,
         max_constructor_retry_count=3,
         logging_config=LOGS,

@@ -5,12 +5,16 @@ from __future__ import annotations
 from raptide.alphabet import decode_residues, encode_residues
 from raptide.calls.variants import apply_variant, parse_variant
 from raptide.errors import SequenceError
-from serve.calls import Ask
+from serve.calls import Ask, positions_of
 from serve.gateway.refusals import invalid
 
 
-def costs_of(ask: Ask, sequences: list[str], positions: list[list[int]]) -> list[int]:
-    """Tokens to compute for each sequence."""
+def costs_of(
+    ask: Ask, sequences: list[str], variants: list[str], positions: list[list[int]]
+) -> list[int]:
+    """Tokens to compute for each sequence; with variants, for them all."""
+    if variants:
+        return [ask.tokens(len(sequences[0]), positions_of(variants))]
     if positions:
         pairs = zip(sequences, positions, strict=True)
         return [ask.tokens(len(sequence), len(some)) for sequence, some in pairs]

@@ -10,17 +10,18 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from raptide.alphabet import decode_residues, encode_residues
+from raptide.calls.scoring import score_mutants
 from raptide.errors import SequenceError
-from serve.calls import Ask, Description, Done, Work, positions_of
+from serve.calls import Ask, Description, Done, Work
 from serve.gateway.asked import check_positions, costs_of, mutants
 from serve.gateway.dispatch import Dispatcher, VersionGone
 from serve.gateway.fair import FairUse, News
@@ -61,6 +62,8 @@ class Query:
     ask: Ask
     sequences: list[str]
     """Plain capitals."""
+    costs: list[int]
+    """Tokens to compute for each sequence."""
     param: str
     """The field the sequences came in."""
     deadline: float
@@ -73,8 +76,6 @@ class Query:
     """Whether the first sequence is the wild type, and the answers are to be relative to it."""
     weights: str = ""
     """The digest of the only weights the client wants; empty where any will do."""
-    cost: int = 0
-    """Tokens to compute."""
     key: Key | None = None
     """Whose it is, once it was let in."""
     answer_bytes: list[int] = field(default_factory=list)
@@ -85,14 +86,9 @@ class Query:
         return sum(map(len, self.sequences))
 
     @property
-    def costs(self) -> list[int]:
-        """Tokens to compute for each sequence."""
-        return costs_of(self.ask, self.sequences, self.positions)
-
-    @property
     def charge(self) -> dict[str, int]:
         """By the unit of a rate."""
-        return {"residues": self.residues, "tokens": self.cost}
+        return {"residues": self.residues, "tokens": sum(self.costs)}
 
 
 @dataclass
@@ -193,13 +189,15 @@ class Service:
                 ask, relative = Ask("score", "pseudo-ppl"), True
         if positions is not None:
             check_positions(positions, sequences)
-        cost = self._check_cost(chosen, ask, sequences, param, variants or [], positions or [])
+        costs = costs_of(ask, sequences, variants or [], positions or [])
+        _refuse_too_dear(chosen, sum(costs), param)
         allowed_s = min(timeout_s or math.inf, self.settings.timeout_s)
         self.metrics.tokenise.observe(max(time.monotonic() - started, 1e-6))
         return Query(
             chosen.name,
             ask,
             sequences,
+            costs,
             param,
             started + allowed_s,
             allowed_s,
@@ -208,7 +206,6 @@ class Service:
             positions or [],
             relative,
             weights,
-            cost,
         )
 
     def admit(self, key: Key | None, query: Query) -> None:
@@ -257,8 +254,7 @@ class Service:
             parts = await self._parts(query)
         arrays = [array for part in parts for array in part.arrays]
         if query.relative:
-            totals = np.array(arrays) * [len(sequence) for sequence in query.sequences]
-            arrays = [totals[1:] - totals[0]]
+            arrays = [score_mutants(list(map(float, arrays)), len(query.sequences[0]))]
         return Whole(
             arrays,
             parts[0].weights,
@@ -302,23 +298,15 @@ class Service:
 
     def _answers(self, query: Query) -> AsyncGenerator[Done, None]:
         """The answers run by run, in order, as `runs.in_order` gives them."""
-        costs = query.costs
         budget = self._models[query.model].max_batch_tokens
-        runs, at_once = cut_runs(costs, query.answer_bytes, budget)
+        runs, at_once = cut_runs(query.costs, query.answer_bytes, budget)
+        return in_order(runs, partial(self._run, query), query.weights, at_once)
 
-        def send(run: slice, lead: Lead) -> Coroutine[Any, Any, Done]:
-            return self._run(query, run, sum(costs[run]), lead)
-
-        return in_order(runs, send, query.weights, at_once)
-
-    async def _run(self, query: Query, run: slice, tokens: int, lead: Lead) -> Done:
-        sequences = query.sequences[run]
-        if query.variants:
-            tokens = query.ask.tokens(len(sequences[0]), positions_of(query.variants))
+    async def _run(self, query: Query, run: slice, lead: Lead) -> Done:
         work = Work(
             query.ask,
-            sequences,
-            tokens,
+            query.sequences[run],
+            sum(query.costs[run]),
             query.timeout_s,
             query.request_id,
             query.variants,
@@ -375,24 +363,12 @@ class Service:
                 "were given; send them in several requests.",
             )
 
-    def _check_cost(
-        self,
-        model: ModelSettings,
-        ask: Ask,
-        sequences: list[str],
-        param: str,
-        variants: list[str],
-        positions: list[list[int]],
-    ) -> int:
-        changed = positions_of(variants) if variants else None
-        if changed is not None:
-            cost = ask.tokens(len(sequences[0]), changed)
-        else:
-            cost = sum(costs_of(ask, sequences, positions))
-        if cost > model.max_queued_tokens:
-            raise invalid(
-                param,
-                f"`{param}` would take {cost:,} tokens to compute, more than the "
-                f"{model.max_queued_tokens:,} that may wait; send fewer or shorter sequences.",
-            )
-        return cost
+
+def _refuse_too_dear(model: ModelSettings, cost: int, param: str) -> None:
+    """Raises Refusal where a request alone takes more tokens than may wait."""
+    if cost > model.max_queued_tokens:
+        raise invalid(
+            param,
+            f"`{param}` would take {cost:,} tokens to compute, more than the "
+            f"{model.max_queued_tokens:,} that may wait; send fewer or shorter sequences.",
+        )

@@ -39,6 +39,16 @@ def score_changes(
     return np.array(scores, np.float64)
 
 
+def score_mutants(means: Sequence[float], residues: int) -> np.ndarray:
+    """How much likelier each mutant is than the wild type, in nats, [n] float64.
+
+    Args:
+        means: mean log likelihoods of a protein of so many residues and of its n mutants.
+    """
+    totals = np.array(means, np.float64) * residues
+    return totals[1:] - totals[0]
+
+
 def score_substitutions(table_LV: np.ndarray, residues: np.ndarray) -> np.ndarray:
     """The same for every single substitution, [L, 20] fp32; columns as `alphabet.STANDARD`."""
     columns = [FIRST_RESIDUE + RESIDUES.index(letter) for letter in STANDARD]

@@ -12,38 +12,20 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from raptide.client.methods import is_lazy, key_of, make_runner
+from raptide.client.connection import Connection
+from raptide.client.methods import is_lazy
 from raptide.client.runner import Call
 from raptide.client.signatures import AsyncMethods
-from raptide.client.transport import AsyncTransport, Certificate, Verify
+from raptide.client.transport import AsyncTransport
 
 T = TypeVar("T")
 
 
-class AsyncClient(AsyncMethods):
+class AsyncClient(Connection, AsyncMethods):
     """One endpoint, called from one event loop; close it, or use it in an `async with` block."""
 
-    def __init__(
-        self,
-        url: str,
-        key: str | None = None,
-        model: str | None = None,
-        *,
-        weights: str | None = None,
-        timeout_s: float = 300.0,
-        retry_s: float = 120.0,
-        parallel: int = 4,
-        chunk_sequences: int = 64,
-        progress: bool = False,
-        verify: Verify = True,
-        cert: Certificate | None = None,
-    ) -> None:
-        """As `Client`."""
-        self._transport = AsyncTransport(url, key_of(key), max(1, parallel), verify, cert)
-        self._runner = make_runner(
-            *(self._transport, model, weights, timeout_s, retry_s),
-            *(parallel, chunk_sequences, progress),
-        )
+    _opens = AsyncTransport
+    _transport: AsyncTransport
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -54,11 +36,6 @@ class AsyncClient(AsyncMethods):
     async def close(self) -> None:
         """Close the connections."""
         await self._transport.close()
-
-    @property
-    def weights(self) -> str | None:
-        """As `Client.weights`."""
-        return self._runner.met or self._runner.weights
 
     @property
     def detailed(self) -> DetailedAsyncClient:

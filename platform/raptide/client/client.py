@@ -18,60 +18,21 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from typing import Any, TypeVar
 
-from raptide.client.methods import is_lazy, key_of, make_runner
+from raptide.client.connection import Connection
+from raptide.client.methods import is_lazy
 from raptide.client.runner import Call
 from raptide.client.signatures import BlockingMethods
-from raptide.client.transport import BlockingTransport, Certificate, Verify
+from raptide.client.transport import BlockingTransport
 from raptide.errors import SequenceError
 
 T = TypeVar("T")
 
 
-class Client(BlockingMethods):
+class Client(Connection, BlockingMethods):
     """One endpoint. Safe to use from several threads; close it, or use it in a `with` block."""
 
-    def __init__(
-        self,
-        url: str,
-        key: str | None = None,
-        model: str | None = None,
-        *,
-        weights: str | None = None,
-        timeout_s: float = 300.0,
-        retry_s: float = 120.0,
-        parallel: int = 4,
-        chunk_sequences: int = 64,
-        progress: bool = False,
-        verify: Verify = True,
-        cert: Certificate | None = None,
-    ) -> None:
-        """Nothing is sent yet.
-
-        Args:
-            url: where the endpoint is, `http://host:port`.
-            key: API key; None takes RAPTIDE_API_KEY from the environment, if it is set.
-            model: a name of `models()`; None leaves the choice to the endpoint.
-            weights: digest of the only weights that may answer, as `weights` or `models()` give it;
-                None takes those that answer first, for each call anew.
-            timeout_s: seconds one request may take, its wait in the endpoint's queue included.
-            retry_s: seconds to go on trying while nothing is answered; a proxy restarts in less
-                than the default. 0 never tries again.
-            parallel: requests at once.
-            chunk_sequences: sequences in one request.
-            progress: show a bar on stderr.
-            verify: how the endpoint's certificate is checked: True by the authorities that httpx
-                knows (SSL_CERT_FILE and SSL_CERT_DIR replace them), a file or folder by the ones in
-                it, False not at all; or an ssl.SSLContext.
-            cert: the client's own certificate: a PEM file with its key, or (file, key's file).
-
-        Raises:
-            ConfigError: an argument is out of range, or the URL is none.
-        """
-        self._transport = BlockingTransport(url, key_of(key), max(1, parallel), verify, cert)
-        self._runner = make_runner(
-            *(self._transport, model, weights, timeout_s, retry_s),
-            *(parallel, chunk_sequences, progress),
-        )
+    _opens = BlockingTransport
+    _transport: BlockingTransport
 
     def __enter__(self) -> Client:
         return self
@@ -82,11 +43,6 @@ class Client(BlockingMethods):
     def close(self) -> None:
         """Close the connections."""
         self._transport.close()
-
-    @property
-    def weights(self) -> str | None:
-        """Digest of the weights that answered last; before, of those that were asked for."""
-        return self._runner.met or self._runner.weights
 
     @property
     def detailed(self) -> DetailedClient:

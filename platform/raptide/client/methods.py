@@ -5,7 +5,6 @@ What runs them, and so what they return, is the client's: see `Client` and `Asyn
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypedDict, Unpack
@@ -14,12 +13,12 @@ import numpy as np
 
 from raptide.alphabet import decode_residues
 from raptide.calls.inputs import plain_layers, read_sequences, refuse_no_list, refuse_unknown
+from raptide.calls.scoring import score_mutants
 from raptide.calls.variants import apply_variant, parse_variant
 from raptide.client.asks import Ask, Embed, Scan, Score, Tables, Variants
 from raptide.client.details import Answer
-from raptide.client.exchange import Patience
 from raptide.client.pieces import LOGITS, Kind
-from raptide.client.runner import Call, Runner, Transport
+from raptide.client.runner import Call
 from raptide.errors import ConfigError, ServiceError
 from raptide.methods import Long, Pooling, ScanMethod, ScoreMethod, VariantMethod
 
@@ -146,7 +145,7 @@ class Methods:
         if method != "pseudo-ppl":
             return self._ask(Variants(method, changes), [plain], long, _only, **options)
         mutants = [decode_residues(apply_variant(residues, change)) for change in changes]
-        relative = partial(_relative, len(residues))
+        relative = partial(score_mutants, residues=len(residues))
         return self._ask(Score(method), [plain, *mutants], long, relative, **options)
 
     def scan(
@@ -187,34 +186,6 @@ class Methods:
         return self._run(Call(ask, given, finish, empty, long == "window", timeout_s, answer))
 
 
-def make_runner(
-    transport: Transport,
-    model: str | None,
-    weights: str | None,
-    timeout_s: float,
-    retry_s: float,
-    parallel: int,
-    chunk_sequences: int,
-    progress: bool,
-) -> Runner:
-    """What runs the calls of a client.
-
-    Raises:
-        ConfigError: an argument is out of range.
-    """
-    for name, value, least in (
-        ("timeout_s", timeout_s, 0.001),
-        ("retry_s", retry_s, 0),
-        ("parallel", parallel, 1),
-        ("chunk_sequences", chunk_sequences, 1),
-    ):
-        refuse_small(name, value, least)
-    return Runner(
-        *(transport, model, weights, timeout_s, Patience(retry_s)),
-        *(parallel, chunk_sequences, progress),
-    )
-
-
 def refuse_small(name: str, value: float, least: float) -> None:
     """Raises ConfigError where a number is below what makes sense, or none."""
     if not value >= least:
@@ -228,11 +199,6 @@ def plain_id(request_id: str) -> str:
             f"A request_id is plain text of 1 to 100 letters, but {request_id[:40]!r} was given."
         )
     return request_id
-
-
-def key_of(key: str | None) -> str | None:
-    """A key, or that of the environment."""
-    return key if key is not None else os.environ.get("RAPTIDE_API_KEY") or None
 
 
 def is_lazy(given: Iterable[Any] | AsyncIterator[Any]) -> bool:
@@ -265,9 +231,3 @@ def _numbers(scores: list[float]) -> np.ndarray:
 def _only(results: list[Any]) -> Any:
     (result,) = results
     return result
-
-
-def _relative(length: int, scores: list[float]) -> np.ndarray:
-    """Of mean log likelihoods, the wild type's first: how much likelier each mutant is."""
-    totals = np.array(scores, np.float64) * length
-    return totals[1:] - totals[0]

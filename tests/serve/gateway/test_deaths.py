@@ -149,7 +149,9 @@ def test_a_replica_that_computes_no_more_does_not_look_idle(bundle, monkeypatch)
         replica = Replica(ModelSettings(name="raptide", path=str(bundle)))
         monkeypatch.setattr(replica._batcher, "_next_batch", sys.exit)
         work = Work(Ask("embed"), ["MK"], 4, timeout_s=5.0)
-        return [[each async for each in replica.run(work)][-1] for _ in range(2)]
+        told = [[each async for each in replica.run(work)][-1] for _ in range(2)]
+        replica._batcher._thread.join(10)  # what it ends with is pytest's to see in this test
+        return told
 
     for refused in asyncio.run(main()):
         assert refused.reason == "stopped"
@@ -196,6 +198,7 @@ def test_health_and_readiness_fail_with_the_batchers_thread(bundle, monkeypatch)
         after = await endpoint.http("/readyz", None)
         handle.replicas.append(other)
         again = await endpoint.http("/v1/embeddings", {"input": "MK"})
+        replica._batcher._thread.join(10)
         return before.status_code, lost.status_code, after.status_code, again.status_code
 
     before, lost, after, again = asyncio.run(main())

@@ -193,11 +193,15 @@ def test_no_log_holds_a_sequence_or_a_key(keyed, proxy, logs):
         body = {"sequences": [SECRET * 30]}
         assert lab.post("/v1/scores", json=body, headers=late).status_code == 504
     _send_secrets_by_grpc(proxy, keyed)
-    wait_until(lambda: "find-me-1" in logs() and logs().count('"protocol": "grpc"') >= 8, 10)
+    wait_until(
+        lambda: logs().count("find-me-1") >= 2 and logs().count('"protocol": "grpc"') >= 8, 10
+    )
     written = logs()
     assert SECRET not in written
     assert not any(key in written for key in keyed.keys.values())
-    line = next(line for line in written.splitlines() if "find-me-1" in line and '"call"' in line)
+    ours = [line for line in written.splitlines() if "find-me-1" in line and '"call"' in line]
+    assert any('"tokens": 16' in line for line in ours), "the replica's line has the id, too"
+    line = next(line for line in ours if '"residues"' in line)
     grpc_lines = [line for line in written.splitlines() if '"protocol": "grpc"' in line]
     statuses = {int(re.search(r'"status": (\d+)', line)[1]) for line in grpc_lines}
     assert {200, 401, 404, 422, 504} <= statuses
