@@ -181,6 +181,8 @@ def test_a_request_keeps_its_id(client):
     assert given.headers.get_list("X-Request-Id") == ["abc-123"]
     made = client.post("/v1/embeddings", json={"input": "MK"})
     assert len(made.headers["X-Request-Id"]) > 8
+    long = client.post("/v1/embeddings", json={"input": "MK"}, headers={"X-Request-Id": "9" * 5000})
+    assert set(long.headers.get_list("X-Request-Id")) == {"9" * 128}
 
 
 def test_health_readiness_and_docs(client):
@@ -191,6 +193,9 @@ def test_health_readiness_and_docs(client):
     calls = {"embeddings", "scores", "scan", "contacts", "logits", "models", "status"}
     others = {"/v1/models/{model}", "/healthz", "/readyz"}
     assert {f"/v1/{call}" for call in calls} | others == set(paths)
+    for call in ("embeddings", "scores", "scan", "contacts", "logits"):
+        headers = {each["name"] for each in paths[f"/v1/{call}"]["post"]["parameters"]}
+        assert headers == {"X-Raptide-Timeout-S", "X-Raptide-Weights", "X-Request-Id"}
 
 
 def test_null_means_the_default_in_every_optional_field(client):
