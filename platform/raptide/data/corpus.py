@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
@@ -152,7 +153,7 @@ class Corpus:
     def blocks(self, split: Split) -> list[dict[str, Any]]:
         """The block table's rows of one split, in corpus order."""
         table = self._blocks
-        return table.filter(pa.compute.equal(table["split"], split)).to_pylist()
+        return table.filter(pc.equal(table["split"], split)).to_pylist()
 
     def read_block(self, block: dict[str, Any]) -> ClusterRows:
         """Read one block, given its row of the block table.
