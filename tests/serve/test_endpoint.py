@@ -181,8 +181,6 @@ def test_a_request_keeps_its_id(client):
     assert given.headers.get_list("X-Request-Id") == ["abc-123"]
     made = client.post("/v1/embeddings", json={"input": "MK"})
     assert len(made.headers["X-Request-Id"]) > 8
-    long = client.post("/v1/embeddings", json={"input": "MK"}, headers={"X-Request-Id": "9" * 5000})
-    assert set(long.headers.get_list("X-Request-Id")) == {"9" * 128}
 
 
 def test_health_readiness_and_docs(client):
