@@ -16,14 +16,15 @@ from ray.train.collective import broadcast_from_rank_zero
 from raptide.alphabet import ALPHABETS
 from raptide.attempts import Attempt
 from raptide.cluster import on_this_node
-from raptide.data.streaming.batch import Cursor, GlobalBatch
+from raptide.data.streaming.batch import Cursor
 from raptide.data.streaming.feeder import BatchReader, FeederActor
+from raptide.data.streaming.shares import BatchShare
 from raptide.data.streaming.stream import StreamPlan
 from raptide.errors import CheckpointUnsaved
 from raptide.model.formats.detect import write_weights
 from raptide.model.formats.weights import Weights
 from raptide.training.ahead import SharesAhead
-from raptide.training.batches import Share, cut_share, share_bounds
+from raptide.training.batches import Share, cut_share, rows_of, share_bounds, within_share
 from raptide.training.checkpoints.checkpoint import MODEL, SavedCheckpoint, newest_checkpoint
 from raptide.training.checkpoints.keeping import best_effort
 from raptide.training.checkpoints.owned import Storage
@@ -83,13 +84,6 @@ class Worker:
             self._recipe.training.max_nonfinite_steps,
             scales_loss=self._recipe.training.precision == "fp16",
         )
-        self._bounds = share_bounds(
-            self._recipe.stream.batch_rows,
-            self._rank,
-            self._workers,
-            self._recipe.training.micro_batch_rows,
-            self._recipe.accumulation(self._workers),
-        )
         self._post(phase="loading DeepSpeed")
         cursor, so_far = self._load()
         self._hang_watch.progress()
@@ -110,8 +104,9 @@ class Worker:
         self._tracker = self._start_tracking(stack)
         self._stepper = Stepper(self._engine, self._workers)
         self._board_watch = BoardWatch(run.board, self._rank, attempt.number)
-        cut = partial(cut_share, self._bounds, ALPHABETS[run.plan.alphabet], self._engine.device)
-        self._shares = SharesAhead(reader.batches(self._steps_left), cut, self._engine.device)
+        bounds = within_share(self._bounds_of(self._rank))
+        cut = partial(cut_share, bounds, ALPHABETS[run.plan.alphabet], self._engine.device)
+        self._shares = SharesAhead(reader.shares(self._steps_left), cut, self._engine.device)
         stack.callback(self._shares.close)
         self._audit = None
         if self._recipe.tracking.audit:
@@ -203,7 +198,7 @@ class Worker:
         if self._loss_watch.see(result):
             self._warn(f"The loss jumped to {result.loss:.3f} in step {self._step}.")
         if self._audit is not None:
-            self._audit.write(self._step, batch, self._bounds[0][0], self._bounds[-1][1])
+            self._audit.write(self._step, batch)
         if result.look:
             self._look()
         return result
@@ -274,7 +269,7 @@ class Worker:
                 self._tracker.link("model", self._run.run_id, f"{saved.uri}/{MODEL}", **facts)
 
     def _log(
-        self, batch: GlobalBatch, result: StepResult, step_s: float, stall_s: float | None
+        self, batch: BatchShare, result: StepResult, step_s: float, stall_s: float | None
     ) -> None:
         """Metrics, made where they are kept and when they are due."""
         if self._tracker is None:
@@ -366,9 +361,20 @@ class Worker:
         feeder = None
         if self._rank == 0:
             here = FeederActor.options(scheduling_strategy=on_this_node())
-            feeder = here.remote(self._run.plan, cursor, self._steps_left, self._workers)
+            shares = [rows_of(self._bounds_of(rank)) for rank in range(self._workers)]
+            feeder = here.remote(self._run.plan, cursor, self._steps_left, shares)
         self._feeder = broadcast_from_rank_zero(feeder)  # kept: a feeder nobody holds is ended
-        return BatchReader(self._feeder, self._recipe.cluster.data_timeout_s)
+        return BatchReader(self._feeder, self._rank, self._recipe.cluster.data_timeout_s)
+
+    def _bounds_of(self, rank: int) -> list[tuple[int, int]]:
+        """First and last row (exclusive) of each of a rank's micro-batches in a global batch."""
+        return share_bounds(
+            self._recipe.stream.batch_rows,
+            rank,
+            self._workers,
+            self._recipe.training.micro_batch_rows,
+            self._recipe.accumulation(self._workers),
+        )
 
     def _start_tracking(self, stack: ExitStack) -> Tracker | None:
         if self._rank != 0:

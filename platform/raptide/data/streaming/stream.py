@@ -18,6 +18,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -278,15 +279,18 @@ def _split_tables(tables: list[pa.Table], size: int) -> tuple[list[pa.Table], li
 
 
 def _to_batch(tables: list[pa.Table], row_tokens: int) -> GlobalBatch:
-    table = pa.concat_tables(tables).combine_chunks()
+    table = pa.concat_tables(tables)
 
     def matrix(name: str) -> np.ndarray:
-        column = table[name].combine_chunks()
-        flat = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, row_tokens)
-        return flat[column.offset : column.offset + len(column)].copy()
+        """The only copy, so that no batch keeps whole blocks in the object store."""
+        pieces = []
+        for chunk in table[name].chunks:
+            flat = np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, row_tokens)
+            pieces.append(flat[chunk.offset : chunk.offset + len(chunk)])
+        return np.concatenate(pieces)
 
     segments = table["segments"].combine_chunks()
-    splits = segments.offsets.to_numpy()
+    splits = (segments.offsets.to_numpy() - segments.offsets[0].as_py()).tolist()
     lengths = segments.flatten().to_numpy().astype(np.int32)
     row_ids = np.stack([table[name].to_numpy() for name in ("epoch", "block", "row")], axis=1)
     epoch, block, row = row_ids[-1].tolist()
@@ -294,7 +298,7 @@ def _to_batch(tables: list[pa.Table], row_tokens: int) -> GlobalBatch:
         rows=PackedRows(
             tokens=matrix("tokens"),
             targets=matrix("targets"),
-            segments=np.split(lengths, splits[1:-1] - splits[0]),
+            segments=[lengths[start:end] for start, end in pairwise(splits)],
         ),
         row_ids=row_ids,
         next_cursor=Cursor(epoch, block, row + 1),
