@@ -12,6 +12,7 @@ from raptide.alphabet import Alphabet
 from raptide.data.streaming.batch import PackedRows
 from raptide.data.streaming.shares import BatchShare
 from raptide.model.packed import Packed, Targets
+from raptide.training.planning.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,13 @@ def share_bounds(
     first = rank * micro_rows * accumulation
     starts = range(first, first + micro_rows * accumulation, micro_rows)
     return [(min(s, num_rows), min(s + micro_rows, num_rows)) for s in starts]
+
+
+def bounds_of_rank(recipe: Recipe, rank: int, workers: int) -> list[tuple[int, int]]:
+    """The same for a rank of a recipe's run."""
+    micro_rows = recipe.training.micro_batch_rows
+    accumulation = recipe.accumulation(workers)
+    return share_bounds(recipe.stream.batch_rows, rank, workers, micro_rows, accumulation)
 
 
 def rows_of(bounds: list[tuple[int, int]]) -> tuple[int, int]:
