@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from raptide.data.streaming.batch import GlobalBatch
+from raptide.data.streaming.shares import BatchShare
 from raptide.model.config import ModelSettings
 from raptide.model.packed import Packed, Targets
 from raptide.model.transformer import Esm, count_parameters
@@ -120,7 +120,7 @@ def _saved_bytes(settings: ModelSettings, dtype: torch.dtype) -> int:
     return sum(saved.values())
 
 
-def step_flops(settings: ModelSettings, batch: GlobalBatch) -> float:
+def step_flops(settings: ModelSettings, batch: BatchShare) -> float:
     """Floating-point operations of one update: forward, and twice as much backward.
 
     The layers' matrices for every token, attention within each sequence, the head at the targets
