@@ -24,6 +24,11 @@ class MicroBatch:
         """The same on a device, without waiting for it."""
         return MicroBatch(self.packed.to(device), self.targets.to(device))
 
+    def uncovered(self) -> MicroBatch:
+        """With the true tokens at the targets' places, for models that are blind to these."""
+        tokens_T = self.packed.tokens_T.index_copy(0, self.targets.at_N, self.targets.true_N)
+        return MicroBatch(Packed(tokens_T, self.packed.lengths), self.targets)
+
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All that it holds on its device."""
@@ -55,9 +60,20 @@ def share_bounds(
 
 
 def cut_share(
-    bounds: list[tuple[int, int]], alphabet: Alphabet, device: torch.device, batch: GlobalBatch
+    bounds: list[tuple[int, int]],
+    alphabet: Alphabet,
+    device: torch.device,
+    batch: GlobalBatch,
+    *,
+    blind: bool = False,
 ) -> Share:
-    """A worker's share of a batch, on its device."""
+    """A worker's share of a batch, on its device.
+
+    Args:
+        blind: the model does not see what it predicts, so it is shown and asked everything.
+    """
+    if blind:
+        batch = batch.uncovered()
     return Share(batch, tuple(micro_batches(batch.rows, bounds, alphabet, device)))
 
 

@@ -102,6 +102,7 @@ class Worker:
             self._recipe.training.micro_batch_rows,
             self._rank,
             self._workers,
+            blind=self._recipe.model.blind,
         )
         self._measures = StepMetrics(self._recipe, run.device, self._workers)
         self._looked = time.monotonic()
@@ -110,7 +111,8 @@ class Worker:
         self._tracker = self._start_tracking(stack)
         self._stepper = Stepper(self._engine, self._workers)
         self._board_watch = BoardWatch(run.board, self._rank, attempt.number)
-        cut = partial(cut_share, self._bounds, ALPHABETS[run.plan.alphabet], self._engine.device)
+        alphabet, blind = ALPHABETS[run.plan.alphabet], self._recipe.model.blind
+        cut = partial(cut_share, self._bounds, alphabet, self._engine.device, blind=blind)
         self._shares = SharesAhead(reader.batches(self._steps_left), cut, self._engine.device)
         stack.callback(self._shares.close)
         self._audit = None
