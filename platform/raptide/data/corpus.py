@@ -141,7 +141,7 @@ class Blocks(Sequence[dict[str, Any]]):
     @property
     def residues(self) -> int:
         """Of all of them together."""
-        return pa.compute.sum(self._table["residues"]).as_py() or 0
+        return pc.sum(self._table["residues"]).as_py() or 0
 
     @property
     def nbytes(self) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from raptide.model.families import AnyModel, make_model
 from raptide.model.formats.detect import read_weights
-from raptide.model.transformer import Esm
 from raptide.training.checkpoints.checkpoint import ZERO, ZERO_TAG, SavedCheckpoint, find_bundle
 from raptide.training.checkpoints.scratch import made_once
 from raptide.training.planning.deepspeed_config import deepspeed_config
@@ -50,13 +50,13 @@ def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoi
     return engine
 
 
-def build_model(recipe: Recipe, device: str, saved: SavedCheckpoint | None) -> Esm:
+def build_model(recipe: Recipe, device: str, saved: SavedCheckpoint | None) -> AnyModel:
     """The model, with the weights it starts from unless a checkpoint will bring others.
 
     Only a start without a checkpoint reads `init_from`, and only rank 0.
     """
-    model = Esm(recipe.model).initialise(recipe.training.seed)
-    rotary = recipe.model.traits.positions == "rotary"
+    model = make_model(recipe.model).initialise(recipe.training.seed)
+    rotary = recipe.model.rotary
     if saved is not None:
         if rotary:  # DeepSpeed's files do not hold them
             model.inv_freq = saved.frequencies()

@@ -96,6 +96,7 @@ class Worker:
             self._recipe.training.micro_batch_rows,
             self._rank,
             self._workers,
+            blind=self._recipe.model.blind,
         )
         self._measures = StepMetrics(self._recipe, run.device, self._workers)
         self._looked = time.monotonic()
@@ -369,7 +370,8 @@ class Worker:
             here = FeederActor.options(scheduling_strategy=on_this_node())
             ranks = range(self._workers)
             shares = [rows_of(bounds_of_rank(self._recipe, r, self._workers)) for r in ranks]
-            feeder = here.remote(self._run.plan, cursor, self._steps_left, shares)
+            blind = self._recipe.model.blind
+            feeder = here.remote(self._run.plan, cursor, self._steps_left, shares, blind=blind)
         self._feeder = broadcast_from_rank_zero(feeder)  # kept: a feeder nobody holds is ended
         return BatchReader(self._feeder, self._rank, self._recipe.cluster.data_timeout_s)
 
