@@ -17,6 +17,7 @@ GAUGES: dict[str, tuple[str, str]] = {
     "train/loss": ("raptide_train_loss", "Loss of the newest step that was logged, nats"),
     "train/grad_norm": ("raptide_train_grad_norm", "Norm of the gradients before clipping"),
     "train/spikes": ("raptide_train_loss_spikes", "Jumps of the loss since the workers started"),
+    "train/skipped_steps": ("raptide_train_skipped_steps", "Left out: gradients were no numbers"),
     "progress/tokens": ("raptide_train_tokens", "Tokens trained on, padding not counted"),
     "speed/step_s": ("raptide_train_step_seconds", "One step, seconds"),
     "speed/tokens_per_s": ("raptide_train_tokens_per_second", "Over all workers"),
