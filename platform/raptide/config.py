@@ -38,10 +38,27 @@ def load_settings(cls: type[S], path: str | Path, overrides: Iterable[str] = ())
     Raises:
         ConfigError: a file is unreadable, an override is malformed, or a field is wrong.
     """
-    tree = _read_tree(Path(path), ())
+    return settle(cls, read_tree(path), overrides, source=str(path))
+
+
+def settle(cls: type[S], tree: dict[str, Any], overrides: Iterable[str], *, source: str) -> S:
+    """Put overrides on top of a mapping, which they change, and check the result against `cls`.
+
+    Raises:
+        ConfigError: an override is malformed, or a field is wrong.
+    """
     for override in overrides:
         _apply(cls, tree, override)
-    return parse_settings(cls, tree, source=str(path))
+    return parse_settings(cls, tree, source=source)
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """A YAML file over the files it builds on, not checked against any class.
+
+    Raises:
+        ConfigError: a file is unreadable.
+    """
+    return _read_tree(Path(path), ())
 
 
 def _read_tree(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -63,14 +80,15 @@ def _read_tree(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return tree
     below = _read_tree(path.parent / str(base), (*above, path.resolve()))
-    return _merge(below, tree)
+    return merge(below, tree)
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `above` in place of those of `below`, section by section; both stay."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 
@@ -151,15 +169,21 @@ def _takes(annotation: Any, *types: type) -> bool:
 
 def _annotation_at(cls: type[BaseModel], path: list[str]) -> Any:
     """The type of a field, or None where there is no such field."""
-    field: Any = None
+    annotation: Any = cls
     for part in path:
-        if not (isinstance(cls, type) and issubclass(cls, BaseModel)):
+        fields = [
+            each.model_fields[part] for each in _classes_in(annotation) if part in each.model_fields
+        ]
+        if not fields:
             return None
-        field = cls.model_fields.get(part)
-        if field is None:
-            return None
-        cls = field.annotation
-    return cls
+        annotation = fields[0].annotation
+    return annotation
+
+
+def _classes_in(annotation: Any) -> list[type[BaseModel]]:
+    """The settings that a field of this type may hold."""
+    inner = (annotation, *get_args(annotation))
+    return [each for each in inner if isinstance(each, type) and issubclass(each, BaseModel)]
 
 
 def _first_problem(cls: type[BaseModel], error: ValidationError) -> str:
@@ -191,9 +215,8 @@ def _nearest_anywhere(cls: type[BaseModel], name: str) -> list[str]:
 def _paths_below(cls: type[BaseModel], above: str) -> Iterator[str]:
     for name, field in cls.model_fields.items():
         yield above + name
-        for each in (field.annotation, *get_args(field.annotation)):
-            if isinstance(each, type) and issubclass(each, BaseModel):
-                yield from _paths_below(each, f"{above}{name}.")
+        for each in _classes_in(field.annotation):
+            yield from _paths_below(each, f"{above}{name}.")
 
 
 def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
@@ -201,9 +224,7 @@ def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
         if part.isdigit():  # an item of the list before it
             continue
         field = cls.model_fields.get(part)
-        annotation = field.annotation if field else None
-        inner = (annotation, *get_args(annotation))
-        below = [a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)]
+        below = _classes_in(field.annotation if field else None)
         if not below:
             return []
         cls = below[0]

@@ -6,7 +6,8 @@ import pytest
 from raptide.config import parse_settings
 from raptide.errors import ConfigError
 from raptide.model.config import PRESETS, ModelSettings
-from raptide.model.transformer import count_parameters
+from raptide.model.families import count_parameters
+from raptide.model.shapes import ALL_PRESETS
 
 PUBLISHED = {  # millions, as the names and the paper give them
     "esm1_t6_43M": 43,
@@ -42,5 +43,5 @@ def test_a_preset_can_be_changed_and_a_wrong_one_is_named():
 def test_the_table_lists_every_preset():
     command = [sys.executable, "-m", "raptide.model"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert [line.split()[0] for line in shown.splitlines()[1:11]] == list(PRESETS)
+    assert [line.split()[0] for line in shown.splitlines()[1:15]] == list(ALL_PRESETS)
     assert "651,042,593      2.60      1.30" in shown

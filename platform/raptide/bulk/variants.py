@@ -45,7 +45,7 @@ class VariantWork:
 
     def __post_init__(self) -> None:
         for model in self.models:
-            model.refuse_headless()
+            model.refuse_method(*self.methods)
 
     def fingerprint(self) -> dict[str, Any]:
         return {

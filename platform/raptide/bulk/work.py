@@ -18,7 +18,7 @@ import pyarrow as pa
 from raptide.alphabet import STANDARD
 from raptide.bulk.units import Sizes
 from raptide.errors import ConfigError, SequenceError
-from raptide.methods import Pooling, ScanMethod, ScoreMethod
+from raptide.methods import MASKED_METHODS, Pooling, ScanMethod, ScoreMethod, blind_to_masks
 
 Long = Literal["error", "window", "reject"]
 Precision = Literal["fp32", "bf16"]
@@ -71,6 +71,8 @@ class Model:
     width: int
     max_residues: int
     has_head: bool
+    blind: bool
+    """Whether it is an LSTM, which reads no `<mask>` and has no attention."""
     threads: int
     """Of one engine on CPUs; more for larger models, so that memory holds one a share of cores."""
 
@@ -97,10 +99,21 @@ class Model:
             width=settings.width,
             max_residues=limit - specials if limit else LONGEST_RESIDUES,
             has_head=weights.has_head,
+            blind=settings.blind,
             threads=2 ** min(4, max(0, (parameters // 100_000_000).bit_length())),
         )
 
-    def refuse_headless(self) -> None:
+    def refuse_method(self, *methods: str) -> None:
+        """
+        Raises:
+            ConfigError: the model cannot score like that.
+        """
+        self._refuse_headless()
+        for method in methods:
+            if self.blind and method in MASKED_METHODS:
+                raise ConfigError(f"{self.path}: {blind_to_masks(method)}")
+
+    def _refuse_headless(self) -> None:
         if not self.has_head:
             raise ConfigError(
                 f"{self.path} has no language-model head, so it gives embeddings but no scores; "
@@ -240,8 +253,6 @@ def _written(values: np.ndarray, kind: Any) -> np.ndarray | Rejected:
 H5_KEY = "h5_key"
 """Column of biotrainer's name for a sequence: SHA-256 of `SEQUENCE_LENGTH`."""
 
-MASKED_METHODS = ("pseudo-ppl", "masked-marginals")
-
 
 @dataclass(frozen=True)
 class ScoreWork(_ModelWork):
@@ -250,7 +261,7 @@ class ScoreWork(_ModelWork):
     method: ScoreMethod = "pseudo-ppl"
 
     def __post_init__(self) -> None:
-        self.model.refuse_headless()
+        self.model.refuse_method(self.method)
 
     def fingerprint(self) -> dict[str, Any]:
         return self._fingerprint(work="score", method=self.method)
@@ -276,7 +287,7 @@ class ScanWork(_ModelWork):
     method: ScanMethod = "wt-marginals"
 
     def __post_init__(self) -> None:
-        self.model.refuse_headless()
+        self.model.refuse_method(self.method)
 
     def fingerprint(self) -> dict[str, Any]:
         return self._fingerprint(work="scan", method=self.method, columns=STANDARD)

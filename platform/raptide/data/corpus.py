@@ -29,6 +29,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
@@ -140,7 +141,7 @@ class Blocks(Sequence[dict[str, Any]]):
     @property
     def residues(self) -> int:
         """Of all of them together."""
-        return pa.compute.sum(self._table["residues"]).as_py() or 0
+        return pc.sum(self._table["residues"]).as_py() or 0
 
     @property
     def nbytes(self) -> int:
@@ -198,7 +199,7 @@ class Corpus:
     def blocks(self, split: Split) -> Blocks:
         """The block table's rows of one split, in corpus order, without their hashes."""
         table = self._blocks
-        return Blocks(table.filter(pa.compute.equal(table["split"], split)))
+        return Blocks(table.filter(pc.equal(table["split"], split)))
 
     def read_block(self, block: dict[str, Any]) -> ClusterRows:
         """Read one block, given its row of the block table.

@@ -41,10 +41,18 @@ from raptide.calls.scoring import (
 from raptide.calls.variants import apply_variant, parse_variant
 from raptide.errors import BundleError
 from raptide.inference.forward import Forward
-from raptide.methods import Long, Pooling, ScanMethod, ScoreMethod, VariantMethod
+from raptide.methods import (
+    MASKED_METHODS,
+    Long,
+    Pooling,
+    ScanMethod,
+    ScoreMethod,
+    VariantMethod,
+    blind_to_masks,
+)
 from raptide.model.device import compilation_pays, multiplies_bf16_faster
+from raptide.model.families import AnyModel
 from raptide.model.formats.detect import read_weights
-from raptide.model.transformer import Esm
 
 CONTACT_RESIDUES = 2048
 """Longest sequence whose contacts are computed: memory grows with the square, and is then about
@@ -60,7 +68,7 @@ class Engine:
     """One model on one device. Safe to call from several threads."""
 
     def __init__(
-        self, model: Esm, lineage: dict[str, Any], device: torch.device, max_batch_tokens: int
+        self, model: AnyModel, lineage: dict[str, Any], device: torch.device, max_batch_tokens: int
     ) -> None:
         self.lineage = lineage
         """Where the weights come from, as the bundle's raptide.json says; {} for strangers'."""
@@ -201,9 +209,10 @@ class Engine:
         """Probability that two residues touch (Cβ within 8 Å), [L, L] fp32 for each sequence.
 
         Raises:
-            BundleError: the model has no contact head.
+            BundleError: the model has no contact head, or, as an LSTM, could have none.
             SequenceError: as in `embed`, or a sequence has more than CONTACT_RESIDUES residues.
         """
+        self._refuse_no_maps()
         head = self.model.contact_head
         if head is None:
             raise BundleError(
@@ -223,6 +232,7 @@ class Engine:
         Raises:
             SequenceError: as in `contacts`.
         """
+        self._refuse_no_maps()
         (residues,) = read_sequences([sequence], min(self.max_residues, CONTACT_RESIDUES))
         return (maps.cpu().numpy() for maps in self._forward.corrected_maps(residues))
 
@@ -244,14 +254,16 @@ class Engine:
 
         "pseudo-ppl" masks one residue at a time (Salazar et al., 2020): exp(-score) is the pseudo
         perplexity. It costs a forward pass of the whole sequence per residue. "one-pass" reads all
-        likelihoods off a single unmasked pass: cheap, and optimistic.
+        likelihoods off a single unmasked pass: cheap, and optimistic, but for an LSTM, which is
+        blind to each residue anyway.
 
         Raises:
-            BundleError: the model has no language-model head.
+            BundleError: the model has no language-model head, or reads no `<mask>`.
             SequenceError: as in `embed`.
         """
         refuse_unknown("method", method, ScoreMethod)
         self._refuse_headless()
+        self._refuse_masks(method)
 
         def compute(residues: list[np.ndarray]) -> list[float]:
             if method == "pseudo-ppl":
@@ -289,6 +301,7 @@ class Engine:
         """
         refuse_unknown("method", method, VariantMethod)
         self._refuse_headless()
+        self._refuse_masks(method)
         refuse_no_list(variants, "variants")
         (residues,) = read_sequences([sequence], self._limit(long))
         changes = [parse_variant(variant, residues) for variant in variants]
@@ -314,6 +327,7 @@ class Engine:
         """
         refuse_unknown("method", method, ScanMethod)
         self._refuse_headless()
+        self._refuse_masks(method)
         (residues,) = read_sequences([sequence], self._limit(long))
         return score_substitutions(
             self._marginals(residues, np.arange(len(residues)), method), residues
@@ -332,10 +346,11 @@ class Engine:
             [positions, V] fp32 for each piece.
 
         Raises:
-            BundleError: the model has no language-model head.
+            BundleError: the model has no language-model head, or reads no `<mask>`.
             SequenceError: as in `embed`.
         """
         self._refuse_headless()
+        self._refuse_masks("masked-marginals")
         residues = read_sequences([sequence for sequence, _ in pieces], self.max_residues)
         positions = [np.asarray(where, int) for _, where in pieces]
         rows: list[list[np.ndarray]] = [[] for _ in pieces]
@@ -349,6 +364,17 @@ class Engine:
             raise BundleError(
                 "This model has no language-model head, so it gives embeddings but no likelihoods; "
                 "load the masked language model it was made from (EsmForMaskedLM)."
+            )
+
+    def _refuse_masks(self, method: str) -> None:
+        if self.model.settings.blind and method in MASKED_METHODS:
+            raise BundleError(blind_to_masks(method))
+
+    def _refuse_no_maps(self) -> None:
+        if self.model.settings.blind:
+            raise BundleError(
+                "An LSTM has no attention maps to read contacts off; it gives embeddings, logits, "
+                "and scores of one pass."
             )
 
     def _marginals(

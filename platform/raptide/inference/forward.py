@@ -24,6 +24,7 @@ from raptide.inference.batching import plan_batches
 from raptide.methods import Pooling
 from raptide.model.contacts import corrected_maps
 from raptide.model.device import send
+from raptide.model.families import AnyModel
 from raptide.model.packed import Packed
 from raptide.model.transformer import Esm
 
@@ -34,7 +35,7 @@ LONGEST_RESIDUES = 16384
 class Forward:
     """One model on one device; stateless between calls, so threads may share it."""
 
-    def __init__(self, model: Esm, device: torch.device, max_batch_tokens: int) -> None:
+    def __init__(self, model: AnyModel, device: torch.device, max_batch_tokens: int) -> None:
         self.model = model
         self._device = device
         self._max_batch_tokens = max_batch_tokens
@@ -107,6 +108,7 @@ class Forward:
     def _predict_masked(
         self, batch: list[tuple[int, np.ndarray, int]]
     ) -> Iterator[tuple[int, np.ndarray]]:
+        assert isinstance(self.model, Esm), "other families read no <mask>"
         indices, rows, places = zip(*batch, strict=True)
         starts = np.cumsum([0, *map(len, rows[:-1])])
         flat = torch.from_numpy(starts + np.array(places))
@@ -119,6 +121,7 @@ class Forward:
 
     def corrected_maps(self, residues: np.ndarray) -> Iterator[torch.Tensor]:
         """Symmetric, corrected attention maps of one sequence, layer by layer, [H, L, L] fp32."""
+        assert isinstance(self.model, Esm), "other families have no attention"
         with torch.inference_mode():
             maps = self.model.attention_maps(self._pack([self._alphabet.add_specials(residues)]))
             yield from corrected_maps(maps, self._alphabet.append_eos)

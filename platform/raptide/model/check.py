@@ -18,8 +18,8 @@ import torch
 
 from raptide.alphabet import encode_residues
 from raptide.errors import BundleError
+from raptide.model.families import AnyModel
 from raptide.model.packed import Packed
-from raptide.model.transformer import Esm
 from raptide.patience import patiently, unreadable
 
 CHECK = "check.json"
@@ -34,7 +34,7 @@ fp32 differs between machines by the order of sums; bf16 by its 8 bits.
 """
 
 
-def write_check(folder: Path, model: Esm) -> None:
+def write_check(folder: Path, model: AnyModel) -> None:
     """Record what `model` answers.
 
     Raises:
@@ -57,7 +57,7 @@ def write_check(folder: Path, model: Esm) -> None:
     (folder / CHECK).write_text(json.dumps(record) + "\n")
 
 
-def verify_check(folder: Path, model: Esm) -> bool:
+def verify_check(folder: Path, model: AnyModel) -> bool:
     """Compare `model` with the record beside its weights; False if there is none (strangers').
 
     Raises:
@@ -93,7 +93,7 @@ def verify_check(folder: Path, model: Esm) -> bool:
     return True
 
 
-def _answer(model: Esm, sequence: str) -> tuple[np.ndarray, float | None]:
+def _answer(model: AnyModel, sequence: str) -> tuple[np.ndarray, float | None]:
     """Mean embedding of the last layer, [D] float64, and mean log likelihood, nats, with a head."""
     residues = encode_residues(sequence)
     alphabet = model.settings.alphabet
@@ -105,7 +105,7 @@ def _answer(model: Esm, sequence: str) -> tuple[np.ndarray, float | None]:
         embedding = inner_LD.float().mean(0).cpu().numpy().astype(np.float64)
         if not model.has_head:
             return embedding, None
-        log_p_LV = torch.log_softmax(model.predict(inner_LD).float(), -1)
+        log_p_LV = torch.log_softmax(model(packed)[1 : 1 + len(residues)].float(), -1)
         picked = log_p_LV.gather(1, packed.tokens_T[1 : 1 + len(residues), None])
         return embedding, float(picked.double().mean())
 
@@ -114,7 +114,7 @@ def _are_numbers(embedding: np.ndarray, log_likelihood: float | None) -> bool:
     return bool(np.isfinite(embedding).all() and np.isfinite(log_likelihood or 0.0))
 
 
-def _dtype(model: Esm) -> str:
+def _dtype(model: AnyModel) -> str:
     return "fp32" if model.embed.weight.dtype == torch.float32 else "bf16"
 
 

@@ -115,6 +115,15 @@ class ModelSettings(Settings):
         return self.traits.alphabet
 
     @property
+    def blind(self) -> bool:
+        """Whether a residue is predicted without a look at it, so that nothing is masked."""
+        return False
+
+    @property
+    def rotary(self) -> bool:
+        return self.traits.positions == "rotary"
+
+    @property
     def head_width(self) -> int:
         return self.width // self.heads
 
@@ -130,3 +139,32 @@ class ModelSettings(Settings):
     def max_tokens(self) -> int | None:
         """Longest sequence the positions allow, specials included; None if they set no limit."""
         return self.max_positions if self.traits.positions == "learned" else None
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What two models must share for the weights of one to go into the other."""
+        return {
+            "family": self.family,
+            "layers": self.layers,
+            "width": self.width,
+            "heads": self.heads,
+            "ffn": self.ffn_width,
+            "norm_eps": self.eps,
+            "norm_before": self.traits.norm_before,
+            "max_positions": self.max_tokens,
+        }
+
+    def forward_flops(self, tokens: float, squared_lengths: float, targets: float) -> float:
+        """Floating-point operations of a forward pass.
+
+        The layers' matrices for every token, attention within each sequence, the head at the
+        targets alone; padding and recomputation do not count. A multiplication and its addition are
+        two.
+
+        Args:
+            squared_lengths: the sum of the squares of the sequences' tokens.
+        """
+        matrices = 2 * self.layers * (4 * self.width**2 + 2 * self.width * self.ffn_width) * tokens
+        attention = 4 * self.layers * self.width * squared_lengths
+        head = 2 * (self.width**2 + self.width * len(self.alphabet)) * targets
+        return float(matrices + attention + head)

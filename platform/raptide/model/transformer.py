@@ -176,13 +176,13 @@ class Esm(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Esm:
         """What `to` and its like call; the angles follow to another device, in their own type."""
         super()._apply(fn, recurse)
-        if self.settings.traits.positions == "rotary":
+        if self.settings.rotary:
             self.inv_freq = self.inv_freq.to(self.embed.weight.device)
         return self
 
     def frequencies(self) -> torch.Tensor | None:
         """Rotary frequencies on the CPU, [K / 2] fp32; None for other positions."""
-        return self.inv_freq.cpu() if self.settings.traits.positions == "rotary" else None
+        return self.inv_freq.cpu() if self.settings.rotary else None
 
     def _add_head(self) -> None:
         settings = self.settings
@@ -276,6 +276,11 @@ class Esm(nn.Module):
         hidden = self.head_norm(gelu(self.head_dense(x_ND)))
         return (linear(hidden, self.embed.weight, self.head_bias),)
 
+    @property
+    def letters(self) -> torch.Tensor:
+        """The output's row of each token, [V, D]; in tied models also its embedding."""
+        return self.embed.weight if self.settings.traits.tied_head else self.head_weight
+
     def _embed(self, packed: Packed) -> torch.Tensor:
         traits = self.settings.traits
         x_TD = self.embed(packed.tokens_T)
@@ -326,12 +331,6 @@ def _padded(x: torch.Tensor, size: int) -> torch.Tensor:
     if len(x) == size:
         return x
     return pad(x, (0, 0) * (x.ndim - 1) + (0, size - len(x)))
-
-
-def count_parameters(settings: ModelSettings) -> int:
-    """Learned numbers of a model of this shape, without a contact head; nothing is allocated."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Esm(settings).parameters())
 
 
 def default_inv_freq(head_width: int) -> torch.Tensor:

@@ -26,6 +26,11 @@ class MicroBatch:
         """The same on a device, without waiting for it."""
         return MicroBatch(self.packed.to(device), self.targets.to(device))
 
+    def uncovered(self) -> MicroBatch:
+        """With the true tokens at the targets' places, for models that are blind to these."""
+        tokens_T = self.packed.tokens_T.index_copy(0, self.targets.at_N, self.targets.true_N)
+        return MicroBatch(Packed(tokens_T, self.packed.lengths), self.targets)
+
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All that it holds on its device."""

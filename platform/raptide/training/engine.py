@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from raptide.model.families import AnyModel, make_model
 from raptide.model.formats.detect import read_weights
-from raptide.model.transformer import Esm
 from raptide.training.checkpoints.checkpoint import ZERO, ZERO_TAG, SavedCheckpoint, find_bundle
 from raptide.training.checkpoints.scratch import made_once
 from raptide.training.planning.deepspeed_config import deepspeed_config
@@ -50,13 +50,13 @@ def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoi
     return engine
 
 
-def build_model(recipe: Recipe, device: str, saved: SavedCheckpoint | None) -> Esm:
+def build_model(recipe: Recipe, device: str, saved: SavedCheckpoint | None) -> AnyModel:
     """The model, with the weights it starts from unless a checkpoint will bring others.
 
     Only a start without a checkpoint reads `init_from`, and only rank 0.
     """
-    model = Esm(recipe.model).initialise(recipe.training.seed)
-    rotary = recipe.model.traits.positions == "rotary"
+    model = make_model(recipe.model).initialise(recipe.training.seed)
+    rotary = recipe.model.rotary
     if saved is not None:
         if rotary:  # DeepSpeed's files do not hold them
             model.inv_freq = saved.frequencies()
@@ -82,16 +82,14 @@ def needs_conversion(saved: SavedCheckpoint, workers: int) -> bool:
 
 def load_state(engine: Any, saved: SavedCheckpoint, workers: int) -> None:
     """Load weights and optimizer state, converted first if the number of workers has changed."""
-    folder, tag = saved.fetch() / ZERO, ZERO_TAG
     if needs_conversion(saved, workers):
-        source = folder / ZERO_TAG
         converted = made_once(
-            saved.manifest["wandb_run_id"],
-            "universal",
-            saved.key,
-            lambda target: _convert(source, target, saved),
+            *(saved.manifest["wandb_run_id"], "universal", saved.key),
+            lambda target: _convert(saved, target),
         )
         folder, tag = converted.parent, converted.name
+    else:
+        folder, tag = saved.shards(dist.get_rank()) / ZERO, ZERO_TAG
     with _keeping_settings(engine.optimizer):
         path, _ = engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
     assert path is not None, f"DeepSpeed found nothing in {folder}"
@@ -115,14 +113,16 @@ def _keeping_settings(optimizer: Any) -> Iterator[None]:
         optimizer.clip_grad = clip_norm
 
 
-def _convert(source: Path, target: Path, saved: SavedCheckpoint) -> None:
+def _convert(saved: SavedCheckpoint, target: Path) -> None:
+    """All ranks' shards in DeepSpeed's universal format; copies of them are removed again."""
     stage = saved.manifest["recipe"]["training"]["zero_stage"]
-    command = [
-        *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
-        *("--input_folder", str(source), "--output_folder", str(target)),
-        *(["--inject_missing_state"] if stage < 3 else []),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with saved.here(f"{ZERO}/", target.parent) as source:
+        command = [
+            *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
+            *("--input_folder", str(source / ZERO / ZERO_TAG), "--output_folder", str(target)),
+            *(["--inject_missing_state"] if stage < 3 else []),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"DeepSpeed could not convert {saved.name}: {done.stderr}")
 

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.data
@@ -18,7 +17,6 @@ from raptide.cluster import on_this_node
 from raptide.data.corpus import Corpus
 from raptide.data.streaming.stream import Source, StreamPlan
 from raptide.errors import CheckpointError, ConfigError, CorpusError, plain_errors
-from raptide.model.config import ModelSettings
 from raptide.model.formats.detect import read_weights
 from raptide.patience import reason_of
 from raptide.training.checkpoints.checkpoint import (
@@ -224,25 +222,10 @@ def _fit(run: Run) -> None:
 def _refuse_other_start(recipe: Recipe, source: str) -> None:
     weights = read_weights(find_bundle(Path(source)))
     weights.refuse_headless(f"init_from: {source}")
-    there, asked = _shape(weights.settings), _shape(recipe.model)
+    there, asked = weights.settings.shape, recipe.model.shape
     for name, value in there.items():
-        if value != asked[name]:
+        if value != asked.get(name):
             raise ConfigError(
                 f"init_from: {source} has model.{name} {value}, but the recipe asks for "
-                f"{asked[name]}; set model.{name}={value}, or start from other weights."
+                f"{asked.get(name)}; set model.{name}={value}, or start from other weights."
             )
-
-
-def _shape(model: ModelSettings) -> dict[str, Any]:
-    """What two models must share for the weights of one to go into the other."""
-    learned = model.traits.positions == "learned"
-    return {
-        "family": model.family,
-        "layers": model.layers,
-        "width": model.width,
-        "heads": model.heads,
-        "ffn": model.ffn_width,
-        "norm_eps": model.eps,
-        "norm_before": model.traits.norm_before,
-        "max_positions": model.max_positions if learned else None,
-    }

@@ -31,7 +31,7 @@ from raptide.training.checkpoints.owned import Storage
 from raptide.training.checkpoints.saving import CheckpointWriter
 from raptide.training.checkpoints.scratch import scratch_folder
 from raptide.training.engine import build_engine, full_state, load_state
-from raptide.training.planning.estimate import checkpoint_bytes
+from raptide.training.planning.estimate import saved_bytes
 from raptide.training.planning.recipe import Recipe, learning_rate
 from raptide.training.process import collect_garbage, garbage_by_hand
 from raptide.training.step import Stepper, StepResult
@@ -96,6 +96,7 @@ class Worker:
             self._recipe.training.micro_batch_rows,
             self._rank,
             self._workers,
+            blind=self._recipe.model.blind,
         )
         self._measures = StepMetrics(self._recipe, run.device, self._workers)
         self._looked = time.monotonic()
@@ -337,10 +338,9 @@ class Worker:
     def _prepare_saving(self, workers_here: int) -> CheckpointWriter:
         recipe, run = self._recipe, self._run
         scratch = scratch_folder(run.run_id, f"rank-{self._rank:05d}", empty=True)
-        share = checkpoint_bytes(recipe) / self._workers
-        return CheckpointWriter(
-            recipe.checkpoint, run.board, self._attempt, scratch, workers_here * share
-        )
+        own, others = (saved_bytes(recipe, self._workers, rank) for rank in (self._rank, 1))
+        needed = own + (workers_here - 1) * others  # rank 0 asks for what it writes besides
+        return CheckpointWriter(recipe.checkpoint, run.board, self._attempt, scratch, needed)
 
     def _prepare_evaluations(self, so_far: Evaluations) -> RunEvaluations:
         run, board = self._run, self._run.board if self._rank == 0 else None
@@ -370,7 +370,8 @@ class Worker:
             here = FeederActor.options(scheduling_strategy=on_this_node())
             ranks = range(self._workers)
             shares = [rows_of(bounds_of_rank(self._recipe, r, self._workers)) for r in ranks]
-            feeder = here.remote(self._run.plan, cursor, self._steps_left, shares)
+            blind = self._recipe.model.blind
+            feeder = here.remote(self._run.plan, cursor, self._steps_left, shares, blind=blind)
         self._feeder = broadcast_from_rank_zero(feeder)  # kept: a feeder nobody holds is ended
         return BatchReader(self._feeder, self._rank, self._recipe.cluster.data_timeout_s)
 

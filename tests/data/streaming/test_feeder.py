@@ -42,14 +42,28 @@ def some_batches(count, rows, row_tokens=32):
 class Ready(Feeder):
     """A feeder whose batches are there, or anything else that can be iterated over."""
 
-    def __init__(self, batches, shares):
-        super().__init__(None, Cursor(), 0, shares)
+    def __init__(self, batches, shares, **options):
+        super().__init__(None, Cursor(), 0, shares, **options)
         self._batches = iter(batches)
 
 
 def even_shares(rows, readers):
     each = rows // readers
     return [(rank * each, (rank + 1) * each) for rank in range(readers)]
+
+
+def test_readers_of_a_blind_model_are_asked_for_all_residues_of_the_whole_batch():
+    (batch,) = some_batches(1, 8)
+    feeder = Ready([batch], even_shares(8, 4), blind=True)
+    asked = 0
+    for rank in range(4):
+        (share,) = unpack_shares(feeder.fetch(rank, 0, 1))
+        np.testing.assert_array_equal(
+            share.rows.targets, batch.uncovered().rows.targets[2 * rank : 2 * rank + 2]
+        )
+        asked += np.count_nonzero(share.rows.targets != ESM_33.pad)
+        assert share.num_targets == batch.num_tokens, "these have no special tokens"
+    assert asked == batch.num_tokens > 3 * batch.num_targets
 
 
 @pytest.mark.parametrize(("rows", "workers", "micro_rows"), [(2048, 1024, 1), (700, 1024, 1)])

@@ -11,8 +11,9 @@ from raptide.alphabet import ESM_33
 from raptide.config import parse_settings
 from raptide.data.streaming.batch import Cursor, GlobalBatch, PackedRows
 from raptide.model.config import ModelSettings
+from raptide.model.families import count_parameters
 from raptide.model.packed import Packed, Targets
-from raptide.model.transformer import Esm, count_parameters
+from raptide.model.transformer import Esm
 from raptide.training.planning.estimate import (
     activation_bytes,
     checkpoint_bytes,

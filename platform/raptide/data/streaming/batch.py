@@ -5,14 +5,14 @@ Shared by those who make batches and those who train on them; needs neither Ray 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from raptide.alphabet import ALPHABETS
+from raptide.alphabet import ALPHABETS, FIRST_RESIDUE, RESIDUES
 from raptide.config import Settings
 
 Sampling = Literal["representatives", "members", "all"]
@@ -75,6 +75,16 @@ class PackedRows:
     segments: list[np.ndarray]
     """Lengths of each row's segments in order, R arrays of int32; their sum is the row's fill."""
 
+    def uncovered(self) -> PackedRows:
+        """The same sequences as they are, with every residue for a target.
+
+        For models that are blind to the residue which they predict, so that none has to be masked.
+        """
+        tokens = np.where(self.targets != PAD, self.targets, self.tokens)
+        is_residue = (tokens >= FIRST_RESIDUE) & (tokens < FIRST_RESIDUE + len(RESIDUES))
+        targets = np.where(is_residue, tokens, np.uint8(PAD))
+        return PackedRows(tokens, targets, self.segments)
+
 
 @dataclass(frozen=True)
 class Cursor:
@@ -121,6 +131,10 @@ class GlobalBatch:
     @cached_property
     def _lengths(self) -> np.ndarray:
         return np.concatenate([*self.rows.segments, np.empty(0, np.int32)]).astype(np.float64)
+
+    def uncovered(self) -> GlobalBatch:
+        """The same for models that are blind to what they predict (`PackedRows.uncovered`)."""
+        return replace(self, rows=self.rows.uncovered())
 
     def counted(self) -> GlobalBatch:
         """The same, with its counts made."""

@@ -52,12 +52,20 @@ class Feeder:
     """Serves `count` batches from a cursor on, cut up among readers."""
 
     def __init__(
-        self, plan: StreamPlan, cursor: Cursor, count: int, shares: Sequence[tuple[int, int]]
+        self,
+        plan: StreamPlan,
+        cursor: Cursor,
+        count: int,
+        shares: Sequence[tuple[int, int]],
+        *,
+        blind: bool = False,
     ) -> None:
         """
         Args:
             shares: first and last row (exclusive) of each reader's share of a batch.
+            blind: the model does not see what it predicts, so it is shown and asked everything.
         """
+        self._blind = blind
         self._batches = global_batches(plan, cursor, count)
         self._shares = shares
         self._taken = [0] * len(shares)
@@ -96,7 +104,8 @@ class Feeder:
                 return
             try:
                 with plain_errors():
-                    batch = next(self._batches).counted()
+                    batch = next(self._batches)
+                    batch = (batch.uncovered() if self._blind else batch).counted()
             except Exception as error:
                 self._failure = error
                 break

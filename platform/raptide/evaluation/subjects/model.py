@@ -29,6 +29,8 @@ ANSWERS: frozenset[Kind] = frozenset(
     ("residues", "mean", "sites", "contacts", "masked", "marginals", "pseudo", "letters")
 )
 WITHOUT_HEAD: frozenset[Kind] = frozenset(("residues", "mean", "sites", "contacts"))
+OF_BLIND: frozenset[Kind] = ANSWERS - {"contacts", "pseudo"}
+"""Of models that read neither `<mask>` nor have attention maps."""
 
 RANDOM_SEED = 0
 """Of random weights."""
@@ -62,6 +64,8 @@ class ModelSubject:
 
     @property
     def kinds(self) -> frozenset[Kind]:
+        if self.model.blind:
+            return OF_BLIND
         return ANSWERS if self.model.has_head else WITHOUT_HEAD
 
     def lineage(self) -> dict[str, Any]:
@@ -149,9 +153,9 @@ def _contact_methods(items: Sequence[Item]) -> set[str]:
 
 def random_weights(like: ModelSubject, scratch: Path) -> ModelSubject:
     """A model of the same shape that has learned nothing."""
+    from raptide.model.families import make_model
     from raptide.model.formats.detect import read_weights, write_weights
     from raptide.model.formats.weights import Weights
-    from raptide.model.transformer import Esm
 
     settings = read_weights(like.model.path).settings
     facts = json.dumps(settings.model_dump(), sort_keys=True)
@@ -161,7 +165,7 @@ def random_weights(like: ModelSubject, scratch: Path) -> ModelSubject:
         # Another process may make the same: each writes its own, and the first one's stays.
         partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
         try:
-            write_weights(partial, Weights.of(Esm(settings).initialise(RANDOM_SEED)))
+            write_weights(partial, Weights.of(make_model(settings).initialise(RANDOM_SEED)))
             try:
                 partial.rename(folder)
             except OSError as error:

@@ -124,15 +124,16 @@ class ItemReader:
 
     def _logits(self, items: list[Item]) -> dict[tuple[str, bool], np.ndarray]:
         """Logits of whole sequences, [L, V], by sequence and whether it is corrupted."""
-        mask = self._engine.model.settings.alphabet.mask
+        settings = self._engine.model.settings
         shown: dict[tuple[str, bool], np.ndarray] = {}
         for request in _wanted(items, _is_one_pass):
             sequence, corrupted = request.sequence, request.reading.kind == "masked"
             if (sequence, corrupted) not in shown:
                 residues = encode_residues(sequence)
                 chosen = choose_residues(sequence)
-                tokens = chosen.corrupt(residues, mask) if corrupted else residues
-                shown[sequence, corrupted] = tokens
+                if corrupted and not settings.blind:  # who is blind to a residue is shown it
+                    residues = chosen.corrupt(residues, settings.alphabet.mask)
+                shown[sequence, corrupted] = residues
         return dict(zip(shown, self._forward.logits(list(shown.values())), strict=True))
 
     def _masked_alone(self, items: list[Item]) -> dict[Request, np.ndarray]:
@@ -205,9 +206,7 @@ def _is_one_pass(reading: Reading) -> bool:
 def letter_vectors(engine: Engine) -> np.ndarray:
     """Row of each standard letter in the output head, [20, D] fp32; in tied models also their
     embedding."""
-    model = engine.model
-    table = model.embed.weight if model.settings.traits.tied_head else model.head_weight
-    return table.detach().float().cpu().numpy()[STANDARD_IDS]
+    return engine.model.letters.detach().float().cpu().numpy()[STANDARD_IDS]
 
 
 def _device_of(engine: Engine) -> Any:

@@ -6,8 +6,9 @@ Measures, for each assay (the dataset) and each method:
     METHOD/spearman ...             of the others, such as masked-marginals/spearman
 
 and over assays (the dataset `all`) the same by ProteinGym's grouped mean, and `METRIC/mean`, plain.
-A subject without layers does not look at the protein around a residue, so that all methods would
-read the same off it: it is asked once.
+A subject without layers does not look at the protein around a residue, and one that is blind to the
+residue itself (an LSTM) does not see what would be masked: all methods would read the same off
+them, so they are asked once.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from raptide.evaluation.requests import Reading, Readings, Request
 from raptide.evaluation.results import Figure, Heatmap, Lines, Measure, Role
 from raptide.evaluation.samples import Sample, mean_of
 from raptide.evaluation.subjects.blosum import Blosum
+from raptide.evaluation.subjects.model import ModelSubject
 from raptide.evaluation.subjects.ngrams import natural_unigram
 from raptide.evaluation.subjects.predictions import Predictions
 from raptide.evaluation.subjects.subject import Subject
@@ -91,7 +93,8 @@ class Variants:
 
     def methods(self, subject: Subject) -> list[VariantMethod]:
         """Those that a subject is asked for."""
-        if subject.layers:
+        blind = isinstance(subject, ModelSubject) and subject.model.blind
+        if subject.layers and not blind:
             return list(dict.fromkeys(self.settings.methods))
         return ["wt-marginals"] if "marginals" in subject.kinds else []
 

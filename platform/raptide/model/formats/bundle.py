@@ -8,8 +8,8 @@
 
 `transformers.EsmForMaskedLM.from_pretrained` opens a bundle of ESM-1b or ESM-2 shape, and raptide
 opens folders that transformers wrote: safetensors or .bin, whole or in shards, layer norms spelled
-either way, with a language-model head or without (EsmModel, classifiers). ESM-1, which transformers
-does not know, keeps raptide's own tensor names.
+either way, with a language-model head or without (EsmModel, classifiers). ESM-1 and the LSTM, which
+transformers does not know, have model types of raptide's own and keep its tensor names.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ from raptide.errors import BundleError
 from raptide.model.config import ModelSettings
 from raptide.model.formats.names import INV_FREQ, Named, tensor_names
 from raptide.model.formats.tensor_files import SAFETENSORS, read_folder
+from raptide.model.shapes import FAMILIES, AnyShape, read_shape
 from raptide.patience import patiently, read_surely, unreadable
 
 CONFIG, VOCABULARY, LINEAGE = "config.json", "vocab.txt", "raptide.json"
+
+OWN_TYPES = {"raptide-esm1": "esm1", "raptide-lstm": "lstm"}
+"""Families by the model types that are ours."""
 
 POSITION_IDS = "esm.embeddings.position_ids"
 POSITION_TABLE = "esm.embeddings.position_embeddings.weight"
@@ -55,7 +59,7 @@ def read_bundle(folder: Path) -> Named:
     _check_vocabulary(folder / VOCABULARY, settings)
     tensors, source = read_folder(folder)
     left_out: tuple[str, ...] = ()
-    if settings.family != "esm1":
+    if isinstance(settings, ModelSettings) and column(settings) == "hugging_face":
         tensors = _normalise(tensors, settings, source)
         left_out = tuple(sorted(name for name in tensors if name.startswith(OTHER_HEADS)))
         tensors = {name: tensors[name] for name in tensors if name not in left_out}
@@ -76,9 +80,9 @@ def write_bundle(folder: Path, named: Named) -> None:
     _write_json(folder / LINEAGE, named.lineage)
 
 
-def column(settings: ModelSettings) -> str:
-    """Whose tensor names a bundle of this shape has: transformers does not know ESM-1."""
-    return "native" if settings.family == "esm1" else "hugging_face"
+def column(settings: AnyShape) -> str:
+    """Whose tensor names a bundle of this shape has: transformers does not know all families."""
+    return "native" if settings.family in OWN_TYPES.values() else "hugging_face"
 
 
 def _normalise(
@@ -97,9 +101,7 @@ def _normalise(
         spelled = _without_wrapper(spelled, base)
         if spelled in clean:
             raise BundleError(f"{source} holds {spelled} twice, also as gamma or beta.")
-        if spelled == POSITION_IDS or (
-            spelled == POSITION_TABLE and settings.traits.positions == "rotary"
-        ):
+        if spelled == POSITION_IDS or (spelled == POSITION_TABLE and settings.rotary):
             continue
         clean[spelled] = tensor
     return clean
@@ -120,11 +122,11 @@ def _without_wrapper(name: str, base: str) -> str:
     return INV_FREQ["hugging_face"].format(layer="*") if name == SHARED_INV_FREQ else name
 
 
-def _to_config(settings: ModelSettings, dtype: str, architecture: str) -> dict[str, Any]:
+def _to_config(settings: AnyShape, dtype: str, architecture: str) -> dict[str, Any]:
+    if not isinstance(settings, ModelSettings) or column(settings) == "native":
+        kind = f"raptide-{settings.family}"
+        return {"model_type": kind, "dtype": dtype, **settings.model_dump()}
     traits = settings.traits
-    if settings.family == "esm1":
-        return {"model_type": "raptide-esm1", "dtype": dtype, **settings.model_dump()}
-    rotary = traits.positions == "rotary"
     return {
         "architectures": [architecture],
         "model_type": "esm",
@@ -137,7 +139,7 @@ def _to_config(settings: ModelSettings, dtype: str, architecture: str) -> dict[s
         "num_attention_heads": settings.heads,
         "intermediate_size": settings.ffn_width,
         "max_position_embeddings": 2 + settings.max_positions,
-        "position_embedding_type": "rotary" if rotary else "absolute",
+        "position_embedding_type": "rotary" if settings.rotary else "absolute",
         "token_dropout": traits.token_dropout,
         "emb_layer_norm_before": traits.norm_before,
         "layer_norm_eps": settings.eps,
@@ -147,11 +149,12 @@ def _to_config(settings: ModelSettings, dtype: str, architecture: str) -> dict[s
     }
 
 
-def _from_config(config: dict[str, Any], source: Path) -> ModelSettings:
+def _from_config(config: dict[str, Any], source: Path) -> AnyShape:
     try:
-        if config.get("model_type") == "raptide-esm1":
-            fields = {name: config[name] for name in ModelSettings.model_fields if name in config}
-            return ModelSettings.model_validate(fields)
+        family = OWN_TYPES.get(config.get("model_type", ""))
+        if family is not None:
+            known = FAMILIES[family].model_fields
+            return read_shape({name: config[name] for name in known if name in config})
         return _from_hugging_face(config, source)
     except KeyError as error:
         raise BundleError(f"{source} lacks the field {error}; copy it again.") from None
@@ -188,7 +191,7 @@ def _from_hugging_face(config: dict[str, Any], source: Path) -> ModelSettings:
     )
 
 
-def _check_vocabulary(file: Path, settings: ModelSettings) -> None:
+def _check_vocabulary(file: Path, settings: AnyShape) -> None:
     if not file.is_file():
         return
     if tuple(read_surely(str(file), file.read_text).split()) != settings.alphabet.tokens:

@@ -70,6 +70,11 @@ def write_fair_esm(file: Path, named: Named) -> None:
         BundleError: fair-esm would not take the file for what it is.
     """
     settings = named.settings
+    if not isinstance(settings, ModelSettings):
+        raise BundleError(
+            f"fair-esm knows the ESM families alone, but {file} would hold an LSTM; write a folder "
+            "in its place."
+        )
     if (settings.family == "esm2") != file.name.startswith("esm2"):
         raise BundleError(
             f"fair-esm tells ESM-2 from the others by file names that start with esm2, but "

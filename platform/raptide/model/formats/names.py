@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from raptide.model.config import ModelSettings
+from raptide.model.families import make_model
+from raptide.model.shapes import AnyShape
 
 COLUMNS = ("native", "hugging_face", "fair_esm")
 
@@ -22,7 +23,7 @@ COLUMNS = ("native", "hugging_face", "fair_esm")
 class Named:
     """A model as one format spells it: what readers of files make, and what writers take."""
 
-    settings: ModelSettings
+    settings: AnyShape
 
     tensors: Mapping[str, torch.Tensor]
 
@@ -92,8 +93,11 @@ INV_FREQ = {
 LAYER_PREFIX = {"native": "layers.", "hugging_face": "esm.encoder.layer.", "fair_esm": "layers."}
 
 
-def tensor_names(settings: ModelSettings, column: str) -> dict[str, str]:
-    """Every tensor name of `Esm` and what it is called in one of the COLUMNS."""
+def tensor_names(settings: AnyShape, column: str) -> dict[str, str]:
+    """Every tensor name of a model and what it is called in one of the COLUMNS."""
+    if settings.family == "lstm":  # whose names are our own alone
+        with torch.device("meta"):
+            return {name: name for name in make_model(settings).state_dict()}
     which = COLUMNS.index(column)
     prefix = LAYER_PREFIX[column]
     esm1 = settings.family == "esm1"

@@ -22,7 +22,7 @@ BESIDE = (
 )
 FETCH = "name a folder with its model.safetensors or pytorch_model.bin, and config.json"
 REPLACE = "put it in place of the table `model` in the fair-esm file it was trained from"
-OURS = "name an ESM-1, ESM-1b, ESM-1v or ESM-2 model"
+OURS = "name an ESM-1, ESM-1b, ESM-1v or ESM-2 model, or an LSTM of raptide's"
 GATHER = f"gather it with its zero_to_fp32.py, {BESIDE}"
 
 FOLDERS = [
@@ -93,7 +93,7 @@ def _other_architecture(config: dict[str, Any]) -> str | None:
             "ESMFold, which predicts structures; name the language model in it, which is published "
             "as facebook/esm2_t36_3B_UR50D"
         )
-    if kind in ("esm", "raptide-esm1"):
+    if kind in ("esm", "raptide-esm1", "raptide-lstm"):
         return None
     return f"a model of another architecture ({', '.join(map(str, [kind, *names]))}); {OURS}"
 

@@ -17,7 +17,9 @@ import torch
 from raptide.errors import BundleError
 from raptide.model.config import ModelSettings
 from raptide.model.contacts import ContactHead
+from raptide.model.families import AnyModel, make_model
 from raptide.model.formats.names import CONTACT_HEAD, INV_FREQ, TIED_HEAD, Named, tensor_names
+from raptide.model.shapes import AnyShape
 from raptide.model.transformer import Esm, default_inv_freq
 
 
@@ -25,10 +27,10 @@ from raptide.model.transformer import Esm, default_inv_freq
 class Weights:
     """One model: its shape and everything that was learned."""
 
-    settings: ModelSettings
+    settings: AnyShape
 
     state: Mapping[str, torch.Tensor]
-    """The tensors of `Esm.state_dict()`, under their names there."""
+    """The tensors of the model's `state_dict()`, under their names there."""
 
     inv_freq: torch.Tensor | None = None
     """Rotary frequencies [K / 2] fp32, if the file held them; None means computed ones."""
@@ -42,7 +44,7 @@ class Weights:
     """Tensors of the file that are no part of the language model, such as a classifier's."""
 
     @classmethod
-    def of(cls, model: Esm) -> Weights:
+    def of(cls, model: AnyModel) -> Weights:
         """What a model in memory holds; nothing is copied."""
         return cls(model.settings, model.state_dict(), model.frequencies(), model.contact_head)
 
@@ -63,20 +65,22 @@ class Weights:
                 "language model it was made from (EsmForMaskedLM)."
             )
 
-    def build(self) -> Esm:
+    def build(self) -> AnyModel:
         """The model around these very tensors, in evaluation mode."""
         with torch.device("meta"):
-            model = Esm(self.settings, with_head=self.has_head)
+            model = make_model(self.settings, with_head=self.has_head)
         model.load_state_dict(self.state, assign=True)
-        if self.settings.traits.positions == "rotary":
-            model.inv_freq = self.frequencies()
-        model.contact_head = self.contact_head
+        if isinstance(model, Esm):
+            if self.settings.rotary:
+                model.inv_freq = self.frequencies()
+            model.contact_head = self.contact_head
         return model.eval()
 
     def frequencies(self) -> torch.Tensor:
         """The rotary frequencies in use, [K / 2] fp32."""
         if self.inv_freq is not None:
             return self.inv_freq
+        assert isinstance(self.settings, ModelSettings)
         return default_inv_freq(self.settings.head_width)
 
 
@@ -95,9 +99,9 @@ def place_tensors(named: Named) -> Weights:
     names = tensor_names(settings, column)
     head = {TIED_HEAD.get(column), *(names[name] for name in names if name.startswith("head_"))}
     with torch.device("meta"):
-        expected = Esm(settings, with_head=not head.isdisjoint(left)).state_dict()
+        expected = make_model(settings, with_head=not head.isdisjoint(left)).state_dict()
     state = {n: _take(left, names[n], t.shape, source) for n, t in expected.items()}
-    tied = left.pop(TIED_HEAD.get(column, ""), None) if settings.traits.tied_head else None
+    tied = left.pop(TIED_HEAD.get(column, ""), None) if _is_tied(settings) else None
     if tied is not None and not torch.equal(tied, state["embed.weight"]):
         raise BundleError(
             f"{source}: {TIED_HEAD[column]} differs from the embedding it is tied to; no model of "
@@ -106,6 +110,10 @@ def place_tensors(named: Named) -> Weights:
     if left:
         raise BundleError(f"{source} holds {min(left)}, which a model of its shape has no use for.")
     return Weights(settings, state, inv_freq, contact_head, named.lineage, named.left_out)
+
+
+def _is_tied(settings: AnyShape) -> bool:
+    return isinstance(settings, ModelSettings) and settings.traits.tied_head
 
 
 def _take(
@@ -125,10 +133,12 @@ def _take(
 
 
 def _take_inv_freq(
-    settings: ModelSettings, left: dict[str, torch.Tensor], column: str, source: object
+    settings: AnyShape, left: dict[str, torch.Tensor], column: str, source: object
 ) -> torch.Tensor | None:
     """The rotary frequencies, which every layer repeats (transformers 5 writes `*` for it)."""
-    if settings.traits.positions != "rotary" or column not in INV_FREQ:
+    if not isinstance(settings, ModelSettings):
+        return None
+    if not settings.rotary or column not in INV_FREQ:
         return None
     found = None
     for layer in ("*", *range(settings.layers)):
@@ -143,10 +153,10 @@ def _take_inv_freq(
 
 
 def _take_contact_head(
-    settings: ModelSettings, left: dict[str, torch.Tensor], column: str, source: object
+    settings: AnyShape, left: dict[str, torch.Tensor], column: str, source: object
 ) -> ContactHead | None:
     names = [f"{CONTACT_HEAD[column]}.{kind}" for kind in ("weight", "bias")]
-    if not any(name in left for name in names):
+    if not isinstance(settings, ModelSettings) or not any(name in left for name in names):
         return None
     shapes = torch.Size([1, settings.layers * settings.heads]), torch.Size([1])
     return ContactHead(
@@ -162,7 +172,7 @@ def name_tensors(weights: Weights, column: str) -> Named:
     settings = weights.settings
     names = tensor_names(settings, column)
     tensors = {names[name]: tensor for name, tensor in weights.state.items()}
-    if settings.traits.positions == "rotary" and column in INV_FREQ:
+    if settings.rotary and column in INV_FREQ:
         for layer in range(settings.layers):
             tensors[INV_FREQ[column].format(layer=layer)] = weights.frequencies().clone()
     if weights.contact_head is not None:

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from raptide.data.streaming.shares import BatchShare
-from raptide.model.config import ModelSettings
+from raptide.model.families import count_parameters, make_model
 from raptide.model.packed import Packed, Targets
-from raptide.model.transformer import Esm, count_parameters
+from raptide.model.shapes import AnyShape
 from raptide.training.planning.recipe import Recipe, TrainingSettings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,7 +85,7 @@ def _kept_bytes(recipe: Recipe) -> float:
     return one_layer + (model.layers - 1) * model.width * dtype.itemsize
 
 
-def activation_bytes(settings: ModelSettings, dtype: torch.dtype) -> float:
+def activation_bytes(settings: AnyShape, dtype: torch.dtype) -> float:
     """Bytes that autograd keeps for each token of a forward pass.
 
     Counted, not modelled: models of one and of two layers run on the CPU, and every tensor that is
@@ -97,8 +97,8 @@ def activation_bytes(settings: ModelSettings, dtype: torch.dtype) -> float:
     return (one + (settings.layers - 1) * (two - one)) / sum(PROBE_SEQUENCES)
 
 
-def _saved_bytes(settings: ModelSettings, dtype: torch.dtype) -> int:
-    model = Esm(settings).initialise(0).to(dtype)
+def _saved_bytes(settings: AnyShape, dtype: torch.dtype) -> int:
+    model = make_model(settings).initialise(0).to(dtype)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, int] = {}
     kept = []  # else a freed tensor's address could be another's
@@ -120,17 +120,13 @@ def _saved_bytes(settings: ModelSettings, dtype: torch.dtype) -> int:
     return sum(saved.values())
 
 
-def step_flops(settings: ModelSettings, batch: BatchShare) -> float:
+def step_flops(settings: AnyShape, batch: BatchShare) -> float:
     """Floating-point operations of one update: forward, and twice as much backward.
 
-    The layers' matrices for every token, attention within each sequence, the head at the targets
-    alone; padding and recomputation do not count. A multiplication and its addition are two.
+    Padding and recomputation do not count.
     """
-    width, ffn = settings.width, settings.ffn_width
-    matrices = 2 * settings.layers * (4 * width**2 + 2 * width * ffn) * batch.num_tokens
-    attention = 4 * settings.layers * width * batch.squared_lengths
-    head = 2 * (width**2 + width * len(settings.alphabet)) * batch.num_targets
-    return 3 * float(matrices + attention + head)
+    forward = settings.forward_flops(batch.num_tokens, batch.squared_lengths, batch.num_targets)
+    return 3 * forward
 
 
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362}
@@ -149,10 +145,36 @@ def peak_flops(recipe: Recipe, device: str) -> float | None:
 
 def checkpoint_bytes(recipe: Recipe) -> int:
     """Bytes of one checkpoint: DeepSpeed's state of all ranks, and the bundle in fp32."""
-    training = recipe.training
-    master = 0 if training.precision == "fp32" and training.zero_stage == 0 else 4
-    per_parameter = DTYPES[training.precision].itemsize + master + 8 + 4
-    return per_parameter * count_parameters(recipe.model)
+    return sum(_saved_bytes_of(recipe))
+
+
+def saved_bytes(recipe: Recipe, workers: int, rank: int) -> int:
+    """Bytes that a rank writes of one: its shards, and rank 0 what is not cut up as well."""
+    shards, whole = _saved_bytes_of(recipe)
+    return -(-shards // workers) + (whole if rank == 0 else 0)
+
+
+def _saved_bytes_of(recipe: Recipe) -> tuple[int, int]:
+    """What all ranks write a share of, and what rank 0 writes for all: with the bundle in fp32.
+
+    That is optimizer state with the fp32 weights, and the weights as they are computed with; at
+    stage 0 rank 0 writes both, at stage 3 the latter are not written.
+    """
+    stage, parameters = recipe.training.zero_stage, count_parameters(recipe.model)
+    bundle, weights = 4, DTYPES[recipe.training.precision].itemsize
+    if stage == 0:
+        return 0, parameters * (bundle + weights + optimizer_bytes(recipe))
+    shards = parameters * optimizer_bytes(recipe)
+    return shards, parameters * (bundle + (weights if stage < 3 else 0))
+
+
+def optimizer_bytes(recipe: Recipe) -> int:
+    """Of each parameter: Adam's two moments, and the fp32 weights that it updates.
+
+    In fp32 those are the model's own at stage 0, and copies of a worker's share at the others.
+    """
+    own = recipe.training.precision == "fp32" and recipe.training.zero_stage == 0
+    return 8 if own else 12
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from raptide.alphabet import ALPHABETS
 from raptide.data.corpus import LENGTH_BIN, Corpus
 from raptide.data.streaming.stream import StreamPlan
-from raptide.model.transformer import count_parameters
+from raptide.model.families import count_parameters
 from raptide.training.planning.estimate import checkpoint_bytes, worker_memory
 from raptide.training.planning.recipe import Recipe
 

@@ -9,7 +9,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 from raptide.config import Settings
 from raptide.data.streaming.batch import StreamSettings
-from raptide.model.config import ModelSettings
+from raptide.model.shapes import AnyShape
 
 LINEAR_UNTIL, LINEAR_END = 0.9, 0.1
 """Share of the steps, and of the rate, at which linear decay ends (Lin et al., Science 2023)."""
@@ -252,7 +252,7 @@ class Recipe(Settings):
     None draws fresh ones."""
 
     stream: StreamSettings = StreamSettings()
-    model: ModelSettings
+    model: AnyShape
     optimizer: OptimizerSettings = OptimizerSettings()
     training: TrainingSettings
     cluster: ClusterSettings

@@ -51,7 +51,8 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 def changed_fields(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     """Both values, as they are written, of each field in which two recipes differ."""
     old, new = (dict(_fields(with_absolute_paths(recipe))) for recipe in (before, now))
-    return {name: (old[name], new[name]) for name in new if old[name] != new[name]}
+    both = {name: (old.get(name), new.get(name)) for name in old | new}  # families have their own
+    return {name: (there, here) for name, (there, here) in both.items() if there != here}
 
 
 def _fields(settings: Settings, section: str = "") -> Iterator[tuple[str, Any]]:

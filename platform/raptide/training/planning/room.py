@@ -20,6 +20,7 @@ import yaml
 
 from raptide.cluster import DATA_CPUS, joins_cluster, training_cpus
 from raptide.errors import ConfigError
+from raptide.model.config import ModelSettings
 from raptide.model.device import HEAD_STEP, WIDEST_HEAD, takes_heads
 from raptide.training.planning.recipe import Recipe
 
@@ -155,6 +156,8 @@ def refuse_heads(recipe: Recipe) -> None:
         ConfigError: the attention kernel cannot take the model's heads.
     """
     model = recipe.model
+    if not isinstance(model, ModelSettings):  # no heads
+        return
     if recipe.training.precision != "fp32" and not takes_heads(model.head_width):
         raise ConfigError(
             f"model.heads: heads of {model.head_width} values (model.width {model.width} over "

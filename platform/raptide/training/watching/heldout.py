@@ -213,10 +213,22 @@ class HeldoutEvaluator:
     """Measures held-out ECE, with each of several workers on its share of the rows or alone."""
 
     def __init__(
-        self, rows: PackedRows, plan: StreamPlan, micro_rows: int, rank: int = 0, workers: int = 1
+        self,
+        rows: PackedRows,
+        plan: StreamPlan,
+        micro_rows: int,
+        rank: int = 0,
+        workers: int = 1,
+        *,
+        blind: bool = False,
     ) -> None:
+        """
+        Args:
+            blind: the model does not see what it predicts, so it is shown the true residues and
+                asked for the same ones as any other.
+        """
         accumulation = -(-len(rows.tokens) // (workers * micro_rows))
-        self._rows, self._workers = rows, workers
+        self._rows, self._workers, self._blind = rows, workers, blind
         self._alphabet = ALPHABETS[plan.alphabet]
         self._bounds = share_bounds(len(rows.tokens), rank, workers, micro_rows, accumulation)
 
@@ -229,7 +241,8 @@ class HeldoutEvaluator:
         with torch.no_grad():
             for micro in micro_batches(self._rows, self._bounds, self._alphabet, device):
                 at, targets = micro.targets.at_N, micro.targets.true_N
-                logits = model(micro.packed)[at].float()
+                shown = micro.uncovered() if self._blind else micro
+                logits = model(shown.packed)[at].float()
                 nats = cross_entropy(logits, targets, reduction="none").double()
                 nats = nats.clamp(max=LARGEST)  # infinite ones times 0 would be no number
                 masked = micro.packed.tokens_T[at] == self._alphabet.mask

@@ -241,7 +241,8 @@ def evaluate_checkpoint(
         dtype = torch.float32
     model.to(torch.device(device), dtype)
     rows = heldout_rows(plan, recipe.evaluation)
-    evaluator = HeldoutEvaluator(rows, plan, recipe.training.micro_batch_rows)
+    micro_rows, blind = recipe.training.micro_batch_rows, recipe.model.blind
+    evaluator = HeldoutEvaluator(rows, plan, micro_rows, blind=blind)
     measured = evaluator.measure(model, torch.device(device))
     return replace(measured, bench=found, bench_problem=problem)
 

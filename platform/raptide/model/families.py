@@ -1,0 +1,25 @@
+"""The networks of all families: the one place that makes a model of a shape."""
+
+from __future__ import annotations
+
+import torch
+
+from raptide.model.lstm.config import LstmSettings
+from raptide.model.lstm.network import Lstm
+from raptide.model.shapes import AnyShape
+from raptide.model.transformer import Esm
+
+AnyModel = Esm | Lstm
+
+
+def make_model(settings: AnyShape, *, with_head: bool = True) -> AnyModel:
+    """A model without weights yet."""
+    if isinstance(settings, LstmSettings):
+        return Lstm(settings, with_head=with_head)
+    return Esm(settings, with_head=with_head)
+
+
+def count_parameters(settings: AnyShape) -> int:
+    """Learned numbers of a model of this shape, without a contact head; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in make_model(settings).parameters())
