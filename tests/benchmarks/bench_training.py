@@ -13,8 +13,8 @@
   simulate them, with a call of its own for each; since they share the cores with the feeder, its
   own processor time says what it would do with a core for itself.
 - Blocks: a corpus of 95,000 blocks and 27 M clusters, as far as its tables go, from the start to
-  the first batch. Hashing its shards and counting its letters take what they are given: the one is
-  not measured, the other by the block.
+  the first batch, piece by piece and as a job up to its first step. Few real shards stand for all,
+  so that hashing them is not measured.
 - Ranks: what 1,024 of them tell one actor, meet for in another, and leave behind as files.
 - Training steps of one ESM-2 shape in fp32 on the same proteins, in unpadded tokens a second:
   raptide (jobs/pretrain_model.py with one worker: Ray Train, DeepSpeed, stream, W&B offline), a

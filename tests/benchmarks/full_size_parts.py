@@ -16,7 +16,7 @@ import pyarrow as pa
 import ray
 from ray.train.v2._internal.execution.checkpoint.sync_actor import SynchronizationActor
 
-from raptide.data.corpus import Corpus
+from raptide.data.corpus import BLOCK_TABLE, Corpus
 from raptide.data.streaming.batch import Cursor, StreamSettings
 from raptide.data.streaming.feeder import ANSWER_BYTES, MOST_A_CALL, PAUSE_S, Feeder, FeederActor
 from raptide.data.streaming.letters import MOST_BLOCKS, _count_block
@@ -151,8 +151,9 @@ def hand_out(tables: list[pa.Table], readers: int) -> dict[str, float]:
     }
 
 
-def measure_blocks(scratch: Path, small: Corpus) -> dict[str, float]:
-    """From the start of a run on 95,000 blocks to its first batch, and what that takes here."""
+def measure_blocks(scratch: Path, small: Corpus) -> tuple[Corpus, dict[str, float]]:
+    """A corpus of 95,000 blocks, and what lies between the start of a run on it and its first
+    batch."""
     from full_size import BLOCKS, of_full_size  # not where Ray's workers look
 
     corpus = of_full_size(small, scratch / "full-size")
@@ -167,6 +168,7 @@ def measure_blocks(scratch: Path, small: Corpus) -> dict[str, float]:
 
     timed("verify_tables", corpus.verify)
     opened = timed("open", lambda: open_plan(plan))
+    found["table_bytes"] = (corpus.path / BLOCK_TABLE).stat().st_size
     found["bytes_a_block"] = opened.blocks[0].nbytes / BLOCKS
     timed("count", lambda: [_count_block(plan, 0, place) for place in range(8)])
     found["count_core_s"] = found.pop("count_s") / 8 * MOST_BLOCKS
@@ -174,7 +176,7 @@ def measure_blocks(scratch: Path, small: Corpus) -> dict[str, float]:
     timed("first_batch", lambda: unpack_shares(ray.get(feeder.fetch.remote(0, 0, 1))))
     found["driver_bytes"] = process.memory_info().rss - before
     ray.kill(feeder)
-    return found
+    return corpus, found
 
 
 def measure_ranks(scratch: Path, corpus: Corpus, ranks: int = 1024) -> dict[str, float]:

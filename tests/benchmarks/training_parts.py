@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from by_hand import Report
-from full_size_parts import ROW_TOKENS, measure_blocks, measure_feeder, measure_ranks, plan_of
+from full_size_parts import (
+    ROW_TOKENS,
+    STEPS_TO_COME,
+    measure_blocks,
+    measure_feeder,
+    measure_ranks,
+    plan_of,
+)
 from machine import CORES
 from synthetic_proteins import write_proteins
 from turns import TakesTurns, read_lines
@@ -53,7 +60,9 @@ def measure(scratch: Path, args: argparse.Namespace, report: Report) -> None:
                 report["feeder"] = measure_feeder(runs)
         if "blocks" in args.parts:
             with report.part("blocks"):
-                report["blocks"] = measure_blocks(scratch, runs)
+                whole = synthetic_corpus(scratch, args.run_proteins, BuildSettings())
+                corpus, report["blocks"] = measure_blocks(scratch, whole)
+                report["blocks"]["job_first_step_s"] = measure_first_step(scratch, corpus)
         if "ranks" in args.parts:
             with report.part("ranks"):
                 report["ranks"] = measure_ranks(scratch, runs)
@@ -236,6 +245,24 @@ def measure_checkpoint(scratch: Path, corpus: Corpus) -> dict[str, Any]:
         "stall_s": [line["speed/checkpoint_stall_s"] for line in beside],
         "alone_s": last["speed/checkpoint_s"],
     }
+
+
+def measure_first_step(scratch: Path, corpus: Corpus) -> float:
+    """Seconds from the start of a new run's command to its first step, with a tiny model."""
+    tree = recipe_of(corpus, "esm2_t6_8M", rows=32, steps=STEPS_TO_COME)
+    tree |= {"model": {"layers": 1, "width": 16, "heads": 2}}
+    folder = scratch / "first-step"
+    recipe, began = write_recipe(folder, tree), time.perf_counter()
+    job = start_job("--config", recipe, "--output", folder)
+    try:
+        while not (folder / "metrics.jsonl").exists() or not read_metrics(folder):
+            if job.poll() is not None:
+                raise RaptideError(f"A job ended with {job.returncode} before its first step.")
+            time.sleep(0.1)
+        return time.perf_counter() - began
+    finally:
+        job.terminate()
+        job.wait()
 
 
 def measure_resume(scratch: Path, corpus: Corpus) -> dict[str, float]:

@@ -30,8 +30,8 @@ MOST_HELD = 2 * MOST_A_CALL
 first one asks for meanwhile. Workers train in step, so none is ever further ahead; should one be,
 it waits."""
 
-ANSWER_BYTES = 64 << 10
-"""Of an answer with several batches: Ray sends up to 100 kB along with the reply, more than that
+ANSWER_BYTES = 96 << 10
+"""Of an answer with several batches: Ray sends up to 100 KiB along with the reply, more than that
 through the object store."""
 
 GATHER_S = 1.0
