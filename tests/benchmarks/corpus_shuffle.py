@@ -3,8 +3,7 @@
     python corpus_shuffle.py BUCKETS MEGABYTES
 
 Prints as JSON the seconds, and by how many megabytes the driver's own memory (what no other process
-shares) has grown at most. Rows are of protein length, in blocks of four megabytes and a batch of
-eight a task, so that there are as many tasks as for sixteen times the bytes.
+shares) has grown at most. Rows are of protein length, in blocks of four megabytes.
 """
 
 from __future__ import annotations
@@ -22,16 +21,14 @@ import ray
 import ray.data
 
 from raptide.cluster import ray_session
-from raptide.data.building import shuffle as shuffle_module
 from raptide.data.building.shuffle import range_bucket, shuffle
 
-ROW_BYTES, BLOCK_BYTES, BATCH_BYTES = 400, 4 << 20, 8 << 20
+ROW_BYTES, BLOCK_BYTES = 400, 4 << 20
 MEMORY_EVERY_S = 0.05
 
 
 def main() -> None:
     buckets, megabytes = map(int, sys.argv[1:])
-    shuffle_module.INPUT_BATCH_BYTES = BATCH_BYTES
     with ray_session(num_cpus=2):
         measure(2, 40)  # what is imported and started once
         print(json.dumps(measure(buckets, megabytes)))

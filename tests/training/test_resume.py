@@ -13,7 +13,15 @@ import yaml
 from lone_worker import run_here
 from offline_wandb import read_runs
 from pyarrow.fs import PyFileSystem
-from small_runs import STEPS, evaluations, make_recipe, metrics
+from small_runs import (
+    STEPS,
+    as_recipe,
+    checkpoint_of,
+    evaluations,
+    losses,
+    make_recipe,
+    metrics,
+)
 from stumbles import Stumbling
 
 from raptide.alphabet import ESM_33
@@ -21,7 +29,12 @@ from raptide.config import Settings, parse_settings
 from raptide.data.streaming.stream import Source, StreamPlan
 from raptide.errors import CheckpointError
 from raptide.training.batches import empty_micro_batch
-from raptide.training.checkpoints.checkpoint import ZERO, ZERO_TAG, SavedCheckpoint
+from raptide.training.checkpoints.checkpoint import (
+    ZERO,
+    ZERO_TAG,
+    SavedCheckpoint,
+    find_bundle,
+)
 from raptide.training.checkpoints.owned import Storage
 from raptide.training.checkpoints.saving import send_folder
 from raptide.training.engine import build_engine, load_state
@@ -102,6 +115,7 @@ FREE = {
     "cluster.hang_timeout_s": 5.0,
     "cluster.check_first": True,
     "checkpoint.when_unsaved": "stop",
+    "checkpoint.bundle_every": 3,
     "evaluation.asynchronous": True,
     "evaluation.benchmark": "b.yaml",
     "evaluation.timeout_s": 60.0,
@@ -198,6 +212,24 @@ def test_a_resumed_run_follows_its_recipe(whole, alone, corpus, tmp_path):
     assert len(left) <= 2, "of those before, only the best one stays"
     assert result.checkpoint.name in left
     assert read_runs(folder / "wandb")[-1][1]["name"] == "renamed"
+
+
+def test_some_checkpoints_hold_a_bundle_and_a_run_goes_on_from_any(alone, corpus, tmp_path):
+    tree = make_recipe(corpus, steps=5)
+    tree["checkpoint"] |= {"every_steps": 1, "bundle_every": 3}
+    recipe, run = as_recipe(tree, workers=1), tmp_path / "run"
+    whole = run_here(recipe, run)
+    curve = losses(run)
+    bundles = [(checkpoint_of(run, step) / "model").exists() for step in range(1, 6)]
+    assert bundles == [False, False, True, False, True], "every third, and the last one"
+    assert whole.bundle == checkpoint_of(run, 5) / "model"
+    shutil.rmtree(checkpoint_of(run, 5))
+    (run / "result.json").unlink()
+    assert find_bundle(run) == checkpoint_of(run, 3) / "model"
+    resumed = run_here(recipe, run, resume=True)
+    assert resumed.audit.redone_steps == 1
+    assert losses(run) == curve
+    assert resumed.bundle == checkpoint_of(run, 5) / "model"
 
 
 NO_CORPUS = {

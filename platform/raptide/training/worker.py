@@ -157,8 +157,9 @@ class Worker:
             if last or self._save_at_once or self._step % recipe.checkpoint.every_steps == 0:
                 beside = evaluate and recipe.evaluation.asynchronous
                 beside = beside and (not last or self._run.bench is not None)
+                bundle = last or evaluate or self._is_due_a_bundle
                 if last or not self._loss_watch.nonfinite_steps:
-                    stall_s = self._save(share.batch.next_cursor, result.loss, beside)
+                    stall_s = self._save(share.batch.next_cursor, result.loss, beside, bundle)
             if last:
                 self._writer.wait()
             self._log(share.batch, result, step_s, stall_s)
@@ -302,7 +303,12 @@ class Worker:
         for evaluation in evaluations or [{}]:
             self._tracker.log(self._step, metrics | evaluation)
 
-    def _save(self, cursor: Cursor, loss: float, evaluate_beside: bool) -> float:
+    @property
+    def _is_due_a_bundle(self) -> bool:
+        settings = self._recipe.checkpoint
+        return self._step // settings.every_steps % settings.bundle_every == 0
+
+    def _save(self, cursor: Cursor, loss: float, evaluate_beside: bool, bundle: bool) -> float:
         """Save what this step has come to; the seconds that training stood still for it."""
         self._hang_watch.progress()
         started = time.perf_counter()
@@ -322,13 +328,15 @@ class Worker:
             "inv_freq": None if inv_freq is None else inv_freq.tolist(),
             **self._evaluations.so_far.to_manifest(),
         }
-        state = full_state(self._engine, recipe.training)
-        lineage = {name: manifest[name] for name in manifest if name not in ("cursor", "inv_freq")}
-        weights = Weights(recipe.model, state, inv_freq, lineage=lineage)
+        write_bundle = None
+        if bundle:
+            state = full_state(self._engine, recipe.training)
+            left_out = ("cursor", "inv_freq")
+            lineage = {name: value for name, value in manifest.items() if name not in left_out}
+            weights = Weights(recipe.model, state, inv_freq, lineage=lineage)
+            write_bundle = partial(write_weights, weights=weights)
         self._newest = self._writer.save(
-            self._engine,
-            manifest | {"awaits_evaluation": evaluate_beside},
-            lambda folder: write_weights(folder, weights),
+            self._engine, manifest | {"awaits_evaluation": evaluate_beside}, write_bundle
         )
         if self._save_at_once:  # the notice may be short
             self._writer.wait()

@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import threading
 
 import pyarrow as pa
@@ -173,6 +174,29 @@ def test_what_arrives_damaged_is_fetched_again_and_never_kept(tmp_path, monkeypa
     with pytest.raises(StorageStumbled, match=r"zero/state/b cannot be .*it arrives damaged"):
         saved.shards(0)
     assert not [file for file in files_below(tmp_path / f"raptide-{os.getuid()}") if "/b" in file]
+
+
+def test_a_run_is_known_by_its_newest_bundle_which_stays(run):
+    for step in (40, 50):
+        folder = write_checkpoint(run, step)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"].pop("model/config.json")
+        shutil.rmtree(folder / "model")
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert newest(run).step == 50
+    assert newest(run, only="model/").step == 30
+    checkpoints = run.resolve() / CHECKPOINTS
+    assert find_bundle(run) == checkpoints / "step-00000030/model"
+    assert find_bundle_at(run.as_uri()) == str(checkpoints / "step-00000030/model")
+    with pytest.raises(BundleError, match=r"step-00000050 was saved without a bundle .*its run"):
+        find_bundle(checkpoints / "step-00000050")
+    remote = Storage(PyFileSystem(Stumbling(0)), str(checkpoints))
+    assert newest_checkpoint(remote, only="model/").step == 30
+    prune(Storage.of(checkpoints), "step-00000050", 1, 0)
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000030", "step-00000050"]
+    write_checkpoint(run, 60)
+    prune(Storage.of(checkpoints), "step-00000060", 1, 0)
+    assert [p.name for p in checkpoints.iterdir()] == ["step-00000060"]
 
 
 def test_a_model_may_be_verified_alone(run):

@@ -4,7 +4,7 @@
       manifest.json   step, cursor, fingerprint, recipe, rotary frequencies, sha256 of every file;
                   written last
       zero/state/     DeepSpeed's files, one or more a rank (pickle: only from your own storage)
-      model/          the bundle
+      model/          the bundle, in every one or in every so many
 
 A checkpoint counts if every file of its manifest is there with its hash. Ray's own idea of the
 latest checkpoint is not used: it registers late and verifies nothing.
@@ -179,6 +179,7 @@ def newest_checkpoint(
 
     Args:
         only: verify the files whose names start so; by default all of them.
+            Those without any are passed over.
         skipped: told, in one sentence each, of those that do not count.
 
     What the storage does not give out may be whole, so nothing older is taken in its place.
@@ -189,9 +190,10 @@ def newest_checkpoint(
     """
     for name in reversed(counted_names(storage)):
         manifest, problem = _verify(storage, name, only)
-        if manifest is not None:
+        if manifest is None:
+            skipped(f"Skipping checkpoint {name}: {problem}.")
+        elif holds(manifest, only):
             return SavedCheckpoint(storage, name, manifest)
-        skipped(f"Skipping checkpoint {name}: {problem}.")
     return None
 
 
@@ -230,6 +232,8 @@ def find_bundle(folder: Path) -> Path:
         return folder
     if (folder / MODEL / "config.json").is_file():
         return folder / MODEL
+    if (folder / MANIFEST).is_file() and FOLDER.fullmatch(folder.name):
+        raise BundleError(_no_bundle(folder))
     saved = newest_checkpoint(Storage.of_run(folder), only=f"{MODEL}/")
     if saved is None:
         raise BundleError(
@@ -255,6 +259,8 @@ def find_bundle_at(uri: str) -> str:
         return uri
     if storage.holds(f"{MODEL}/config.json"):
         return below(uri, MODEL)
+    if storage.holds(MANIFEST) and FOLDER.fullmatch(PurePosixPath(storage.path).name):
+        raise BundleError(_no_bundle(uri))
     saved = newest_checkpoint(storage, only=f"{MODEL}/")
     if saved is None:
         raise BundleError(
@@ -262,6 +268,13 @@ def find_bundle_at(uri: str) -> str:
             "another URI."
         )
     return below(uri, f"{saved.name}/{MODEL}")
+
+
+def _no_bundle(checkpoint: object) -> str:
+    return (
+        f"{checkpoint} was saved without a bundle (checkpoint.bundle_every); name its run or "
+        "another checkpoint, or make one of it with export_model.py."
+    )
 
 
 def run_of(path: Path) -> Path | None:
@@ -303,6 +316,11 @@ def forget_ray_snapshot(storage: Storage) -> None:
     It names folders that may be gone since, and is not written atomically.
     """
     storage.delete("checkpoint_manager_snapshot.json")
+
+
+def holds(manifest: dict[str, Any], only: str) -> bool:
+    """Whether a checkpoint has files whose names start so."""
+    return any(file.startswith(only) for file in manifest["files"])
 
 
 def _verify(storage: Storage, name: str, only: str) -> tuple[dict[str, Any] | None, str]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from raptide.errors import RaptideError
-from raptide.training.checkpoints.checkpoint import read_manifest
+from raptide.training.checkpoints.checkpoint import MODEL, holds, read_manifest
 from raptide.training.checkpoints.owned import (
     MANIFEST,
     Storage,
@@ -46,7 +46,8 @@ def awaiting_evaluation(storage: Storage, last_step: int) -> list[str]:
 def prune(
     storage: Storage, newest: str, keep: int, keep_best: int, spare: Collection[str] = ()
 ) -> None:
-    """Delete the checkpoints before `newest` that are neither among the newest nor the best.
+    """Delete the checkpoints before `newest` that are neither among the newest nor the best, nor
+    the last one with a bundle.
 
     Those that do not count go, too.
 
@@ -67,9 +68,11 @@ def prune(
         manifest = manifests[name]
         if manifest["heldout_ece"] and manifest["heldout_step"] == manifest["step"]:
             measured.append((manifest["heldout_ece"]["all_chosen"], name))
+    # A run is served and evaluated by the newest one that holds a bundle.
+    bundled = [name for name in finished if holds(manifests[name], f"{MODEL}/")]
     best = [name for _, name in sorted(measured)[:keep_best]]
     for name in earlier:
-        if name not in (*finished[-keep:], *best, *spare):
+        if name not in (*finished[-keep:], *bundled[-1:], *best, *spare):
             storage.delete(name)
 
 

@@ -89,7 +89,7 @@ class CheckpointWriter:
         self,
         engine: Any,
         manifest: dict[str, Any],
-        write_bundle: Callable[[Path], None],
+        write_bundle: Callable[[Path], None] | None,
     ) -> str:
         """Save through Ray Train; every rank calls it and goes on once its files are written.
 
@@ -98,7 +98,8 @@ class CheckpointWriter:
         Args:
             manifest: what rank 0 writes, without `files`; with `awaits_evaluation` the checkpoint
                 waits in `unevaluated` from when it counts.
-            write_bundle: called with the bundle's folder on rank 0, while training goes on.
+            write_bundle: called with the bundle's folder on rank 0, while training goes on; None
+                saves none.
         """
         self.wait()
         self._began = time.perf_counter()
@@ -112,7 +113,7 @@ class CheckpointWriter:
         with noted_problems(engine) as self._unwritten:
             engine.save_checkpoint(str(folder / ZERO), tag=ZERO_TAG, save_latest=False)
         self._write_bundle = None
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and write_bundle is not None:
             self._write_bundle = partial(write_bundle, folder / MODEL)
         self._manifest = manifest
         self._idle.clear()

@@ -64,8 +64,8 @@ def describe_run(recipe: Recipe, plan: StreamPlan) -> str:
         (
             "checkpoints",
             f"{training.steps // recipe.checkpoint.every_steps} of about "
-            f"{checkpoint_bytes(recipe) / 1e9:.2f} GB, the newest {recipe.checkpoint.keep} kept, "
-            f"in {recipe.checkpoint.storage or 'the run folder'}",
+            f"{checkpoint_bytes(recipe) / 1e9:.2f} GB{_with_bundles(recipe)}, the newest "
+            f"{recipe.checkpoint.keep} kept, in {recipe.checkpoint.storage or 'the run folder'}",
         ),
         (
             "evaluations",
@@ -96,6 +96,11 @@ def _describe_corpora(plan: StreamPlan, tokens: int) -> Iterator[tuple[str, str]
             f"{epoch.tokens:,.0f} tokens; the run takes "
             f"{tokens * share / max(epoch.tokens, 1):.2f} epochs",
         )
+
+
+def _with_bundles(recipe: Recipe) -> str:
+    every = recipe.checkpoint.bundle_every
+    return f" with a bundle, which one in {every} has" if every > 1 else ""
 
 
 def _describe_memory(recipe: Recipe, workers: int) -> str:

@@ -170,6 +170,12 @@ class CheckpointSettings(Settings):
     when_unsaved: Literal["continue", "stop"] = "continue"
     """What follows when one cannot be saved, for want of space say: the run says so and goes on to
     the next, or stops. Those that were saved before stay in either case."""
+
+    bundle_every: int = Field(1, ge=1)
+    """Every so many of the checkpoints hold a bundle as well, for which rank 0 gathers all weights
+    while training waits; those that are evaluated and the last one do in any case. A run's model is
+    its newest bundle, and `export_model.py` makes one of any checkpoint."""
+
     keep: int = Field(3, ge=1)
     """Newest checkpoints that stay, counted by step."""
 
