@@ -55,7 +55,9 @@ def main() -> None:
         points = measure(study, list(endings.values()), ResultCache(output / CACHE), reader(), say)
     write_manifest(output, study, endings, sys.argv, points)
     print(f"\n  {write_table(output, points)}")
-    print(f"  {write_page(output, study.settings.name, points, circumstances(sys.argv))}")
+    missing = [name for name, ending in endings.items() if ending.problem]
+    facts = circumstances(sys.argv)
+    print(f"  {write_page(output, study.settings.name, points, facts, missing)}")
     refuse_failures(endings)
 
 

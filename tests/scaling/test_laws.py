@@ -3,35 +3,12 @@
 import numpy as np
 import pytest
 from draws import generator
+from planted_study import PROTEINS, a_point
 
-from raptide.evaluation.cache import Measured
-from raptide.evaluation.results import Measure
-from raptide.evaluation.samples import Ratio
 from raptide.scaling.laws import best_by_compute, cells, fit, seed_deviation
-from raptide.scaling.measuring import Point
 from raptide.scaling.page import laws
 
-PROTEINS, RESIDUES = 300, 50
 SIZES = (2e5, 6e5, 1.5e6, 4e6)
-
-
-def a_point(nats, parameters, data="d", seed=1, kind="transformer", hardness=None, flops=None):
-    """A model whose mean nats are exactly so many, some proteins being harder than others."""
-    if hardness is None:
-        hardness = np.ones(PROTEINS)
-    sums = nats * RESIDUES * hardness / hardness.mean()
-    measure = Measure("ece-masked", "x", Ratio(sums, np.full(PROTEINS, float(RESIDUES)), exp=True))
-    facts = {
-        "kind": kind,
-        "model": f"m{parameters:.0f}",
-        "data": data,
-        "seed": seed,
-        "parameters": parameters,
-        "epoch_tokens": 1e6,
-        "flops": flops or parameters * 6e6,
-    }
-    measured = Measured(measure, float(np.exp(nats)), 0.0, 0.0)
-    return Point(facts, ece=measured, ece_masked=measured)
 
 
 def planted(scale=4.0, exponent=0.05, **options):

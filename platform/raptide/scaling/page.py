@@ -39,24 +39,33 @@ HOW = (
 )
 
 
-def write_page(folder: Path, name: str, points: Sequence[Point], facts: Mapping[str, str]) -> Path:
+def write_page(
+    folder: Path,
+    name: str,
+    points: Sequence[Point],
+    facts: Mapping[str, str],
+    missing: Sequence[str] = (),
+) -> Path:
     """Write the page, whole or not at all.
 
     Args:
         facts: command, versions and the like, by name.
+        missing: names of runs that did not come to their end.
     """
-    data = render(name, points, facts).encode("utf-8", "backslashreplace")
+    data = render(name, points, facts, missing).encode("utf-8", "backslashreplace")
     Storage.of(folder).write(PAGE, lambda stream: stream.write(data))
     return folder / PAGE
 
 
-def render(name: str, points: Sequence[Point], facts: Mapping[str, str]) -> str:
+def render(
+    name: str, points: Sequence[Point], facts: Mapping[str, str], missing: Sequence[str] = ()
+) -> str:
     """The page as HTML."""
     found = cells(points)
     deviation = seed_deviation(found)
     sections = [
-        ("curves", "How the ECE falls", join(_curves(found, points, deviation))),
-        ("emergence", "What emerges with it", join(_emergence(points))),
+        ("curves", "How the ECE falls", _curves(found, points, deviation)),
+        ("emergence", "What emerges with it", _figures(_emergence(points))),
         ("noise", "What seeds do", _noise(found, deviation)),
         ("table", "Every model and n-gram", _table(points)),
         ("how", "How this was measured", join([tag("p", HOW), _facts(facts)])),
@@ -65,7 +74,14 @@ def render(name: str, points: Sequence[Point], facts: Mapping[str, str]) -> str:
     body = [tag("section", tag("h2", title), made, id=key) for key, title, made in shown]
     grams = sum(point.kind == "n-gram" for point in points)
     lead = f"{count(len(points) - grams, 'trained model')} and {count(grams, 'n-gram')}."
-    header = join([tag("h1", f"Scaling study: {name}"), tag("p", lead)])
+    lacks = f"Without {', '.join(missing)}, which did not come to an end." if missing else ""
+    header = join(
+        [
+            tag("h1", f"Scaling study: {name}"),
+            tag("p", lead),
+            tag("p", lacks, class_="bad") if lacks else NOTHING,
+        ]
+    )
     return document(f"Scaling study: {name}", header, [part[:2] for part in shown], body)
 
 
@@ -96,54 +112,63 @@ def _grouped(found: Iterable[Cell], key: Callable[[Cell], str]) -> dict[str, lis
     return groups
 
 
-def _curves(found: Sequence[Cell], points: Sequence[Point], deviation: float) -> Iterator[Markup]:
+def _curves(found: Sequence[Cell], points: Sequence[Point], deviation: float) -> Markup:
     """Over parameters, data and compute; LSTMs are lines of their own."""
     if not found:
-        return
+        return NOTHING
     fitted = laws(found, deviation)
-    families = _grouped(found, lambda each: f"{each.data}{_suffix(each)}")
-    yield _chart("ECE by parameters", "parameters", "parameters", families, fitted, "parameters")
-    yield _chart(
-        "ECE by data",
-        "tokens of the data",
-        "epoch_tokens",
-        _by_model(found),
-        fitted,
-        "data",
-        _best_grams(points),
-    )
-    kinds = _grouped(found, lambda each: each.kind)
-    yield _chart("ECE by compute", "operations of the training", "flops", kinds, fitted, "compute")
-    yield bullets([f"{name}: {law.sentence()}" for name, law in fitted.items()])
+    by_data = _grouped(found, lambda each: f"{each.data}{_suffix(each)}")
+    by_kind = _grouped(found, lambda each: each.kind)
+    grams = _best_grams(points)
+    charts = [
+        _chart("ECE by parameters", "parameters", by_data, fitted),
+        _chart("ECE by data", "data", _by_model(found), fitted, grams),
+        _chart("ECE by compute", "compute", by_kind, fitted),
+    ]
+    sentences = bullets([f"{name}: {law.sentence()}" for name, law in fitted.items()])
+    return join([_figures(charts), sentences])
+
+
+def _figures(charts: Iterable[Markup]) -> Markup:
+    drawn = list(charts)
+    return tag("div", *drawn, class_="figures") if drawn else NOTHING
 
 
 def _suffix(each: Cell) -> str:
     return ", LSTM" if each.kind == "lstm" else ""
 
 
+AXES = {
+    "parameters": ("parameters", "parameters"),
+    "data": ("tokens of the data", "epoch_tokens"),
+    "compute": ("operations of the training", "flops"),
+}
+"""What is drawn over, by the first word of its laws: in words, and as a fact of a point."""
+
+
 def _chart(
     title: str,
-    x_label: str,
-    by: str,
+    over: str,
     groups: Mapping[str, Sequence[Cell]],
     fitted: Mapping[str, PowerLaw],
-    prefix: str,
     more: Sequence[Series] = (),
 ) -> Markup:
-    """Points of each group in its colour, and the law through them dashed."""
+    """Points of each group in its colour, and the law through them, or through the best, dashed."""
+    label, by = AXES[over]
     series = []
     for style, (name, some) in enumerate(groups.items()):
         ordered = sorted(some, key=lambda each: each.x[by])
         x = [each.x[by] for each in ordered]
-        law = fitted.get(f"{prefix} {name}")
+        law = fitted.get(f"{over} {name}")
         ece = [math.exp(each.nats) for each in ordered]
-        series.append(Series(name, x, ece, style, joined=law is None and prefix != "compute"))
+        series.append(Series(name, x, ece, style, joined=law is None and over != "compute"))
         if law is not None:
             series.append(_law(f"{name}, x^-{law.exponent:.3f}", law, x, style))
-    if prefix == "compute" and (law := fitted.get("compute")) is not None:
+    if over in fitted:
+        law = fitted[over]
         x = [each.x[by] for some in groups.values() for each in some]
         series.append(_law(f"best, x^-{law.exponent:.3f}", law, x, len(groups)))
-    return line_chart(title, x_label, "ECE on <mask>", [*series, *more], log_x=True)
+    return line_chart(title, label, "ECE on <mask>", [*series, *more], log_x=True)
 
 
 def _law(name: str, law: PowerLaw, x: Sequence[float], style: int) -> Series:
