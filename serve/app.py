@@ -58,6 +58,9 @@ LINGER_S = 10.0
 nothing more to do. Between two runs of one request it may have nothing for a moment, and were it
 gone then, so were the version of the weights that the request is answered by."""
 
+GATEWAY_BYTES = 2**28
+"""What a gateway needs besides the answers it holds: measured, 210 MB."""
+
 METRICS_INTERVAL_S = 1.0
 """How often replicas report their tokens to the autoscaler (Serve's default is 10)."""
 
@@ -80,7 +83,11 @@ def compose(settings: ServeSettings, replica: type = Replica) -> serve.Applicati
         Gateway,
         num_replicas=settings.gateways,
         max_ongoing_requests=ONGOING_REQUESTS,
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": ACTORS}},
+        ray_actor_options={
+            "num_cpus": 0,
+            "memory": GATEWAY_BYTES + settings.max_held_bytes,
+            "runtime_env": {"env_vars": ACTORS},
+        },
         health_check_period_s=GATEWAY_CHECK_S,
         health_check_timeout_s=15,
         graceful_shutdown_timeout_s=finish_s,

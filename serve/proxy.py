@@ -2,7 +2,8 @@
 
 Serve's own answers are plain text: 404 while an application is not there, 503 while it has no
 gateway, 500 for what was inside a gateway that died. Clients get the errors they know instead, and
-what passes by itself is a 503 with Retry-After. RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names
+what passes by itself is a 503 with Retry-After. Of a request's id, which Serve logs and returns as
+it came, no more is taken than the gateways keep. RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names
 `middlewares`, where Ray starts; `python -m serve` does so.
 """
 
@@ -12,6 +13,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.gateway.refusals import Refusal, internal
+from serve.gateway.terms import LONGEST_ID
 
 SERVES_OWN = "/-/"
 """Paths of Serve's, answered as ever."""
@@ -31,6 +33,7 @@ class OwnWords:
         if scope["type"] != "http" or scope["path"].startswith(SERVES_OWN):
             await self._app(scope, receive, send)
             return
+        scope = _with_short_id(scope)
         replaced = False
 
         async def translate(message: Message) -> None:
@@ -42,6 +45,15 @@ class OwnWords:
                 await send(message)
 
         await self._app(scope, receive, translate)
+
+
+def _with_short_id(scope: Scope) -> Scope:
+    """The request with no more of its id than is kept."""
+    headers = [
+        (name, value[:LONGEST_ID] if name.lower() == b"x-request-id" else value)
+        for name, value in scope["headers"]
+    ]
+    return {**scope, "headers": headers}
 
 
 def _refusal(start: Message) -> Refusal | None:

@@ -11,10 +11,14 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from raptide.patience import patiently, reason_of
+
+PIECE = 1 << 16
+"""Bytes that are read at a time of a file of lines, about."""
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -86,14 +90,23 @@ class LinesFile:
 def read_lines(file: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines, as far as they were written whole; none without a file.
 
+    Between two pieces the file is closed: a reader may have more of them than a process may open.
+
     Raises:
         OSError: the file system does not give it out.
     """
-    try:
-        opened = patiently(file.open)
-    except FileNotFoundError:
-        return
-    with opened as lines:
+    place = 0
+    while True:
+        try:
+            opened = patiently(partial(file.open, "rb"))
+        except FileNotFoundError:
+            return
+        with opened:
+            opened.seek(place)
+            lines = opened.readlines(PIECE)
+            place = opened.tell()
+        if not lines:
+            return
         for text in lines:
             try:
                 record = json.loads(text)

@@ -7,6 +7,7 @@ system does not do at first is tried again (patience.py).
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import re
 import uuid
@@ -25,6 +26,9 @@ from raptide.patience import patiently, reason_of, trouble
 
 PARTIAL = "partial"
 """Folder for what is being written, beside what is whole."""
+
+CHUNK = 1 << 22
+"""Bytes that are read, hashed and written in one go."""
 
 T = TypeVar("T")
 
@@ -104,14 +108,31 @@ class Storage:
 
         return self.ask(name, read)
 
-    def fetch(self, name: str, target: Path) -> None:
-        """Copy a file to a path on this machine's file systems, piece by piece."""
+    def fetch(self, name: str, target: Path, sha256: str | None = None) -> None:
+        """Copy a file to a path on this machine's file systems, where it appears whole.
+
+        Args:
+            sha256: what it has to hash to.
+
+        Raises:
+            StorageStumbled: it hashes to something else, however often it is fetched.
+        """
+        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.{PARTIAL}")
 
         def fetch(path: str) -> None:
-            here = pyarrow.fs.LocalFileSystem()
-            pyarrow.fs.copy_files(path, str(target), self.filesystem, here)
+            digest = hashlib.sha256()
+            with self.filesystem.open_input_stream(path) as source, partial.open("wb") as sink:
+                while chunk := source.read(CHUNK):
+                    digest.update(chunk)
+                    sink.write(chunk)
+            if sha256 not in (None, digest.hexdigest()):
+                raise OSError(f"it arrives damaged, sha256 {digest.hexdigest()[:16]}")
 
-        self.ask(name, fetch)
+        try:
+            self.ask(name, fetch)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def find(self, name: str) -> bytes | None:
         """What is in a file, None where there is no such file."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import FastAPI, Header, Request
+from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi_offline import FastAPIOffline
@@ -35,26 +35,15 @@ from serve.gateway.schemas import ErrorResponse
 from serve.gateway.service import Query, Service, Whole
 from serve.gateway.sizes import ARROW, Encoding
 from serve.gateway.standing import READY_S
+from serve.gateway.terms import OURS, AskedTerms, Terms
 
 MODEL = {"object": "model", "created": 0, "owned_by": "raptide"}
 """As OpenAI's clients want them."""
-
-OURS = ("X-Raptide-Timeout-S", "X-Raptide-Weights")
-"""Request headers of our own, which pages elsewhere may send, too."""
 
 STATUSES = (400, 401, 403, 404, 410, 413, 422, 429, 500, 503, 504)
 REFUSED: dict[int | str, dict[str, Any]] = {s: {"model": ErrorResponse} for s in STATUSES}
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 ANSWERS: dict[int | str, dict[str, Any]] = {200: {"content": {ARROW: BINARY}}, **REFUSED}
-
-Timeout = Annotated[
-    float | None,
-    Header(
-        alias="X-Raptide-Timeout-S",
-        gt=0,
-        description="Seconds after which the answer is of no use: 504 then",
-    ),
-]
 
 
 def build_api(service: Service, keys: KeyRing) -> ASGIApp:
@@ -93,7 +82,7 @@ def _add_calls(api: FastAPI, service: Service) -> None:
         responses=ANSWERS,
     )
     async def embeddings(
-        body: schemas.EmbeddingsRequest, request: Request, timeout_s: Timeout = None
+        body: schemas.EmbeddingsRequest, request: Request, terms: AskedTerms
     ) -> Response:
         """A vector a sequence, or one a residue (`pooling: residue`). OpenAI's client works."""
         if body.layers is not None and not body.layers:
@@ -104,7 +93,7 @@ def _add_calls(api: FastAPI, service: Service) -> None:
             await service.refuse_other_width(body.model, body.dimensions)
         encoding = _encoding(request, body.encoding_format)
         query = await _accept(
-            service, request, body.model, ask, body.input, "input", timeout_s, encoding
+            service, request, body.model, ask, body.input, "input", terms, encoding
         )
         return await _arrays(service, request, query, "embedding", encoding)
 
@@ -115,14 +104,12 @@ def _add_calls(api: FastAPI, service: Service) -> None:
         response_model=schemas.ScoresResponse,
         responses=ANSWERS,
     )
-    async def scores(
-        body: schemas.ScoresRequest, request: Request, timeout_s: Timeout = None
-    ) -> Response:
+    async def scores(body: schemas.ScoresRequest, request: Request, terms: AskedTerms) -> Response:
         """How likely the model finds each sequence, or each variant of one sequence."""
         given, ask = _what_to_score(body)
         encoding = _encoding(request, None)
         query = await _accept(
-            service, request, body.model, ask, *given, timeout_s, encoding, variants=body.variants
+            service, request, body.model, ask, *given, terms, encoding, variants=body.variants
         )
         whole = await service.gather(query)
         return _scores(service, query, whole, ask.method, encoding == "arrow")
@@ -134,14 +121,12 @@ def _add_calls(api: FastAPI, service: Service) -> None:
         response_model=schemas.TablesResponse,
         responses=ANSWERS,
     )
-    async def scan(
-        body: schemas.ScanRequest, request: Request, timeout_s: Timeout = None
-    ) -> Response:
+    async def scan(body: schemas.ScanRequest, request: Request, terms: AskedTerms) -> Response:
         """A row for each residue, a column for each standard one in alphabetical order."""
         ask = Ask("scan", method=body.method or "wt-marginals")
         encoding = _encoding(request, body.encoding_format)
         query = await _accept(
-            service, request, body.model, ask, body.sequence, "sequence", timeout_s, encoding
+            service, request, body.model, ask, body.sequence, "sequence", terms, encoding
         )
         columns = {"columns": list(STANDARD)}
         return await _arrays(service, request, query, "values", encoding, columns)
@@ -154,12 +139,12 @@ def _add_calls(api: FastAPI, service: Service) -> None:
         responses=ANSWERS,
     )
     async def contacts(
-        body: schemas.SequencesRequest, request: Request, timeout_s: Timeout = None
+        body: schemas.SequencesRequest, request: Request, terms: AskedTerms
     ) -> Response:
         """Probability that two residues touch (Cβ within 8 Å); the model needs a contact head."""
         encoding, ask = _encoding(request, body.encoding_format), Ask("contacts")
         query = await _accept(
-            service, request, body.model, ask, body.sequences, "sequences", timeout_s, encoding
+            service, request, body.model, ask, body.sequences, "sequences", terms, encoding
         )
         return await _arrays(service, request, query, "values", encoding)
 
@@ -170,9 +155,7 @@ def _add_calls(api: FastAPI, service: Service) -> None:
         response_model=schemas.TablesResponse,
         responses=ANSWERS,
     )
-    async def logits(
-        body: schemas.LogitsRequest, request: Request, timeout_s: Timeout = None
-    ) -> Response:
+    async def logits(body: schemas.LogitsRequest, request: Request, terms: AskedTerms) -> Response:
         """A row for each residue, a column for each token of the model; nothing is masked.
 
         With `masked_positions` a row for each of these, masked in turn: what pseudo perplexities
@@ -181,7 +164,7 @@ def _add_calls(api: FastAPI, service: Service) -> None:
         encoding, masked = _encoding(request, body.encoding_format), body.masked_positions
         ask = Ask("logits") if masked is None else Ask("masked", "masked-marginals")
         query = await _accept(
-            *(service, request, body.model, ask, body.sequences, "sequences", timeout_s, encoding),
+            *(service, request, body.model, ask, body.sequences, "sequences", terms, encoding),
             positions=masked,
         )
         return await _arrays(service, request, query, "values", encoding)
@@ -301,7 +284,7 @@ async def _accept(
     ask: Ask,
     given: str | list[str],
     param: str,
-    timeout_s: float | None,
+    terms: Terms,
     encoding: Encoding,
     variants: list[str] | None = None,
     positions: list[list[int]] | None = None,
@@ -313,11 +296,11 @@ async def _accept(
         ask,
         given,
         param,
-        timeout_s=timeout_s,
+        timeout_s=terms.timeout_s,
         variants=variants,
         positions=positions,
-        request_id=request.headers.get("X-Request-Id", ""),
-        weights=request.headers.get("X-Raptide-Weights", ""),
+        request_id=terms.request_id,
+        weights=terms.weights,
     )
     books.model = query.model
     await service.weigh(query, encoding)

@@ -12,7 +12,7 @@ from ray.serve import context
 from serve.gateway.keys import Key
 from serve.gateway.ledger import Lease
 from serve.gateway.refusals import Refusal
-from serve.gateway.service import LONGEST_ID
+from serve.gateway.terms import LONGEST_ID
 from serve.metrics import GatewayMetrics
 
 logger = logging.getLogger("ray.serve")

@@ -68,9 +68,11 @@ class RpcMethods:
 
     async def Logits(self, request: Any, grpc_context: RayServegRPCContext) -> AsyncIterator[Any]:
         def asked(message: Any) -> Asked:
-            return Ask("logits"), list(message.sequences), "sequences"
+            masked = message.masked_positions
+            ask = Ask("masked", "masked-marginals") if masked else Ask("logits")
+            return ask, list(message.sequences), "sequences"
 
-        async for part in self._arrays(grpc_context, "logits", request, pb.SequencesRequest, asked):
+        async for part in self._arrays(grpc_context, "logits", request, pb.LogitsRequest, asked):
             yield part
 
     async def Contacts(self, request: Any, grpc_context: RayServegRPCContext) -> AsyncIterator[Any]:
@@ -92,11 +94,8 @@ class RpcMethods:
     async def Score(self, request: Any, grpc_context: RayServegRPCContext) -> Any:
         with self._booked(grpc_context, PATHS["score"]) as books:
             message = self._open(request, pb.ScoreRequest, grpc_context, books)
-            variants = list(message.variants) or None
             asked = _what_to_score(message)
-            query = await self._accept(
-                grpc_context, books, message.model, asked, variants, streamed=False
-            )
+            query = await self._accept(grpc_context, books, message, asked, streamed=False)
             whole = await self._service.gather(query)
             scores = [float(score) for array in whole.arrays for score in array.reshape(-1)]
             answer = pb.Scores(source=_source(query, whole), scores=scores)
@@ -124,9 +123,7 @@ class RpcMethods:
         """Answers run by run, all from one version of the model."""
         with self._booked(context, PATHS[call]) as books:
             message = self._open(request, kind, context, books)
-            query = await self._accept(
-                context, books, message.model, asked(message), None, streamed=True
-            )
+            query = await self._accept(context, books, message, asked(message), streamed=True)
             index = 0
             stream = self._service.stream(query)
             async with contextlib.aclosing(stream):  # type: ignore[type-var]
@@ -178,19 +175,19 @@ class RpcMethods:
         self,
         context: RayServegRPCContext,
         books: Books,
-        model: str,
+        message: Any,
         asked: Asked,
-        variants: list[str] | None,
         *,
         streamed: bool,
     ) -> Query:
         """Check a request, count it against its key, write it down, and wait for room for it."""
         metadata = _metadata(context)
         query = self._service.query(
-            model or None,
+            message.model or None,
             *asked,
             timeout_s=_timeout(metadata),
-            variants=variants,
+            variants=list(getattr(message, "variants", ())) or None,
+            positions=_positions(message),
             request_id=metadata.get("request_id", ""),
             weights=metadata.get("x-raptide-weights", ""),
         )
@@ -212,6 +209,11 @@ def _what_to_score(message: Any) -> Asked:
         raise invalid("sequences", "Variants are those of exactly one sequence.")
     method = _one_of(message.method or "wt-marginals", VariantMethod, "method")
     return Ask("variants", method=method), message.sequences[0], "sequence"
+
+
+def _positions(message: Any) -> list[list[int]] | None:
+    given = getattr(message, "masked_positions", ())
+    return [list(each.positions) for each in given] or None
 
 
 def _one_of(value: str, choices: Any, param: str) -> Any:

@@ -41,14 +41,12 @@ from serve.gateway.sizes import (
     cut_runs,
 )
 from serve.gateway.standing import Standing
+from serve.gateway.terms import LONGEST_ID
 from serve.metrics import GatewayMetrics
 from serve.settings import GatewaySettings, ModelSettings
 
 DESCRIBE_S = 30.0
 """How long a model may take to say what it is: with no replica, one has to load first."""
-
-LONGEST_ID = 128
-"""Characters of a request's id that are kept; a client may send any number."""
 
 DIGEST = re.compile(r"[0-9a-f]{16}")
 """Weights, as answers name them."""

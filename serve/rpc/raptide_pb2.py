@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17serve/rpc/raptide.proto\x12\nraptide.v1\"Q\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tsequences\x18\x02 \x03(\t\x12\x0f\n\x07pooling\x18\x03 \x01(\t\x12\x0e\n\x06layers\x18\x04 \x03(\x05\"4\n\x10SequencesRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tsequences\x18\x02 \x03(\t\">\n\x0bScanRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\t\x12\x0e\n\x06method\x18\x03 \x01(\t\"R\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tsequences\x18\x02 \x03(\t\x12\x10\n\x08variants\x18\x03 \x03(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\"\x13\n\x11ListModelsRequest\"E\n\x05\x41rray\x12\r\n\x05index\x18\x01 \x01(\x03\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x06values\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x03\"O\n\x06\x41rrays\x12\"\n\x06source\x18\x01 \x01(\x0b\x32\x12.raptide.v1.Source\x12!\n\x06\x61rrays\x18\x02 \x03(\x0b\x32\x11.raptide.v1.Array\"<\n\x06Scores\x12\"\n\x06source\x18\x01 \x01(\x0b\x32\x12.raptide.v1.Source\x12\x0e\n\x06scores\x18\x02 \x03(\x01\"6\n\x06Source\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07weights\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\"\x16\n\x06Models\x12\x0c\n\x04json\x18\x01 \x03(\t2\xef\x02\n\x07Raptide\x12\x37\n\x05\x45mbed\x12\x18.raptide.v1.EmbedRequest\x1a\x12.raptide.v1.Arrays0\x01\x12<\n\x06Logits\x12\x1c.raptide.v1.SequencesRequest\x1a\x12.raptide.v1.Arrays0\x01\x12>\n\x08\x43ontacts\x12\x1c.raptide.v1.SequencesRequest\x1a\x12.raptide.v1.Arrays0\x01\x12\x35\n\x04Scan\x12\x17.raptide.v1.ScanRequest\x1a\x12.raptide.v1.Arrays0\x01\x12\x35\n\x05Score\x12\x18.raptide.v1.ScoreRequest\x1a\x12.raptide.v1.Scores\x12?\n\nListModels\x12\x1d.raptide.v1.ListModelsRequest\x1a\x12.raptide.v1.Modelsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17serve/rpc/raptide.proto\x12\nraptide.v1\"Q\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tsequences\x18\x02 \x03(\t\x12\x0f\n\x07pooling\x18\x03 \x01(\t\x12\x0e\n\x06layers\x18\x04 \x03(\x05\"4\n\x10SequencesRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tsequences\x18\x02 \x03(\t\"b\n\rLogitsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tsequences\x18\x02 \x03(\t\x12/\n\x10masked_positions\x18\x03 \x03(\x0b\x32\x15.raptide.v1.Positions\"\x1e\n\tPositions\x12\x11\n\tpositions\x18\x01 \x03(\x05\">\n\x0bScanRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\t\x12\x0e\n\x06method\x18\x03 \x01(\t\"R\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tsequences\x18\x02 \x03(\t\x12\x10\n\x08variants\x18\x03 \x03(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\"\x13\n\x11ListModelsRequest\"E\n\x05\x41rray\x12\r\n\x05index\x18\x01 \x01(\x03\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x06values\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x03\"O\n\x06\x41rrays\x12\"\n\x06source\x18\x01 \x01(\x0b\x32\x12.raptide.v1.Source\x12!\n\x06\x61rrays\x18\x02 \x03(\x0b\x32\x11.raptide.v1.Array\"<\n\x06Scores\x12\"\n\x06source\x18\x01 \x01(\x0b\x32\x12.raptide.v1.Source\x12\x0e\n\x06scores\x18\x02 \x03(\x01\"6\n\x06Source\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07weights\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\"\x16\n\x06Models\x12\x0c\n\x04json\x18\x01 \x03(\t2\xec\x02\n\x07Raptide\x12\x37\n\x05\x45mbed\x12\x18.raptide.v1.EmbedRequest\x1a\x12.raptide.v1.Arrays0\x01\x12\x39\n\x06Logits\x12\x19.raptide.v1.LogitsRequest\x1a\x12.raptide.v1.Arrays0\x01\x12>\n\x08\x43ontacts\x12\x1c.raptide.v1.SequencesRequest\x1a\x12.raptide.v1.Arrays0\x01\x12\x35\n\x04Scan\x12\x17.raptide.v1.ScanRequest\x1a\x12.raptide.v1.Arrays0\x01\x12\x35\n\x05Score\x12\x18.raptide.v1.ScoreRequest\x1a\x12.raptide.v1.Scores\x12?\n\nListModels\x12\x1d.raptide.v1.ListModelsRequest\x1a\x12.raptide.v1.Modelsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,22 +35,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EMBEDREQUEST']._serialized_end=120
   _globals['_SEQUENCESREQUEST']._serialized_start=122
   _globals['_SEQUENCESREQUEST']._serialized_end=174
-  _globals['_SCANREQUEST']._serialized_start=176
-  _globals['_SCANREQUEST']._serialized_end=238
-  _globals['_SCOREREQUEST']._serialized_start=240
-  _globals['_SCOREREQUEST']._serialized_end=322
-  _globals['_LISTMODELSREQUEST']._serialized_start=324
-  _globals['_LISTMODELSREQUEST']._serialized_end=343
-  _globals['_ARRAY']._serialized_start=345
-  _globals['_ARRAY']._serialized_end=414
-  _globals['_ARRAYS']._serialized_start=416
-  _globals['_ARRAYS']._serialized_end=495
-  _globals['_SCORES']._serialized_start=497
-  _globals['_SCORES']._serialized_end=557
-  _globals['_SOURCE']._serialized_start=559
-  _globals['_SOURCE']._serialized_end=613
-  _globals['_MODELS']._serialized_start=615
-  _globals['_MODELS']._serialized_end=637
-  _globals['_RAPTIDE']._serialized_start=640
-  _globals['_RAPTIDE']._serialized_end=1007
+  _globals['_LOGITSREQUEST']._serialized_start=176
+  _globals['_LOGITSREQUEST']._serialized_end=274
+  _globals['_POSITIONS']._serialized_start=276
+  _globals['_POSITIONS']._serialized_end=306
+  _globals['_SCANREQUEST']._serialized_start=308
+  _globals['_SCANREQUEST']._serialized_end=370
+  _globals['_SCOREREQUEST']._serialized_start=372
+  _globals['_SCOREREQUEST']._serialized_end=454
+  _globals['_LISTMODELSREQUEST']._serialized_start=456
+  _globals['_LISTMODELSREQUEST']._serialized_end=475
+  _globals['_ARRAY']._serialized_start=477
+  _globals['_ARRAY']._serialized_end=546
+  _globals['_ARRAYS']._serialized_start=548
+  _globals['_ARRAYS']._serialized_end=627
+  _globals['_SCORES']._serialized_start=629
+  _globals['_SCORES']._serialized_end=689
+  _globals['_SOURCE']._serialized_start=691
+  _globals['_SOURCE']._serialized_end=745
+  _globals['_MODELS']._serialized_start=747
+  _globals['_MODELS']._serialized_end=769
+  _globals['_RAPTIDE']._serialized_start=772
+  _globals['_RAPTIDE']._serialized_end=1136
 # @@protoc_insertion_point(module_scope)

@@ -41,7 +41,7 @@ class RaptideStub:
                 _registered_method=True)
         self.Logits = channel.unary_stream(
                 '/raptide.v1.Raptide/Logits',
-                request_serializer=serve_dot_rpc_dot_raptide__pb2.SequencesRequest.SerializeToString,
+                request_serializer=serve_dot_rpc_dot_raptide__pb2.LogitsRequest.SerializeToString,
                 response_deserializer=serve_dot_rpc_dot_raptide__pb2.Arrays.FromString,
                 _registered_method=True)
         self.Contacts = channel.unary_stream(
@@ -117,7 +117,7 @@ def add_RaptideServicer_to_server(servicer, server):
             ),
             'Logits': grpc.unary_stream_rpc_method_handler(
                     servicer.Logits,
-                    request_deserializer=serve_dot_rpc_dot_raptide__pb2.SequencesRequest.FromString,
+                    request_deserializer=serve_dot_rpc_dot_raptide__pb2.LogitsRequest.FromString,
                     response_serializer=serve_dot_rpc_dot_raptide__pb2.Arrays.SerializeToString,
             ),
             'Contacts': grpc.unary_stream_rpc_method_handler(
@@ -193,7 +193,7 @@ class Raptide:
             request,
             target,
             '/raptide.v1.Raptide/Logits',
-            serve_dot_rpc_dot_raptide__pb2.SequencesRequest.SerializeToString,
+            serve_dot_rpc_dot_raptide__pb2.LogitsRequest.SerializeToString,
             serve_dot_rpc_dot_raptide__pb2.Arrays.FromString,
             options,
             channel_credentials,

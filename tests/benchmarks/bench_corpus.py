@@ -12,6 +12,8 @@
   is read five times a second. Its own memory is what no other process shares; the object store,
   which all of Ray's workers map, is not in it, and is printed beside. With --giant, one more of
   which a million members are one cluster.
+- shuffle: few rows to twenty and to thousands of buckets (corpus_shuffle.py), in turn, medians over
+  the rounds: seconds, and by how much the memory of the process that drives it grows.
 - datasets: `datasets.map` with EsmTokenizer, two processes, writing Parquet, on the smallest of the
   three. Left out, and said so, where `datasets` is not installed; refused then if asked for.
 - on_disk: bytes for each residue of --fasta (by default the proteome that the demo trains on).
@@ -45,8 +47,11 @@ from raptide.errors import RaptideError
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = (500_000, 2_500_000, 5_000_000)
 GIANT = 1_000_000
-PARTS = ("tokenising", "builds", "datasets", "on_disk")
-QUICK = {"sizes": (20_000, 60_000, 100_000), "records": 300, "rounds": 3}
+BUCKETS = (20, 2_600)
+"""In one go, and as many as the paper's proteins take."""
+SHUFFLED_MB = 480
+PARTS = ("tokenising", "builds", "shuffle", "datasets", "on_disk")
+QUICK = {"sizes": (20_000, 60_000, 100_000), "records": 300, "rounds": 3, "shuffled_mb": 64}
 PACKAGES = ("raptide", "ray", "pyarrow", "numpy", "transformers", "fair-esm", "datasets")
 MEMORY_EVERY_S = 0.2
 BYTES_PER_PROTEIN = 2_000
@@ -61,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs=3, default=SIZES, metavar="N")
     parser.add_argument("--records", type=int, default=3000, help="records to tokenise")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shuffled-mb", type=int, default=SHUFFLED_MB, help="rows of `shuffle`")
     parser.add_argument("--fasta", type=Path, help="real proteins for the size on disk")
     parser.add_argument("--cluster-tag", help="of --fasta, as for build_corpus.py")
     parser.add_argument("--giant", type=int, nargs="?", const=GIANT, default=0, metavar="MEMBERS")
@@ -103,6 +109,9 @@ def measure(
                 builds.append(measure_build(scratch, count))
             if args.giant:
                 builds.append(measure_build(scratch, args.giant * 5 // 4, args.giant))
+    if "shuffle" in parts:
+        with report.part("shuffle"):
+            report["shuffle"] = measure_shuffle(args.shuffled_mb, args.rounds)
     if "datasets" in parts:
         if (why := by_hand.lacks("datasets")) is not None:
             report.pop("datasets", None)
@@ -136,6 +145,10 @@ def ratios(report: dict[str, Any]) -> dict[str, float]:
         found["build_residues_per_s"] = large["residues"] / large["seconds"]
         found["build_time_per_residue_growth"] = later / earlier
         found["memory_growth_mb"] = large["own_mb"] - small["own_mb"]
+    if "shuffle" in report:
+        few, many = report["shuffle"]
+        found["shuffle_driver_growth_mb"] = many["driver_growth_mb"]
+        found["shuffle_many_vs_few_buckets_s"] = many["seconds"] / few["seconds"]
     if "on_disk" in report:
         found["bytes_per_residue"] = report["on_disk"]["bytes_per_residue"]
     return found
@@ -262,6 +275,28 @@ def family(pid: int) -> list[psutil.Process]:
         return []
 
 
+def measure_shuffle(megabytes: int, rounds: int) -> list[dict[str, Any]]:
+    """A row for each number of buckets; every measurement in a process of its own."""
+    script = str(Path(__file__).with_name("corpus_shuffle.py"))
+    told: dict[int, list[dict[str, float]]] = {buckets: [] for buckets in BUCKETS}
+    for _ in range(rounds):
+        for buckets, rows in told.items():
+            command = [sys.executable, script, str(buckets), str(megabytes)]
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            if done.returncode:
+                why = done.stderr.strip().splitlines()[-1:]
+                raise RaptideError(f"The shuffle to {buckets} buckets ended with {why}")
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+    return [
+        {
+            "buckets": buckets,
+            "megabytes": megabytes,
+            **{name: statistics.median(row[name] for row in rows) for name in rows[0]},
+        }
+        for buckets, rows in told.items()
+    ]
+
+
 def measure_datasets(scratch: Path, count: int) -> dict[str, Any]:
     """FASTA to Parquet of token ids by `datasets.map`, in a process of its own."""
     fasta = scratch / "proteins.fasta"
@@ -307,6 +342,11 @@ def print_report(report: dict[str, Any]) -> None:
             f"  {row['sequences']:>10,} sequences{giant}: {row['seconds']:6.1f} s, "
             f"{row['residues'] / row['seconds'] / 1e6:5.1f} M residues/s, largest process "
             f"{row['own_mb']:,.0f} MB of its own, {row['resident_mb']:,.0f} MB with shared pages"
+        )
+    for row in report.get("shuffle", ()):
+        print(
+            f"Shuffle, {row['megabytes']:,} MB to {row['buckets']:,} buckets: "
+            f"{row['seconds']:.1f} s, the driver grows by {row['driver_growth_mb']:,.0f} MB"
         )
     if "datasets" in report:
         peer = report["datasets"]

@@ -3,12 +3,19 @@
     python tests/benchmarks/bench_training.py
     python tests/benchmarks/bench_training.py --rounds 5 --json training.json
     python tests/benchmarks/bench_training.py --quick
+    python tests/benchmarks/bench_training.py --parts feeder blocks ranks
 
 - Preparation alone, one core: draw, crop, mask and pack blocks that are in memory, rows of 4,096
   tokens; reading and decompressing are not counted. Packing efficiency is that of these rows.
-- The stream, all cores: from the Parquet shards to global batches, through Ray Data. And the part
-  of it that is one process at any size, the feeder: what it hands out with its rows ready in
-  memory, in tokens and, to one reader, in batches.
+- The stream, all cores: from the Parquet shards to global batches, through Ray Data.
+- The part of it that is one process at any size, the feeder: what it cuts and hands out, with its
+  packed rows in memory, to 8, 128 and 1,024 readers that take batches of 2 M tokens. Few processes
+  simulate them, with a call of its own for each; since they share the cores with the feeder, its
+  own processor time says what it would do with a core for itself.
+- Blocks: a corpus of 95,000 blocks and 27 M clusters, as far as its tables go, from the start to
+  the first batch. Hashing its shards and counting its letters take what they are given: the one is
+  not measured, the other by the block.
+- Ranks: what 1,024 of them tell one actor, meet for in another, and leave behind as files.
 - Training steps of one ESM-2 shape in fp32 on the same proteins, in unpadded tokens a second:
   raptide (jobs/pretrain_model.py with one worker: Ray Train, DeepSpeed, stream, W&B offline), a
   bare PyTorch loop over raptide's model and rows, and transformers' EsmForMaskedLM on padded
@@ -38,7 +45,7 @@ from machine import CORES
 from raptide.model.config import PRESETS
 
 PACKAGES = ("raptide", "ray", "torch", "deepspeed", "transformers", "numpy", "pyarrow")
-PARTS = ("stream", "steps", "checkpoint", "resume")
+PARTS = ("stream", "feeder", "blocks", "ranks", "steps", "checkpoint", "resume")
 QUICK = {"proteins": 20_000, "run_proteins": 5_000, "rows": 2, "steps": 2, "rounds": 2}
 ROOM_GB = 5.0
 """For corpora of a few hundred thousand proteins and checkpoints of 35 M parameters."""
@@ -89,16 +96,27 @@ def print_report(report: dict[str, Any]) -> None:
             f"alone it took {found['alone_s']:.2f} s"
         )
     if "feeder" in report:
-        found = report["feeder"]
-        print(
-            f"The feeder alone: {found['tokens_per_s']:,.0f} tokens/s cut, "
-            f"{found['calls_per_s']:,.0f} batches/s handed out"
-        )
+        print_feeder(report["feeder"])
+    for part in ("blocks", "ranks"):
+        for name, value in report.get(part, {}).items():
+            print(f"  {part}: {name:28} {value:16,.3f}")
     for place, seconds in report.get("resume_s", {}).items():
         print(f"Resume at {place} of an epoch: first step after {seconds:.1f} s")
     for name, ratio in report.get("ratios", {}).items():
         print(f"  {name:34} {ratio:16,.3f}")
     print(json.dumps(report["machine"]))
+
+
+def print_feeder(found: dict[str, Any]) -> None:
+    print(f"The feeder cuts {found['tokens_per_core_s']:,.0f} tokens/s with a core of its own.")
+    for readers, each in found.items():
+        if isinstance(each, dict):
+            print(
+                f"  {readers:>5} readers: {each['batches_per_s']:6.1f} batches/s, "
+                f"{each['tokens_per_s']:,.0f} tokens/s, {each['bytes_per_s'] / 1e6:,.1f} MB/s in "
+                f"{each['calls_per_s']:,.0f} calls/s; {each['batches_per_core_s']:.1f} batches/s "
+                "with a core of its own"
+            )
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from typing import Any
 from machine import describe_machine
 
 ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT / "jobs") not in sys.path:
-    sys.path.append(str(ROOT / "jobs"))
+for folder in ("jobs", "tests/support"):
+    if str(ROOT / folder) not in sys.path:
+        sys.path.append(str(ROOT / folder))
 
 from commandline import run_job  # noqa: E402
 from processes import no_orphans  # noqa: E402

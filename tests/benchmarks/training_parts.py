@@ -1,10 +1,9 @@
-"""The parts of bench_training.py: stream, steps, checkpoint and resume, each on its own."""
+"""The parts of bench_training.py that run for real, each on its own; others: full_size_parts.py."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import statistics
@@ -14,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ray
 from by_hand import Report
+from full_size_parts import ROW_TOKENS, measure_blocks, measure_feeder, measure_ranks, plan_of
 from machine import CORES
 from synthetic_proteins import write_proteins
 from turns import TakesTurns, read_lines
@@ -25,18 +24,9 @@ from raptide.alphabet import ESM_33
 from raptide.cluster import ray_session
 from raptide.data.building.build import BuildSettings, build_corpus
 from raptide.data.corpus import Corpus
-from raptide.data.streaming.batch import Cursor, GlobalBatch, RowSettings, StreamSettings
-from raptide.data.streaming.feeder import BatchReader, Feeder
+from raptide.data.streaming.batch import Cursor, RowSettings
 from raptide.data.streaming.rows import pack_block
-from raptide.data.streaming.stream import (
-    Source,
-    StreamPlan,
-    _split_tables,
-    _to_batch,
-    _to_table,
-    global_batches,
-    prepare_rows,
-)
+from raptide.data.streaming.stream import global_batches
 
 JOB = Path(__file__).resolve().parents[2] / "jobs/pretrain_model.py"
 PEERS = {
@@ -46,7 +36,6 @@ PEERS = {
 }
 """Who else trains, and the name of the ratio of raptide's speed to theirs."""
 
-ROW_TOKENS = 1024
 RUN_BLOCKS = BuildSettings(block_residues=32_768)
 """Of the corpus that is trained on: small blocks, since each run ends with an evaluation of one."""
 
@@ -59,6 +48,15 @@ def measure(scratch: Path, args: argparse.Namespace, report: Report) -> None:
         if "stream" in args.parts:
             with report.part("stream"):
                 fill_stream(scratch, args, report)
+        if "feeder" in args.parts:
+            with report.part("feeder"):
+                report["feeder"] = measure_feeder(runs)
+        if "blocks" in args.parts:
+            with report.part("blocks"):
+                report["blocks"] = measure_blocks(scratch, runs)
+        if "ranks" in args.parts:
+            with report.part("ranks"):
+                report["ranks"] = measure_ranks(scratch, runs)
     if "steps" in args.parts:
         with report.part("steps"):
             fill_steps(scratch, runs, args, report)
@@ -78,7 +76,6 @@ def fill_stream(scratch: Path, args: argparse.Namespace, report: Report) -> None
     report["ratios"]["prepare_tokens_per_s"] = prepared["tokens_per_s"]
     report["ratios"]["packing_efficiency"] = prepared["efficiency"]
     report["ratios"]["stream_tokens_per_s"] = measure_stream(corpus)
-    report["feeder"] = measure_feeder(corpus)
 
 
 def fill_steps(scratch: Path, corpus: Corpus, args: argparse.Namespace, report: Report) -> None:
@@ -125,43 +122,6 @@ def measure_stream(corpus: Corpus) -> float:
     for batch in batches:
         tokens += batch.num_tokens
     return tokens / (time.perf_counter() - started)
-
-
-class ReadyFeeder(Feeder):
-    """A feeder that hands out one batch again and again, so that nothing but handing out counts."""
-
-    def __init__(self, batch: GlobalBatch, num_readers: int) -> None:
-        self._batches = itertools.repeat(batch)
-        self._num_readers = num_readers
-        self._produced = 0
-        self._kept = {}
-        self._failure = None
-
-
-def measure_feeder(corpus: Corpus) -> dict[str, float]:
-    """Unpadded tokens per second of cutting alone, and calls per second of the actor."""
-    plan = plan_of(corpus, batch_rows=128)
-    tables = [_to_table(prepare_rows(plan, 0, place), 0, place) for place in range(2)]
-    tokens, started = 0, time.perf_counter()
-    while time.perf_counter() - started < 5:
-        batch, _ = _split_tables(tables, 128)
-        cut = _to_batch(batch, ROW_TOKENS)
-        ray.put(cut)
-        tokens += cut.num_tokens
-    seconds = time.perf_counter() - started
-    feeder = ray.remote(num_cpus=0)(ReadyFeeder).remote(cut, 1)
-    reader = BatchReader(feeder, timeout_s=60)
-    calls, began = 2000, 0.0
-    for index, _ in enumerate(reader.batches(calls)):
-        if index == 99:
-            began = time.perf_counter()
-    calls_per_s = (calls - 100) / (time.perf_counter() - began)
-    return {"tokens_per_s": tokens / seconds, "calls_per_s": calls_per_s}
-
-
-def plan_of(corpus: Corpus, batch_rows: int) -> StreamPlan:
-    settings = StreamSettings(row_tokens=ROW_TOKENS, batch_rows=batch_rows)
-    return StreamPlan((Source(str(corpus.path), corpus.digest),), settings, "esm-33")
 
 
 def measure_steps(

@@ -5,6 +5,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +86,14 @@ def test_rows_are_as_the_design_says(built):
         assert [p["first_member"] for p in parts] == firsts[:-1].tolist()
         assert {p["cluster_size"] for p in parts} == {firsts[-1]}
         assert parts[0]["ids"][0] == name, "the representative carries the cluster's name"
+
+
+def test_a_process_that_only_reads_needs_no_other_module(built):
+    """Parts of pyarrow are there only where somebody has imported them."""
+    code = (
+        f"from raptide.data.corpus import Corpus; Corpus.open({str(built.path)!r}).blocks('train')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_manifest_counts_are_those_of_the_rows(built):

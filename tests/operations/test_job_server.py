@@ -42,6 +42,7 @@ if __name__ == "__main__":
     if kind == "count":
         for n in range(int(words[0])):
             print(f"line {n}", flush=True)
+            pathlib.Path(words[1]).touch()
             time.sleep(0.05)
     if kind == "wait":
         while not pathlib.Path(words[0]).exists():
@@ -146,19 +147,23 @@ def test_a_job_that_is_stopped_has_time_to_save(run, tmp_path, capsys):
     assert run("status", "stop") == 130
 
 
-def test_a_line_that_is_cut_twice_loses_and_repeats_nothing(run, cluster, capsys):
-    line = Line(int(cluster.url.rpartition(":")[2]))
+def test_a_line_that_is_cut_twice_loses_and_repeats_nothing(run, cluster, tmp_path, capsys):
+    """The job counts for ten seconds at least; a submission that is cut: test_submission.py."""
+    line, begun = Line(int(cluster.url.rpartition(":")[2])), tmp_path / "begun"
 
     def cut():
+        until = time.monotonic() + 120
+        while not begun.exists() and time.monotonic() < until:
+            time.sleep(0.1)
         for _ in range(2):
-            time.sleep(2.5)
+            time.sleep(1.5)
             line.cut()
             time.sleep(1.0)
             line.mend()
 
     cutter = threading.Thread(target=cut)
     cutter.start()
-    assert run("--name", "count", "nap", "count", "200", address=line.url) == 0
+    assert run("--name", "count", "nap", "count", "200", begun, address=line.url) == 0
     cutter.join()
     line.close()
     told = capsys.readouterr()

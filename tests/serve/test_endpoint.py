@@ -191,6 +191,9 @@ def test_health_readiness_and_docs(client):
     calls = {"embeddings", "scores", "scan", "contacts", "logits", "models", "status"}
     others = {"/v1/models/{model}", "/healthz", "/readyz"}
     assert {f"/v1/{call}" for call in calls} | others == set(paths)
+    for call in ("embeddings", "scores", "scan", "contacts", "logits"):
+        headers = {each["name"] for each in paths[f"/v1/{call}"]["post"]["parameters"]}
+        assert headers == {"X-Raptide-Timeout-S", "X-Raptide-Weights", "X-Request-Id"}
 
 
 def test_null_means_the_default_in_every_optional_field(client):

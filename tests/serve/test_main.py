@@ -130,6 +130,8 @@ def test_large_answers_pass_and_what_is_being_answered_at_sigterm_is_finished(bu
         large = httpx.post(f"{url}/v1/embeddings", json=LARGE, headers=headers, timeout=120)
         assert large.status_code == 200
         assert len(large.content) > 2**22
+        named = httpx.get(f"{url}/healthz", headers={"X-Request-Id": "9" * 5000})
+        assert set(named.headers.get_list("X-Request-Id")) == {"9" * 128}
         answers = []
 
         def ask(body):

@@ -14,10 +14,13 @@ from unittest import mock
 import ray
 import torch._dynamo  # noqa: F401  before a worker switches it off for all that import it later
 import torch.distributed as dist
+from ray.train.v2._internal.execution.context import set_train_context
+from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, set_train_fn_utils
 from small_runs import run_to_the_end
 
 from raptide.training import trainer
+from raptide.training.meeting import RoomForAll
 
 
 class LoneWorker(LocalTrainFnUtils):
@@ -50,18 +53,21 @@ class LoneTrainer:
 
     def __init__(self, loop, *, train_loop_config, run_config, scaling_config, **_):
         assert scaling_config.num_workers == 1
+        assert [type(each) for each in run_config.callbacks] == [RoomForAll]
         sent = ray.cloudpickle.dumps((loop, train_loop_config))  # as it would reach a worker
         self._loop, self._config = ray.cloudpickle.loads(sent)
         self._worker = LoneWorker(run_config)
 
     def fit(self):
         set_train_fn_utils(self._worker)
+        set_train_context(SimpleNamespace(preemption_context=PreemptionContext()))
         try:
             with mock.patch.dict(os.environ, {"LOCAL_RANK": "0"}):
                 self._loop(self._config)
         finally:
             self._worker.join()
             set_train_fn_utils(None)
+            set_train_context(None)
 
 
 @contextlib.contextmanager

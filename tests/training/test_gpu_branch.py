@@ -85,7 +85,7 @@ def traced(request, monkeypatch):
         share = cut_share([(0, 2), (2, 4)], alphabet, torch.device("cpu"), batch)
         stepper = Stepper(BareEngine(model), 1)
         with Calls() as calls:
-            total = stepper.launch(share, 0.1, look=False, stop=True)
+            total = stepper.launch(share, 0.1, (False, True, False, False))
     return calls, total, model, fake, request.param
 
 
@@ -105,7 +105,7 @@ def test_attention_is_one_call_a_layer_in_half_precision_over_int32_boundaries(t
 def test_a_step_asks_for_no_value_on_its_way(traced):
     """Else `traced` would have failed; what came of the step has still to be read."""
     calls, total, model, fake, _ = traced
-    assert (total.shape, total.dtype) == ((6,), torch.float64)
+    assert (total.shape, total.dtype) == ((7,), torch.float64)
     for parameter in model.parameters():
         assert parameter.grad.shape == parameter.shape
         assert parameter.grad.dtype == torch.bfloat16

@@ -100,7 +100,7 @@ def test_a_share_counts_every_residue_as_a_target(corpus):
     rows = packed_rows(corpus, 0.15)
     batch = GlobalBatch(rows, np.zeros((len(rows.tokens), 3), np.int64), Cursor()).counted()
     bounds = [(0, len(rows.tokens))]
-    share = cut_share(bounds, ESM_33, CPU, batch, blind=True)
+    share = cut_share(bounds, ESM_33, CPU, batch.uncovered())
     (micro,) = share.micro
     assert share.batch.num_targets == len(micro.targets.at_N) > 5 * batch.num_targets
     assert share.batch.num_tokens == batch.num_tokens

@@ -3,14 +3,18 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from typing import get_args
 
 import pytest
+import torch
 import wandb
 import yaml
 from lone_worker import run_here
 from offline_wandb import read_runs
+from pyarrow.fs import PyFileSystem
 from small_runs import STEPS, evaluations, make_recipe, metrics
+from stumbles import Stumbling
 
 from raptide.alphabet import ESM_33
 from raptide.config import Settings, parse_settings
@@ -19,6 +23,7 @@ from raptide.errors import CheckpointError
 from raptide.training.batches import empty_micro_batch
 from raptide.training.checkpoints.checkpoint import ZERO, ZERO_TAG, SavedCheckpoint
 from raptide.training.checkpoints.owned import Storage
+from raptide.training.checkpoints.saving import send_folder
 from raptide.training.engine import build_engine, load_state
 from raptide.training.planning.recipe import Recipe, learning_rate
 from raptide.training.trainer import prepare_run
@@ -252,3 +257,49 @@ def test_a_resumed_engine_follows_its_recipe(on_cpu, tmp_path, stage, workers, p
     assert getattr(resumed.optimizer, "clip_grad", 0.25) == 0.25
     assert resumed.train_micro_batch_size_per_gpu() == 5
     assert resumed.module.checkpoint_activations
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "loaded"),
+    [
+        (0, "fp32", {"mp_rank_00_model_states.pt"}),
+        (0, "bf16", {"mp_rank_00_model_states.pt"}),
+        (1, "fp32", {"mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"}),
+        (
+            2,
+            "bf16",
+            {"mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"},
+        ),
+        (
+            3,
+            "bf16",
+            {
+                "zero_pp_rank_0_mp_rank_00_model_states.pt",
+                "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            },
+        ),
+    ],
+)
+def test_an_engine_resumes_with_what_its_rank_fetches(
+    on_cpu, tmp_path, monkeypatch, stage, precision, loaded
+):
+    """Of a checkpoint of two workers, so that half of its shards are another rank's."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    kind = {"training.zero_stage": stage, "training.precision": precision}
+    recipe = changed(NO_CORPUS, kind)
+    engine = build_engine(recipe, 1, "cpu", None)
+    saved = save_engine(engine, recipe, tmp_path / "saved", 1)
+    folder = tmp_path / "saved" / saved.name
+    for file in list((folder / ZERO / ZERO_TAG).glob("*rank_0_mp*")):
+        shutil.copy(file, file.with_name(file.name.replace("rank_0_mp", "rank_1_mp")))
+    remote = Storage(PyFileSystem(Stumbling(0)), str(tmp_path / "bucket"))
+    saved = replace(saved, storage=remote)
+    saved.manifest["files"] = send_folder(folder, remote, saved.name)
+    resumed = build_engine(recipe, 1, "cpu", saved)
+    load_state(resumed, saved, 1)
+    (states,) = tmp_path.glob(f"raptide-*/saved/*/*/{ZERO}/{ZERO_TAG}")
+    assert {file.name for file in states.iterdir()} == loaded
+    for before, after in zip(engine.module.parameters(), resumed.module.parameters(), strict=True):
+        held = [getattr(each, "ds_tensor", each.data) for each in (before, after)]  # ZeRO 3's part
+        torch.testing.assert_close(*held)
+        assert held[0].numel() > 0

@@ -7,6 +7,8 @@ import time
 
 import pytest
 from lone_worker import run_here
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2.api.preemption import PreemptionInfo
 from small_runs import as_recipe, make_recipe, metrics, run_to_the_end
 
 from raptide.training import worker
@@ -82,3 +84,27 @@ def test_two_workers_leave_in_the_same_step(corpus, tmp_path, monkeypatch):
     assert saved is not None
     logged = {line["trainer/global_step"] for line in metrics(run)}
     assert max(logged) == saved.step, "nothing was trained that was not saved"
+
+
+def test_a_node_that_is_to_go_away_makes_a_checkpoint_at_once_and_no_rank_meets_another(
+    alone, corpus, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(worker, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(worker.ray.train, "get_preemption_info", lambda: pytest.fail("a barrier"))
+    step_of, steps = worker.Stepper.step, []
+
+    def step(*given, **asked):
+        steps.append(asked["save"])
+        if len(steps) == 3:
+            noticed = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node": [0]})
+            get_train_context().preemption_context.preemption_info = noticed
+        return step_of(*given, **asked)
+
+    monkeypatch.setattr(worker.Stepper, "step", step)
+    tree = make_recipe(corpus, steps=8)
+    tree["checkpoint"]["every_steps"] = tree["evaluation"]["every_steps"] = 1000
+    run_here(as_recipe(tree, workers=1), tmp_path / "run")
+    saved = sorted((tmp_path / "run/checkpoints").glob("step-*"))
+    assert [int(each.name.split("-")[1]) for each in saved] == [4, 8]
+    assert [number for number, save in enumerate(steps, 1) if save] == [4], "told once"
+    assert "saving a checkpoint after step 4." in capsys.readouterr().err

@@ -20,15 +20,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
@@ -105,6 +106,49 @@ class ClusterRows:
         )
 
 
+class Blocks(Sequence[dict[str, Any]]):
+    """Rows of the block table, each made when it is asked for: 95,000 dicts would take 70 MB, in
+    every process that reads the corpus."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Blocks: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | Blocks:
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            assert places.step == 1, "blocks are cut in their order"
+            return Blocks(self._table.slice(places.start, len(places)))
+        return self._table.slice(places, 1).to_pylist()[0]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for piece in self._table.to_batches(max_chunksize=1024):
+            yield from piece.to_pylist()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Blocks) and self._table.equals(other._table)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def residues(self) -> int:
+        """Of all of them together."""
+        return pc.sum(self._table["residues"]).as_py() or 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        return self._table.nbytes
+
+
 @dataclass(frozen=True)
 class Corpus:
     """An opened corpus: its manifest and its block table; residues are read block by block."""
@@ -147,12 +191,15 @@ class Corpus:
 
     @cached_property
     def _blocks(self) -> pa.Table:
-        return _read_parquet(self.path / BLOCK_TABLE, pq.ParquetFile.read)
+        return self._block_table([name for name in BLOCK_ROW.names if name != "sha256"])
 
-    def blocks(self, split: Split) -> list[dict[str, Any]]:
-        """The block table's rows of one split, in corpus order."""
+    def _block_table(self, columns: list[str]) -> pa.Table:
+        return _read_parquet(self.path / BLOCK_TABLE, lambda file: file.read(columns))
+
+    def blocks(self, split: Split) -> Blocks:
+        """The block table's rows of one split, in corpus order, without their hashes."""
         table = self._blocks
-        return table.filter(pa.compute.equal(table["split"], split)).to_pylist()
+        return Blocks(table.filter(pc.equal(table["split"], split)))
 
     def read_block(self, block: dict[str, Any]) -> ClusterRows:
         """Read one block, given its row of the block table.
@@ -200,7 +247,7 @@ class Corpus:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-        found = digest_of_blocks(self._blocks.to_pylist())
+        found = digest_of_blocks(Blocks(self._block_table(["split", "sha256"])))
         if found != self.digest:
             raise CorpusError(
                 f"{self.path / MANIFEST} is damaged: it says digest {self.digest}, but the blocks "

@@ -1,4 +1,4 @@
-"""A thread fetches batches, cuts them and sends them to the device ahead of their steps."""
+"""A thread fetches a worker's rows, cuts them and sends them to the device ahead of their steps."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from raptide.data.streaming.batch import GlobalBatch
+from raptide.data.streaming.shares import BatchShare
 from raptide.training.batches import Share
 
-Cut = Callable[[GlobalBatch], Share]
-"""A worker's share of a batch, on its device."""
+Cut = Callable[[BatchShare], Share]
+"""A worker's share of a batch as micro-batches on its device."""
 
 POLL_S = 0.5
 """Seconds after which a thread with a share in its hands looks whether anyone still wants it."""
@@ -26,7 +26,7 @@ class SharesAhead:
     On a GPU they go over a stream of their own, beside the step before.
     """
 
-    def __init__(self, batches: Iterator[GlobalBatch], cut: Cut, device: torch.device) -> None:
+    def __init__(self, batches: Iterator[BatchShare], cut: Cut, device: torch.device) -> None:
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
         self._closed = threading.Event()
         self._device = device
@@ -54,7 +54,7 @@ class SharesAhead:
         """No more is wanted; the thread ends once it has what it is waiting for."""
         self._closed.set()
 
-    def _run(self, batches: Iterator[GlobalBatch], cut: Cut) -> None:
+    def _run(self, batches: Iterator[BatchShare], cut: Cut) -> None:
         try:
             for batch in batches:
                 if not self._hand_over(*self._send(batch, cut)):
@@ -63,7 +63,7 @@ class SharesAhead:
         except BaseException as error:
             self._hand_over(error, None)
 
-    def _send(self, batch: GlobalBatch, cut: Cut) -> tuple[Share, Any]:
+    def _send(self, batch: BatchShare, cut: Cut) -> tuple[Share, Any]:
         """The share, and on a GPU the event that it has arrived."""
         if self._stream is None:
             return cut(batch), None

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from raptide.alphabet import Alphabet
-from raptide.data.streaming.batch import GlobalBatch, PackedRows
+from raptide.data.streaming.batch import PackedRows
+from raptide.data.streaming.shares import BatchShare
 from raptide.model.packed import Packed, Targets
+from raptide.training.planning.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class MicroBatch:
 class Share:
     """What one worker computes of a global batch."""
 
-    batch: GlobalBatch
+    batch: BatchShare
     micro: tuple[MicroBatch, ...]
     """Equally many on every worker, or the collectives would wait forever."""
 
@@ -59,21 +61,32 @@ def share_bounds(
     return [(min(s, num_rows), min(s + micro_rows, num_rows)) for s in starts]
 
 
+def bounds_of_rank(recipe: Recipe, rank: int, workers: int) -> list[tuple[int, int]]:
+    """The same for a rank of a recipe's run."""
+    micro_rows = recipe.training.micro_batch_rows
+    accumulation = recipe.accumulation(workers)
+    return share_bounds(recipe.stream.batch_rows, rank, workers, micro_rows, accumulation)
+
+
+def rows_of(bounds: list[tuple[int, int]]) -> tuple[int, int]:
+    """First and last row (exclusive) of a rank's micro-batches, which lie one after the other."""
+    return bounds[0][0], bounds[-1][1]
+
+
+def within_share(bounds: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same micro-batches, counted from the rank's first row."""
+    begins, _ = rows_of(bounds)
+    return [(first - begins, last - begins) for first, last in bounds]
+
+
 def cut_share(
-    bounds: list[tuple[int, int]],
-    alphabet: Alphabet,
-    device: torch.device,
-    batch: GlobalBatch,
-    *,
-    blind: bool = False,
+    bounds: list[tuple[int, int]], alphabet: Alphabet, device: torch.device, batch: BatchShare
 ) -> Share:
-    """A worker's share of a batch, on its device.
+    """A worker's micro-batches, on its device.
 
     Args:
-        blind: the model does not see what it predicts, so it is shown and asked everything.
+        bounds: of the micro-batches within the rows at hand.
     """
-    if blind:
-        batch = batch.uncovered()
     return Share(batch, tuple(micro_batches(batch.rows, bounds, alphabet, device)))
 
 

@@ -82,16 +82,14 @@ def needs_conversion(saved: SavedCheckpoint, workers: int) -> bool:
 
 def load_state(engine: Any, saved: SavedCheckpoint, workers: int) -> None:
     """Load weights and optimizer state, converted first if the number of workers has changed."""
-    folder, tag = saved.fetch() / ZERO, ZERO_TAG
     if needs_conversion(saved, workers):
-        source = folder / ZERO_TAG
         converted = made_once(
-            saved.manifest["wandb_run_id"],
-            "universal",
-            saved.key,
-            lambda target: _convert(source, target, saved),
+            *(saved.manifest["wandb_run_id"], "universal", saved.key),
+            lambda target: _convert(saved, target),
         )
         folder, tag = converted.parent, converted.name
+    else:
+        folder, tag = saved.shards(dist.get_rank()) / ZERO, ZERO_TAG
     with _keeping_settings(engine.optimizer):
         path, _ = engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
     assert path is not None, f"DeepSpeed found nothing in {folder}"
@@ -115,14 +113,16 @@ def _keeping_settings(optimizer: Any) -> Iterator[None]:
         optimizer.clip_grad = clip_norm
 
 
-def _convert(source: Path, target: Path, saved: SavedCheckpoint) -> None:
+def _convert(saved: SavedCheckpoint, target: Path) -> None:
+    """All ranks' shards in DeepSpeed's universal format; copies of them are removed again."""
     stage = saved.manifest["recipe"]["training"]["zero_stage"]
-    command = [
-        *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
-        *("--input_folder", str(source), "--output_folder", str(target)),
-        *(["--inject_missing_state"] if stage < 3 else []),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with saved.here(f"{ZERO}/", target.parent) as source:
+        command = [
+            *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
+            *("--input_folder", str(source / ZERO / ZERO_TAG), "--output_folder", str(target)),
+            *(["--inject_missing_state"] if stage < 3 else []),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"DeepSpeed could not convert {saved.name}: {done.stderr}")
 

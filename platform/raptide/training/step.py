@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,13 +30,16 @@ class StepResult:
     gradient was used."""
 
     look: bool = False
-    """Rank 0 asks all ranks to look for a preemption notice."""
+    """Rank 0 asks all ranks to look at what goes on beside the steps."""
 
     stop: bool = False
     """Rank 0 asks all ranks to end the run."""
 
     leave: bool = False
     """Rank 0 asks all ranks to save and to go, to be resumed another time."""
+
+    save: bool = False
+    """Rank 0 asks all ranks to save at once."""
 
     @property
     def skipped(self) -> bool:
@@ -120,6 +123,7 @@ class Stepper:
         look: bool = False,
         stop: bool = False,
         leave: bool = False,
+        save: bool = False,
     ) -> StepResult:
         """One update.
 
@@ -128,9 +132,9 @@ class Stepper:
         workers and by accumulation, which the factor takes back. A micro-batch whose loss is not
         finite is left out of the update, and so is everything if a gradient is not finite.
 
-        What rank 0 asks of the others, `look`, `stop` and `leave`, travels with the loss.
+        What rank 0 asks of the others, `look`, `stop`, `leave` and `save`, travels with the loss.
         """
-        total = self.launch(share, rate, look=look, stop=stop, leave=leave)
+        total = self.launch(share, rate, (look, stop, leave, save))
         nats, left_out, *asked, norm_sum = total.tolist()
         self.forward_s = self._forward.seconds()
         kept = max(share.batch.num_targets, 1) - left_out
@@ -138,13 +142,11 @@ class Stepper:
         norm = norm_sum / self._workers
         return StepResult(loss, int(left_out), norm, *(ask > 0 for ask in asked))
 
-    def launch(
-        self, share: Share, rate: float, *, look: bool, stop: bool, leave: bool = False
-    ) -> torch.Tensor:
+    def launch(self, share: Share, rate: float, asks: Sequence[bool]) -> torch.Tensor:
         """Everything but reading what came of it: nothing here waits for the device.
 
-        Returns over all workers the nats, the targets left out, who asks to look, to stop and to
-        leave, and the norms of the gradients, of which each worker knows the whole, [6] float64.
+        Returns over all workers the nats, the targets left out, who asks for each of `asks`, and
+        the norms of the gradients, of which each worker knows the whole, [3 + asks] float64.
         """
         engine = self._engine
         for group in engine.optimizer.param_groups:
@@ -165,9 +167,9 @@ class Stepper:
             engine.step()
         if norm is None:
             norm = engine.get_global_grad_norm()
-        asked = found.new_full((3,), float(look))
-        asked[1].fill_(float(stop))
-        asked[2].fill_(float(leave))
+        asked = found.new_zeros(len(asks))
+        for place, ask in enumerate(asks):
+            asked[place].fill_(float(ask))
         norm = torch.as_tensor(norm, dtype=found.dtype, device=found.device)
         total = torch.cat([found, asked, norm.reshape(1)])
         if self._workers > 1:

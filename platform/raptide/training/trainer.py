@@ -26,6 +26,7 @@ from raptide.training.checkpoints.checkpoint import (
 )
 from raptide.training.checkpoints.owned import RUN_INFO, Storage, read_run_info
 from raptide.training.group import train_worker
+from raptide.training.meeting import RoomForAll
 from raptide.training.planning.recipe import Recipe
 from raptide.training.planning.resuming import with_absolute_paths
 from raptide.training.planning.room import choose_device, look_around, worker_needs
@@ -208,6 +209,7 @@ def _fit(run: Run) -> None:
             storage_path=str(Path(storage.path).parent),
             storage_filesystem=storage.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[RoomForAll()],
         ),
     )
     with plain_errors():

@@ -16,27 +16,28 @@ from ray.train.collective import broadcast_from_rank_zero
 from raptide.alphabet import ALPHABETS
 from raptide.attempts import Attempt
 from raptide.cluster import on_this_node
-from raptide.data.streaming.batch import Cursor, GlobalBatch
+from raptide.data.streaming.batch import Cursor
 from raptide.data.streaming.feeder import BatchReader, FeederActor
+from raptide.data.streaming.shares import BatchShare
 from raptide.data.streaming.stream import StreamPlan
 from raptide.errors import CheckpointUnsaved
 from raptide.model.formats.detect import write_weights
 from raptide.model.formats.weights import Weights
 from raptide.training.ahead import SharesAhead
-from raptide.training.batches import Share, cut_share, share_bounds
+from raptide.training.batches import Share, bounds_of_rank, cut_share, rows_of, within_share
 from raptide.training.checkpoints.checkpoint import MODEL, SavedCheckpoint, newest_checkpoint
 from raptide.training.checkpoints.keeping import best_effort
 from raptide.training.checkpoints.owned import Storage
 from raptide.training.checkpoints.saving import CheckpointWriter
 from raptide.training.checkpoints.scratch import scratch_folder
 from raptide.training.engine import build_engine, full_state, load_state
-from raptide.training.planning.estimate import checkpoint_bytes
+from raptide.training.planning.estimate import saved_bytes
 from raptide.training.planning.recipe import Recipe, learning_rate
 from raptide.training.process import collect_garbage, garbage_by_hand
 from raptide.training.step import Stepper, StepResult
 from raptide.training.watching.audit import AuditWriter
 from raptide.training.watching.heldout import Evaluations, HeldoutEvaluator, heldout_rows
-from raptide.training.watching.leaving import LEFT, TRAINING
+from raptide.training.watching.leaving import LEFT, TRAINING, nodes_to_go
 from raptide.training.watching.metrics import StepMetrics
 from raptide.training.watching.ranks import BoardWatch
 from raptide.training.watching.tracking import Tracker, start_tracking
@@ -83,13 +84,6 @@ class Worker:
             self._recipe.training.max_nonfinite_steps,
             scales_loss=self._recipe.training.precision == "fp16",
         )
-        self._bounds = share_bounds(
-            self._recipe.stream.batch_rows,
-            self._rank,
-            self._workers,
-            self._recipe.training.micro_batch_rows,
-            self._recipe.accumulation(self._workers),
-        )
         self._post(phase="loading DeepSpeed")
         cursor, so_far = self._load()
         self._hang_watch.progress()
@@ -111,9 +105,9 @@ class Worker:
         self._tracker = self._start_tracking(stack)
         self._stepper = Stepper(self._engine, self._workers)
         self._board_watch = BoardWatch(run.board, self._rank, attempt.number)
-        alphabet, blind = ALPHABETS[run.plan.alphabet], self._recipe.model.blind
-        cut = partial(cut_share, self._bounds, alphabet, self._engine.device, blind=blind)
-        self._shares = SharesAhead(reader.batches(self._steps_left), cut, self._engine.device)
+        bounds = within_share(bounds_of_rank(self._recipe, self._rank, self._workers))
+        cut = partial(cut_share, bounds, ALPHABETS[run.plan.alphabet], self._engine.device)
+        self._shares = SharesAhead(reader.shares(self._steps_left), cut, self._engine.device)
         stack.callback(self._shares.close)
         self._audit = None
         if self._recipe.tracking.audit:
@@ -192,12 +186,14 @@ class Worker:
     def _update(self, share: Share) -> StepResult:
         """One step, written down wherever somebody follows it."""
         recipe, batch = self._recipe, share.batch
+        look = self._rank == 0 and time.monotonic() - self._looked > LOOK_EVERY_S
         result = self._stepper.step(
             share,
             learning_rate(recipe.optimizer, self._step + 1, recipe.training.steps),
-            look=self._rank == 0 and time.monotonic() - self._looked > LOOK_EVERY_S,
+            look=look,
             stop=self._rank == 0 and self._improves_no_more,
             leave=self._board_watch.leave,
+            save=look and self._hears_of_leaving(),
         )
         self._board_watch.took(self._stepper.forward_s, share)
         self._step += 1
@@ -205,20 +201,23 @@ class Worker:
         if self._loss_watch.see(result):
             self._warn(f"The loss jumped to {result.loss:.3f} in step {self._step}.")
         if self._audit is not None:
-            self._audit.write(self._step, batch, self._bounds[0][0], self._bounds[-1][1])
+            self._audit.write(self._step, batch)
+        self._save_at_once = self._save_at_once or result.save
         if result.look:
             self._look()
         return result
 
+    def _hears_of_leaving(self) -> bool:
+        """Whether nodes are to go away that were not when this was asked before."""
+        new = nodes_to_go() - self._leaving
+        self._leaving |= new
+        if new:
+            self._warn(f"A node is to go away: saving a checkpoint after step {self._step + 1}.")
+        return bool(new)
+
     def _look(self) -> None:
         """At what has gone on beside the steps; every rank calls it in the same step."""
         self._looked = time.monotonic()
-        notice = ray.train.get_preemption_info()
-        leaving = set(notice.preempted_node_ids) if notice else set()
-        if leaving - self._leaving:
-            self._leaving |= leaving
-            self._save_at_once = True
-            self._warn(f"A node is to go away: saving a checkpoint after step {self._step}.")
         if self._rank == 0:
             self._writer.look()
         self._refuse_trouble()
@@ -276,7 +275,7 @@ class Worker:
                 self._tracker.link("model", self._run.run_id, f"{saved.uri}/{MODEL}", **facts)
 
     def _log(
-        self, batch: GlobalBatch, result: StepResult, step_s: float, stall_s: float | None
+        self, batch: BatchShare, result: StepResult, step_s: float, stall_s: float | None
     ) -> None:
         """Metrics, made where they are kept and when they are due."""
         if self._tracker is None:
@@ -339,10 +338,9 @@ class Worker:
     def _prepare_saving(self, workers_here: int) -> CheckpointWriter:
         recipe, run = self._recipe, self._run
         scratch = scratch_folder(run.run_id, f"rank-{self._rank:05d}", empty=True)
-        share = checkpoint_bytes(recipe) / self._workers
-        return CheckpointWriter(
-            recipe.checkpoint, run.board, self._attempt, scratch, workers_here * share
-        )
+        own, others = (saved_bytes(recipe, self._workers, rank) for rank in (self._rank, 1))
+        needed = own + (workers_here - 1) * others  # rank 0 asks for what it writes besides
+        return CheckpointWriter(recipe.checkpoint, run.board, self._attempt, scratch, needed)
 
     def _prepare_evaluations(self, so_far: Evaluations) -> RunEvaluations:
         run, board = self._run, self._run.board if self._rank == 0 else None
@@ -355,8 +353,10 @@ class Worker:
         """The newest checkpoint that counts, as rank 0 sees it."""
         storage = Storage.of_ray_train()
         newest = newest_checkpoint(storage, skipped=self._warn) if self._rank == 0 else None
-        # Plain values: for a type of ours, Ray's process in between would import all of PyTorch.
-        found = broadcast_from_rank_zero(newest and (newest.name, newest.manifest))
+        # By reference, since a manifest names the files of all ranks, and every rank's answer comes
+        # out of one process; and as plain values: that process would import all of PyTorch.
+        found = ray.put(newest and (newest.name, newest.manifest)) if self._rank == 0 else None
+        found = ray.get(broadcast_from_rank_zero([found])[0])
         if found is None:
             return None
         saved = SavedCheckpoint(storage, *found)
@@ -368,9 +368,12 @@ class Worker:
         feeder = None
         if self._rank == 0:
             here = FeederActor.options(scheduling_strategy=on_this_node())
-            feeder = here.remote(self._run.plan, cursor, self._steps_left, self._workers)
+            ranks = range(self._workers)
+            shares = [rows_of(bounds_of_rank(self._recipe, r, self._workers)) for r in ranks]
+            blind = self._recipe.model.blind
+            feeder = here.remote(self._run.plan, cursor, self._steps_left, shares, blind=blind)
         self._feeder = broadcast_from_rank_zero(feeder)  # kept: a feeder nobody holds is ended
-        return BatchReader(self._feeder, self._recipe.cluster.data_timeout_s)
+        return BatchReader(self._feeder, self._rank, self._recipe.cluster.data_timeout_s)
 
     def _start_tracking(self, stack: ExitStack) -> Tracker | None:
         if self._rank != 0:

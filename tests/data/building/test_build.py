@@ -17,6 +17,7 @@ import ray.data
 from scipy.stats import chisquare
 
 from raptide.data.building import build as build_module
+from raptide.data.building import shuffle as shuffle_module
 from raptide.data.building.build import BuildSettings, build_corpus
 from raptide.data.building.cleaning import CleaningSettings
 from raptide.data.corpus import Corpus
@@ -53,9 +54,11 @@ def text():
 
 @pytest.fixture
 def small_scale(monkeypatch):
-    """Parts and buckets so small that a little input has many of both."""
+    """Parts and buckets so small that a little input has many of both, and is shuffled twice."""
     monkeypatch.setattr(build_module, "BUCKET_RESIDUES", BUCKET_RESIDUES)
     monkeypatch.setattr(build_module, "split_fasta", partial(split_fasta, part_bytes=5000))
+    monkeypatch.setattr(shuffle_module, "MAX_PIECES", 3)
+    monkeypatch.setattr(shuffle_module, "INPUT_BATCH_BYTES", 20_000)
 
 
 def rows(corpus):

@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from raptide.alphabet import ESM_33
-from raptide.data.streaming.batch import Cursor, StreamSettings
+from raptide.data.streaming.batch import Cursor, GlobalBatch, PackedRows, StreamSettings
 from raptide.data.streaming.feeder import BatchReader, Feeder, FeederActor
 from raptide.data.streaming.pace import REST_S, Pace
 from raptide.data.streaming.stream import (
@@ -18,7 +18,7 @@ from raptide.data.streaming.stream import (
     prepare_rows,
 )
 from raptide.errors import CorpusError
-from raptide.training.batches import share_bounds
+from raptide.training.batches import rows_of, share_bounds
 
 SETTINGS = StreamSettings(row_tokens=512, crop_tokens=256, batch_rows=24, seed=5)
 
@@ -52,6 +52,17 @@ def digest(batch):
     return hashlib.sha256(b"".join(p.tobytes() for p in parts)).hexdigest()
 
 
+def joined(shares):
+    """The shares of all ranks as one."""
+    rows = PackedRows(
+        np.concatenate([share.rows.tokens for share in shares]),
+        np.concatenate([share.rows.targets for share in shares]),
+        [segments for share in shares for segments in share.rows.segments],
+    )
+    ids = np.concatenate([share.row_ids for share in shares])
+    return GlobalBatch(rows, ids, shares[0].next_cursor)
+
+
 def test_ray_data_gives_the_rows_of_the_pure_function_in_order(batches, epochs_of_rows):
     expected = iter(epochs_of_rows)
     for batch in batches:
@@ -78,15 +89,16 @@ def test_any_cursor_goes_on_with_the_very_next_batch(plan, batches):
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_workers_change_nothing_in_a_global_batch(plan, batches, workers):
-    feeder = FeederActor.remote(plan, Cursor(), 5, workers)
-    readers = [BatchReader(feeder, 60.0).batches(5) for _ in range(workers)]
+    accumulation = -(-24 // (5 * workers))
+    bounds = [share_bounds(24, rank, workers, 5, accumulation) for rank in range(workers)]
+    feeder = FeederActor.remote(plan, Cursor(), 5, [rows_of(each) for each in bounds])
+    readers = [BatchReader(feeder, rank, 60.0).shares(5) for rank in range(workers)]
     for expected in batches[:5]:
-        seen = []
-        for rank, reader in enumerate(readers):
-            batch = next(reader)
-            assert digest(batch) == digest(expected)
-            bounds = share_bounds(24, rank, workers, 5, -(-24 // (5 * workers)))
-            seen += [row for first, last in bounds for row in range(first, last)]
+        shares = [next(reader) for reader in readers]
+        assert digest(joined(shares)) == digest(expected)
+        assert {share.next_cursor for share in shares} == {expected.next_cursor}
+        assert {share.num_targets for share in shares} == {expected.num_targets}
+        seen = [row for each in bounds for first, last in each for row in range(first, last)]
         assert seen == list(range(24)), "the shares cut the batch into each row once"
 
 
@@ -154,13 +166,13 @@ def test_the_batches_before_an_error_come_to_every_reader(cluster, batches):
         raise CorpusError("shard, row group 7 is damaged.")
 
     class BreaksOff(Feeder):
-        def __init__(self, num_readers):
-            super().__init__(None, Cursor(), 0, num_readers)
+        def __init__(self, shares):
+            super().__init__(None, Cursor(), 0, shares)
             self._batches = broken_off()
 
-    feeder = ray.remote(num_cpus=0)(BreaksOff).remote(2)
-    for _ in range(2):
-        reader = BatchReader(feeder, 60.0).batches(100)
+    feeder = ray.remote(num_cpus=0)(BreaksOff).remote([(0, 24), (0, 24)])
+    for rank in range(2):
+        reader = BatchReader(feeder, rank, 60.0).shares(100)
         assert [digest(batch) for batch in islice(reader, 6)] == [digest(b) for b in batches[:6]]
         with pytest.raises(CorpusError, match="row group 7"):
             next(reader)
@@ -174,8 +186,8 @@ def test_a_damaged_block_stops_the_stream_with_its_name(corpus, tmp_path):
     shard = copy / corpus.manifest["shards"][0]["name"]
     shard.write_bytes(shard.read_bytes()[:5000])
     plan = StreamPlan((Source(str(copy), corpus.digest),), SETTINGS, "esm-33")
-    feeder = FeederActor.remote(plan, Cursor(), 3, 2)
-    for _ in range(2):  # every reader is told the same
+    feeder = FeederActor.remote(plan, Cursor(), 3, [(0, 12), (12, 24)])
+    for rank in range(2):  # every reader is told the same
         with pytest.raises(CorpusError, match=f"{shard.name}, row group") as caught:
-            list(islice(BatchReader(feeder, 60.0).batches(3), 3))
+            list(islice(BatchReader(feeder, rank, 60.0).shares(3), 3))
         assert "\n" not in str(caught.value)

@@ -58,15 +58,25 @@ def test_an_array_above_three_megabytes_comes_in_parts(call, engine):
 
 
 def test_the_other_arrays_are_the_engines(call, engine):
-    request = pb.SequencesRequest(sequences=SEQUENCES)
-    for method, expected in (
-        ("Logits", engine.logits(SEQUENCES)),
-        ("Contacts", engine.contacts(SEQUENCES)),
+    for method, kind, expected in (
+        ("Logits", pb.LogitsRequest, engine.logits(SEQUENCES)),
+        ("Contacts", pb.SequencesRequest, engine.contacts(SEQUENCES)),
     ):
+        request = kind(sequences=SEQUENCES)
         for ours, theirs in zip(arrays(call(method, request)), expected, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
     (table,) = arrays(call("Scan", pb.ScanRequest(sequence=SEQUENCES[0])))
     np.testing.assert_allclose(table, engine.scan(SEQUENCES[0]), atol=1e-5)
+
+
+def test_chosen_residues_are_masked_in_turn(call, engine):
+    chosen = [[9, 0, 4], [2], list(range(200))]
+    positions = [pb.Positions(positions=[place + 1 for place in some]) for some in chosen]
+    request = pb.LogitsRequest(sequences=SEQUENCES, masked_positions=positions)
+    expected = engine.masked_log_p(list(zip(SEQUENCES, chosen, strict=True)))
+    for ours, theirs in zip(arrays(call("Logits", request)), expected, strict=True):
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_scores_are_the_engines(call, engine):
@@ -115,6 +125,13 @@ def test_models_come_with_their_lineage(call):
             "2 and -1 are the same",
         ),
         (
+            "Logits",
+            pb.LogitsRequest(sequences=["MK"], masked_positions=[pb.Positions(positions=[3])]),
+            {},
+            "INVALID_ARGUMENT",
+            "from 1 to 2 of sequence 0",
+        ),
+        (
             "Embed",
             pb.EmbedRequest(sequences=["A" * 400] * 300),
             {},
@@ -152,7 +169,7 @@ def test_a_model_without_a_language_model_head_says_so(proxy, keyed):
         request = pb.EmbedRequest(sequences=SEQUENCES, model="tuned")
         assert len(arrays(stub.Embed(request, metadata=metadata, timeout=60))) == len(SEQUENCES)
         for method, request in (
-            ("Logits", pb.SequencesRequest(sequences=SEQUENCES, model="tuned")),
+            ("Logits", pb.LogitsRequest(sequences=SEQUENCES, model="tuned")),
             ("Scan", pb.ScanRequest(sequence="MKTA", model="tuned")),
             ("Score", pb.ScoreRequest(sequences=SEQUENCES, model="tuned")),
         ):

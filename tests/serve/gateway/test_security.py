@@ -142,7 +142,7 @@ def _send_secrets_by_grpc(proxy, keyed):
         ("Embed", pb.EmbedRequest(sequences=[SECRET]), {"authorization": f"Bearer {SECRET}"}),
         ("Embed", pb.EmbedRequest(sequences=[SECRET + "1"]), {}),
         ("Embed", pb.EmbedRequest(sequences=["M"], pooling=SECRET), {}),
-        ("Logits", pb.SequencesRequest(sequences=[SECRET], model="tuned"), {}),
+        ("Logits", pb.LogitsRequest(sequences=[SECRET], model="tuned"), {}),
         ("Scan", pb.ScanRequest(sequence=SECRET, model=SECRET), {}),
         ("Score", pb.ScoreRequest(sequences=[SECRET], variants=[SECRET]), {}),
         ("Score", pb.ScoreRequest(sequences=[SECRET]), {"x-raptide-timeout-s": SECRET}),

@@ -179,3 +179,20 @@ def test_what_serves_proxy_says_is_said_in_our_words(path, status, kind):
     assert (answer.status_code, answer.json()["error"]["type"]) == (status, kind)
     assert ("Retry-After" in answer.headers) == (status == 503)
     assert (own.status_code, own.text) == (404, "404")
+
+
+def test_no_more_of_a_requests_id_reaches_serve_than_is_kept():
+    """Serve's proxy logs it and sends it back."""
+
+    def echo(request):
+        return PlainTextResponse(request.headers["X-Request-Id"])
+
+    proxy = Starlette(routes=[Route("/", echo)], middleware=middlewares())
+
+    async def main():
+        transport = httpx.ASGITransport(proxy)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            ids = ("abc", "x" * 60_000)
+            return [(await client.get("/", headers={"X-Request-Id": each})).text for each in ids]
+
+    assert asyncio.run(main()) == ["abc", "x" * 128]

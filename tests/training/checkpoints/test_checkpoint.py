@@ -1,15 +1,20 @@
 import errno
 import hashlib
+import io
 import json
+import os
+import threading
 
+import pyarrow as pa
 import pytest
-from pyarrow.fs import LocalFileSystem, PyFileSystem, SubTreeFileSystem
+from pyarrow.fs import PyFileSystem
 from stumbles import Stumbling, hurry
 
 from raptide.attempts import Attempt
 from raptide.config import parse_settings
-from raptide.errors import BundleError, CheckpointError, PassingTrouble
+from raptide.errors import BundleError, CheckpointError, PassingTrouble, StorageStumbled
 from raptide.training.checkpoints.checkpoint import (
+    SavedCheckpoint,
     find_bundle,
     find_bundle_at,
     has_finished_one,
@@ -103,15 +108,71 @@ def test_a_broken_one_is_skipped_by_name_and_the_one_before_is_used(run, damage,
     assert folder.exists(), "looking must not delete"
 
 
-def test_a_checkpoint_on_another_file_system_is_verified_and_fetched(run, tmp_path, monkeypatch):
-    """Any pyarrow file system will do; this one only happens to end on the local disk."""
+def in_storage(filesystem, folder, names):
+    """A checkpoint with such files of DeepSpeed's, and a bundle."""
+    made = folder / "made"
+    for file in (*(f"zero/state/{name}" for name in names), "model/config.json"):
+        (made / file).parent.mkdir(parents=True, exist_ok=True)
+        (made / file).write_text(file)
+    storage = Storage(filesystem, str(folder / "storage"))
+    files = send_folder(made, storage, "step-00000001")
+    return SavedCheckpoint(storage, "step-00000001", {"files": files, "wandb_run_id": "run"})
+
+
+def files_below(folder):
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def another_node(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    remote = SubTreeFileSystem(str(run), LocalFileSystem())
-    saved = newest_checkpoint(Storage(remote, CHECKPOINTS))
-    local = saved.fetch()
-    assert saved.fetch() == local
-    assert (local / "model/config.json").read_text() == "{}"
-    assert (local / "zero.pt").read_bytes() == b"weights"
+
+
+class Together(Stumbling):
+    """Opens no file for reading until another one is opened."""
+
+    def __init__(self, readers):
+        super().__init__(0)
+        self.barrier = threading.Barrier(readers)
+
+    def open_input_stream(self, path):
+        self.barrier.wait(timeout=20)
+        return super().open_input_stream(path)
+
+
+@pytest.mark.usefixtures("another_node")
+def test_files_are_fetched_many_at_once(tmp_path):
+    names = [f"file-{number}" for number in range(7)]
+    saved = in_storage(PyFileSystem(Together(8)), tmp_path, names)
+    saved.copy_to(tmp_path / "copy")
+    assert files_below(tmp_path / "copy") == set(saved.manifest["files"])
+
+
+class Damaging(Stumbling):
+    """Gives another byte than there is, the first times that a file is read."""
+
+    def open_input_stream(self, path):
+        try:
+            self.stumble("open", path)
+        except OSError:
+            return pa.PythonFile(io.BytesIO(b"x"), "r")
+        return self.local.open_input_stream(path)
+
+
+@pytest.mark.usefixtures("another_node")
+def test_what_arrives_damaged_is_fetched_again_and_never_kept(tmp_path, monkeypatch):
+    hurry(monkeypatch)
+    saved = in_storage(PyFileSystem(Damaging(2, only=("open",))), tmp_path, ["a"])
+    folder = saved.shards(0)
+    assert (folder / "zero/state/a").read_text() == "zero/state/a"
+    assert files_below(folder) == {"zero/state/a"}
+    with saved.here("model/") as folder:
+        assert files_below(folder) == {"model/config.json"}
+    assert not folder.exists()
+    saved = in_storage(PyFileSystem(Damaging(10**9, only=("open",))), tmp_path, ["b"])
+    with pytest.raises(StorageStumbled, match=r"zero/state/b cannot be .*it arrives damaged"):
+        saved.shards(0)
+    assert not [file for file in files_below(tmp_path / f"raptide-{os.getuid()}") if "/b" in file]
 
 
 def test_a_model_may_be_verified_alone(run):

@@ -25,8 +25,13 @@ from raptide.evaluation.beside import RunBenchmark
 from raptide.evaluation.emergence import read_emergence
 from raptide.inference.engine import Engine
 from raptide.training.checkpoints import saving
-from raptide.training.checkpoints.checkpoint import find_bundle, newest_checkpoint
+from raptide.training.checkpoints.checkpoint import (
+    SavedCheckpoint,
+    find_bundle,
+    newest_checkpoint,
+)
 from raptide.training.checkpoints.owned import Storage, checkpoint_step
+from raptide.training.checkpoints.saving import send_folder
 from raptide.training.trainer import prepare_run
 from raptide.training.watching.audit import audited_steps
 
@@ -119,6 +124,42 @@ def test_a_run_goes_on_from_a_bucket_past_a_damaged_checkpoint(whole, stored, ca
     }
     for step, loss in losses(run.folder).items():
         assert loss == pytest.approx(curve[step], abs=1e-4)
+
+
+OF_ALL = "mp_rank_00_model_states.pt"
+SHARDS = {
+    2: [OF_ALL, *(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(12))],
+    3: [
+        f"{prefix}zero_pp_rank_{rank}_mp_rank_00_{what}_states.pt"
+        for prefix, what in (("bf16_", "optim"), ("", "model"))
+        for rank in range(12)
+    ],
+}
+"""As DeepSpeed names them; test_resume.py holds that it does."""
+
+
+@pytest.mark.parametrize("stage", SHARDS)
+def test_a_node_fetches_from_a_bucket_what_its_ranks_load(bucket, tmp_path, monkeypatch, stage):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    made, name = tmp_path / "made", f"step-{stage:08d}"
+    for file in (*(f"zero/state/{shard}" for shard in SHARDS[stage]), "model/config.json"):
+        (made / file).parent.mkdir(parents=True, exist_ok=True)
+        (made / file).write_text(file)
+    storage = Storage.at(bucket)
+    files = send_folder(made, storage, name)
+    saved = SavedCheckpoint(storage, name, {"files": files, "wandb_run_id": f"node-{stage}"})
+    fetched, fetch = [], Storage.fetch
+    monkeypatch.setattr(
+        Storage, "fetch", lambda self, name, *args: (fetched.append(name), fetch(self, name, *args))
+    )
+    folders = {saved.shards(rank) for rank in (1, 10, 1)}
+    wanted = [shard for shard in SHARDS[stage] if re.search(r"_rank_(1|10)_mp|^mp_rank", shard)]
+    assert len(wanted) == {2: 3, 3: 4}[stage]
+    assert sorted(fetched) == sorted(f"{name}/zero/state/{shard}" for shard in wanted)
+    (folder,) = folders
+    assert {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} == {
+        f"zero/state/{shard}" for shard in wanted
+    }
 
 
 def test_no_storage_holds_keys_and_an_unknown_one_is_refused(corpus, tmp_path):

@@ -1,4 +1,6 @@
 import json
+import os
+import resource
 
 from raptide.training.watching.audit import AUDIT, audited_steps, read_audit
 
@@ -31,3 +33,16 @@ def test_a_step_counts_by_its_last_attempt_and_what_was_redone_is_told(tmp_path)
     audit = read_audit(tmp_path)
     assert (audit.steps, audit.rows, audit.attempts) == (6, 10, 3)
     assert (audit.redone_steps, audit.longest_redone) == (4, 2)
+
+
+def test_more_ranks_than_files_that_may_be_open(tmp_path):
+    """A file a rank, 1,024 of them, where a process may open as many in all."""
+    for rank in range(200):
+        write(tmp_path, rank, (1, 1), (1, 2))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, hard))
+    try:
+        audit = read_audit(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (audit.steps, audit.rows) == (2, 400)

@@ -1,5 +1,8 @@
 """A rank that holds the others up is named; one that is slow for a moment is not."""
 
+import statistics
+import time
+
 import draws
 import pytest
 import torch
@@ -7,7 +10,7 @@ import torch
 from raptide.training.step import ForwardTime
 from raptide.training.watching import ranks
 from raptide.training.watching.progress import Board, describe_state
-from raptide.training.watching.ranks import LOOKS, BoardWatch, RankTimes
+from raptide.training.watching.ranks import LOOKS, BoardWatch, RankTimes, medians_of_others
 
 
 def look(times, seconds, attempt=1):
@@ -87,6 +90,7 @@ def group(monkeypatch):
     monkeypatch.setattr(ranks.time, "monotonic", lambda: clock["now"])
     monkeypatch.setattr(ranks.ray.util, "get_node_ip_address", lambda: "10.0.0.7")
     monkeypatch.setattr(ranks.ray, "get", lambda value: value)
+    monkeypatch.setattr(ranks.ray, "wait", lambda calls, timeout: (calls, []))
     board = Board()
     return board, [BoardWatch(Handle(board), rank, 1) for rank in (0, 1)], clock
 
@@ -97,6 +101,8 @@ def train(watches, seconds, steps=5, tokens=(100, 50)):
             watch.took(each, Share(*tokens))
     for watch in reversed(watches):
         watch.look()
+    for watch in watches:
+        watch.hear()
 
 
 def test_it_is_named_in_the_line_the_metrics_and_the_log_and_once(group):
@@ -142,6 +148,39 @@ def test_rank_0_hears_that_the_run_is_to_leave(group):
     board.leave()
     train(watches, [0.1, 0.1])
     assert [watch.leave for watch in watches] == [True, False]
+
+
+def test_no_rank_waits_for_a_board_that_is_busy(group, monkeypatch):
+    board, watches, _ = group
+    board.leave()
+    monkeypatch.setattr(ranks.ray, "wait", lambda calls, timeout: ([], calls))
+    monkeypatch.setattr(ranks.ray, "get", lambda call: pytest.fail("rank 0 waits"))
+    asked = []
+    notices, board.notices = board.notices, lambda: asked.append(1) or notices()
+    for _ in range(3):
+        train(watches, [0.1, 0.1])
+    assert not watches[0].leave
+    assert len(asked) == 1, "one question is on its way"
+    monkeypatch.setattr(ranks.ray, "wait", lambda calls, timeout: (calls, []))
+    monkeypatch.setattr(ranks.ray, "get", lambda value: value)
+    watches[0].took(0.1, Share(100))
+    assert watches[0].leave
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 9, 10])
+def test_medians_of_others_are_those_without_each(number):
+    values = draws.generator().integers(0, 6, number).astype(float)
+    expected = [statistics.median([*values[:i], *values[i + 1 :]]) for i in range(number)]
+    assert medians_of_others(values).tolist() == expected
+
+
+def test_a_look_at_many_ranks_takes_no_time():
+    times, number = RankTimes(), 8192
+    for rank in range(number):
+        times.take(1, rank, "node", 1.0 + rank / number)
+    began = time.perf_counter()
+    assert times.slowest().rank == number - 1
+    assert time.perf_counter() - began < 1.0, "a sort for every rank takes many seconds"
 
 
 def test_forward_time_counts_passes_alone_and_each_once():

@@ -297,7 +297,7 @@ def _write_buckets(
     if not done.all():
         say(f"Pass 2 of 2: {buckets - done.sum():,} of {buckets:,} buckets to write")
         records = source.placed(lambda table: ~done[bucket_of(table)])
-        shuffle(records, buckets, bucket_of, write).take_all()
+        shuffle(records, buckets, bucket_of, write)
     empty = BucketReport(shards=[], renamed=0)
     return [partial.report(bucket) or empty for bucket in range(buckets)]
 

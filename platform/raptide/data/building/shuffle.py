@@ -1,9 +1,20 @@
-"""Ray Data's range shuffle, as the build uses it: every bucket in one piece, one call each."""
+"""The build's shuffle: every bucket in one piece, one call each.
+
+    rows ─ cut ─> ranges of buckets ─ cut, a range at a time ─> buckets ─> one call each
+
+A task that cuts its rows makes an object for each piece. All of them are known to the driver, a
+kilobyte each, and pieces below 100 kB lie in its heap, because Ray keeps small objects with their
+owner. Tasks times buckets would be two million for the paper's proteins. So where there are many
+buckets, rows go to ranges of some of them first: tasks times twice the root of the buckets.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -11,11 +22,21 @@ import ray
 import ray.data
 
 INPUT_BATCH_BYTES = 128 << 20
-"""Bytes of rows that one task of a shuffle sorts. It needs three times as much, which makes Ray's
-default, 1 GiB, too much for small machines."""
+"""Bytes of rows that one task cuts. It needs three times as much."""
 
-WHOLE_BUCKET = 1 << 40
-"""Rows in a batch, at most: a bucket that Ray has cut into several blocks comes joined again."""
+MAX_PIECES = 64
+"""With more buckets than this, rows pass through ranges of buckets: once more through the object
+store, which is cheaper than thousands of pieces a task."""
+
+TASKS_PER_CPU = 2
+"""Tasks that are at work or wait for a CPU. What comes behind them is not read yet."""
+
+
+class Piece(NamedTuple):
+    """Rows in the object store."""
+
+    rows: ray.ObjectRef
+    bytes: int
 
 
 def range_bucket(hashes: pa.ChunkedArray, buckets: int) -> np.ndarray:
@@ -29,35 +50,133 @@ def shuffle(
     buckets: int,
     bucket_of: Callable[[pa.Table], np.ndarray],
     function: Callable[[int, pa.Table], pa.Table],
-) -> ray.data.Dataset:
-    """Bring the rows of each bucket together and call the function with (bucket, rows), lazily.
+) -> list[ray.ObjectRef]:
+    """Bring the rows of each bucket together and call the function with (bucket, rows).
 
     Args:
         buckets: a task holds one bucket, so their number bounds its memory.
         bucket_of: the bucket of each row, [n] int64 from 0 to buckets - 1.
+
+    Returns:
+        What the function made of each bucket that has rows, by bucket.
+    """
+    place, call = ray.put(bucket_of), ray.put(function)
+    pieces: dict[int, Iterable[Piece]] = {0: _blocks(rows)}
+    if buckets > MAX_PIECES:
+        width = math.isqrt(buckets - 1) + 1
+        pieces = _cut_all(pieces, lambda first: range(0, buckets, width), place)
+        pieces = _cut_all(pieces, lambda first: range(first, min(first + width, buckets)), place)
+    elif buckets > 1:
+        pieces = _cut_all(pieces, lambda first: range(buckets), place)
+    tasks = (
+        (*_call.remote(call, bucket, *(piece.rows for piece in pieces.pop(bucket))), bucket)
+        for bucket in sorted(pieces)
+    )
+    made = {bucket: result for _, result, bucket in _in_turn(tasks)}
+    return [made[bucket] for bucket in sorted(made)]
+
+
+def _blocks(rows: ray.data.Dataset) -> Iterator[Piece]:
+    for bundle in rows.iter_internal_ref_bundles():
+        for block in bundle.blocks:
+            if block.metadata.num_rows:
+                yield Piece(block.ref, block.metadata.size_bytes or 0)
+
+
+def _cut_all(
+    pieces: dict[int, Iterable[Piece]], firsts_of: Callable[[int], Sequence[int]], place: Any
+) -> dict[int, Iterable[Piece]]:
+    """Cut the pieces of each range of buckets into those of smaller ranges.
+
+    Args:
+        pieces: by their range's first bucket. They are taken out, so that nobody holds them longer
+            than the task that cuts them.
+        firsts_of: the first bucket of each smaller range in a range.
+        place: object reference of `bucket_of`.
     """
 
-    def add(table: pa.Table) -> pa.Table:
-        return table.append_column("bucket", pa.array(bucket_of(table)))
+    def tasks() -> Iterator[tuple[Any, ...]]:
+        for range_first in sorted(pieces):
+            firsts = firsts_of(range_first)
+            for batch in _batches(pieces.pop(range_first)):
+                cut = _cut.options(num_returns=1 + len(firsts))
+                sizes, *parts = cut.remote(place, firsts, *batch)
+                yield sizes, firsts, parts
 
-    # A generator: only out of those does Ray Data let our own errors through.
-    def call(table: pa.Table) -> Iterator[pa.Table]:
-        numbers = table["bucket"].to_numpy()
-        table = table.drop_columns("bucket")
-        cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
-        for start, end in pairwise(cuts):
-            if end > start:
-                yield function(int(numbers[start]), table.slice(start, end - start))
+    smaller: dict[int, list[Piece]] = defaultdict(list)
+    for sizes, firsts, parts in _in_turn(tasks()):
+        for first, part, size in zip(firsts, parts, sizes, strict=True):
+            if size:
+                smaller[first].append(Piece(part, size))
+    return dict(smaller)
 
-    rows.context.shuffle_input_batch_bytes = INPUT_BATCH_BYTES
-    # Ray would keep CPUs free for the later steps, which cannot begin before the first has ended:
-    # half of all on two CPUs.
-    rows.context.op_resource_reservation_enabled = False
-    placed = rows.map_batches(add, batch_format="pyarrow", batch_size=None, zero_copy_batch=True)
-    if buckets == 1:  # nothing to shuffle, and nine seconds less of it
-        together = placed.repartition(1)
-    else:
-        together = placed.sort("bucket", boundaries=list(range(1, buckets)))
-    return together.map_batches(
-        call, batch_format="pyarrow", batch_size=WHOLE_BUCKET, zero_copy_batch=True
-    )
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[ray.ObjectRef]]:
+    """The pieces by as many as one task is to cut."""
+    batch: list[ray.ObjectRef] = []
+    held = 0
+    for piece in pieces:
+        batch.append(piece.rows)
+        held += piece.bytes
+        if held >= INPUT_BATCH_BYTES:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _in_turn(tasks: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    """Start tasks as others end; those of a failed one's company are told to stop.
+
+    Args:
+        tasks: starts one at each step, and gives the reference of a small result and whatever
+            belongs to it.
+
+    Yields:
+        The small result and whatever belongs to it, in the order of their ends.
+    """
+    running: dict[ray.ObjectRef, tuple[Any, ...]] = {}
+    try:
+        for first, *rest in chain(tasks, [(None,)]):
+            last = first is None
+            if not last:
+                running[first] = tuple(rest)
+            while running and (last or len(running) >= _most_at_once()):
+                (ended,), _ = ray.wait(list(running), num_returns=1)
+                yield ray.get(ended), *running.pop(ended)
+    finally:
+        for task in running:
+            ray.cancel(task)
+
+
+def _most_at_once() -> int:
+    return TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+@ray.remote
+def _cut(
+    bucket_of: Callable[[pa.Table], np.ndarray], firsts: Sequence[int], *tables: pa.Table
+) -> Iterator[Any]:
+    """The bytes of each range's rows, [len(firsts)], and then these rows, a table each."""
+    table = _joined(tables)
+    ranges = np.searchsorted(firsts, bucket_of(table), side="right") - 1
+    counts = np.bincount(ranges, minlength=len(firsts))
+    table = table.take(pa.array(np.argsort(ranges, kind="stable")))
+    pieces = [
+        table.slice(end - count, count)
+        for count, end in zip(counts.tolist(), np.cumsum(counts).tolist(), strict=True)
+    ]
+    yield [piece.nbytes if piece.num_rows else 0 for piece in pieces]
+    yield from pieces
+
+
+@ray.remote(num_returns=2)
+def _call(
+    function: Callable[[int, pa.Table], pa.Table], bucket: int, *tables: pa.Table
+) -> tuple[None, pa.Table]:
+    """The result that is waited for is not the table, which may be large, and stays where it is."""
+    return None, function(bucket, _joined(tables))
+
+
+def _joined(tables: Sequence[pa.Table]) -> pa.Table:
+    return pa.concat_tables(tables, promote_options="permissive")

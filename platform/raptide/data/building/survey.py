@@ -200,13 +200,14 @@ def survey(source: Source, cleaning: CleaningSettings, input_bytes: int) -> Surv
         return _dropped_and_totals(records, reasons)
 
     by_content = partial(_range_of, "content", buckets)
-    marked = shuffle(source.marked(cleaning), buckets, by_content, mark).materialize()
+    marked = shuffle(source.marked(cleaning), buckets, by_content, mark)
     total = Survey(dict.fromkeys(REASONS, 0), {}, dict.fromkeys(SUMS, 0), 0, [])
-    for table in marked.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for found in table["found"].drop_null().to_pylist():
+    for result in marked:
+        for found in ray.get(result)["found"].drop_null().to_pylist():
             total = _add(total, Survey(**json.loads(found)))
     if total.first:
-        dropped = marked.map_batches(_dropped, batch_format="pyarrow", batch_size=None)
+        dropped = ray.data.from_arrow_refs(marked)
+        dropped = dropped.map_batches(_dropped, batch_format="pyarrow", batch_size=None)
         _write_notes(source.notes, "dropped", dropped, buckets)
     return total
 
@@ -271,7 +272,8 @@ def _note_clusters(source: Source, buckets: int) -> None:
     by_name = partial(_range_of, "name_hash", buckets)
     strict = source.strict_tables
     joined = shuffle(rows, buckets, by_name, lambda bucket, table: join_membership(table, strict))
-    if not _write_notes(source.notes, "cluster", joined, buckets):
+    notes = ray.data.from_arrow_refs(joined)
+    if not _write_notes(source.notes, "cluster", notes, buckets):
         raise CorpusError(
             "No line of the cluster tables names a record of the input; give the table that "
             "belongs to these files."
@@ -302,7 +304,8 @@ def _write_notes(folder: Path, kind: str, notes: ray.data.Dataset, buckets: int)
     def by_chunk(table: pa.Table) -> np.ndarray:
         return chunk_bucket(table["number"], buckets)
 
-    return sum(row["notes"] for row in shuffle(notes, buckets, by_chunk, write).take_all())
+    written = shuffle(notes, buckets, by_chunk, write)
+    return sum(pc.sum(table["notes"]).as_py() for table in map(ray.get, written))
 
 
 def _range_of(column: str, buckets: int, table: pa.Table) -> np.ndarray:

@@ -108,6 +108,11 @@ class GlobalBatch:
 
     next_cursor: Cursor
 
+    @property
+    def num_places(self) -> int:
+        """Tokens of all rows, with padding."""
+        return self.rows.tokens.size
+
     @cached_property
     def num_targets(self) -> int:
         """Residues to predict, over all rows."""
@@ -123,7 +128,7 @@ class GlobalBatch:
         """Sum of the squares of the sequences' tokens, for the arithmetic of attention."""
         return float((self._lengths**2).sum())
 
-    @property
+    @cached_property
     def _lengths(self) -> np.ndarray:
         return np.concatenate([*self.rows.segments, np.empty(0, np.int32)]).astype(np.float64)
 
@@ -132,6 +137,6 @@ class GlobalBatch:
         return replace(self, rows=self.rows.uncovered())
 
     def counted(self) -> GlobalBatch:
-        """The same, with its counts made, which then travel with it."""
+        """The same, with its counts made."""
         _ = self.num_targets, self.num_tokens, self.squared_lengths
         return self

@@ -1,107 +1,163 @@
-"""The feeder: one light actor walks the stream and hands every worker the same global batches.
+"""The feeder: one light actor walks the stream and hands each worker its share of every batch.
 
-Protein tokens are tiny (the paper's global batch is 131 kB), so each batch is put into the object
-store once, whole; workers fetch it by reference and cut their share themselves.
+A share is small (2 to 4 kB where 1,024 workers train), so it travels by value within the answer,
+several batches at a time. What limits the feeder is the number of answers, not their bytes: it
+answers one call after the other, which of all ways that Ray's actors have costs the least.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError
 
 from raptide.data.streaming.batch import Cursor, GlobalBatch
+from raptide.data.streaming.shares import BatchShare, pack_shares, unpack_shares
 from raptide.data.streaming.stream import StreamPlan, global_batches
 from raptide.errors import StreamStalled, plain_errors
 
-MOST_A_CALL = 8
-"""Batches in one call, once a worker has its first: of many workers' calls the feeder would soon
-have too many. The first calls ask for 1, 2, 4, so that nobody waits for eight to begin."""
+MOST_A_CALL = 12
+"""Batches in one answer, once a worker has its first. The first calls ask for 1, 2, 4, 8, so that
+nobody waits for many to begin."""
 
-IN_FLIGHT = 2
-"""Calls of a worker that are on their way or waiting."""
+MOST_HELD = 2 * MOST_A_CALL
+"""Batches that the feeder holds: those that the last worker has not taken, and as many that the
+first one asks for meanwhile. Workers train in step, so none is ever further ahead; should one be,
+it waits."""
+
+ANSWER_BYTES = 64 << 10
+"""Of an answer with several batches: Ray sends up to 100 kB along with the reply, more than that
+through the object store."""
+
+GATHER_S = 1.0
+"""Seconds after which an answer goes without the batches that have not come yet."""
+
+PAUSE_S = 0.05
+"""Before a worker that is too far ahead asks again."""
+
+
+@dataclass
+class _Held:
+    batch: GlobalBatch
+    readers: int
+    """That have not taken their share yet."""
 
 
 class Feeder:
-    """Serves `count` batches from a cursor on, each to `num_readers` readers."""
+    """Serves `count` batches from a cursor on, cut up among readers."""
 
-    def __init__(self, plan: StreamPlan, cursor: Cursor, count: int, num_readers: int) -> None:
+    def __init__(
+        self,
+        plan: StreamPlan,
+        cursor: Cursor,
+        count: int,
+        shares: Sequence[tuple[int, int]],
+        *,
+        blind: bool = False,
+    ) -> None:
+        """
+        Args:
+            shares: first and last row (exclusive) of each reader's share of a batch.
+            blind: the model does not see what it predicts, so it is shown and asked everything.
+        """
+        self._blind = blind
         self._batches = global_batches(plan, cursor, count)
-        self._num_readers = num_readers
+        self._shares = shares
+        self._taken = [0] * len(shares)
+        self._held: deque[_Held] = deque()
         self._produced = 0
-        self._kept: dict[int, tuple[Any, int]] = {}
         self._failure: Exception | None = None
 
-    def fetch(self, first: int, count: int) -> list[Any]:
-        """References of `count` batches from `first` on; each reader asks once, in order.
+    def fetch(self, reader: int, first: int, most: int) -> bytes:
+        """A reader's shares of the batches from `first` on, packed: at least one and at most `most`
+        of them, or no bytes at all while another reader is too far behind.
 
         What goes wrong is raised in place of the batch that it struck: the ones before it come.
         """
-        references: list[Any] = []
-        for index in range(first, first + count):
-            try:
-                references.append(self._take(index))
-            except Exception:
-                if not references:
-                    raise
-                break  # the next call raises it again
-        return references
+        expected = self._taken[reader]
+        assert first == expected, f"rank {reader} asks for batch {first}, but {expected} is next"
+        oldest = self._produced - len(self._held)
+        end = min(first + most, oldest + MOST_HELD)
+        if end <= first:
+            return b""
+        self._produce(first, end)
+        end = min(end, self._produced)
+        held = [self._held[index - oldest] for index in range(first, end)]
+        packed = pack_shares([each.batch for each in held], *self._shares[reader])
+        self._taken[reader] = end
+        for each in held:
+            each.readers -= 1
+        while self._held and not self._held[0].readers:
+            self._held.popleft()
+        return packed
 
-    def _take(self, index: int) -> Any:
-        while self._produced <= index:
-            self._kept[self._produced] = (ray.put(self._next()), 0)
-            self._produced += 1
-        reference, readers = self._kept.pop(index)
-        if readers + 1 < self._num_readers:
-            self._kept[index] = (reference, readers + 1)
-        return reference
-
-    def _next(self) -> GlobalBatch:
-        if self._failure is None:
+    def _produce(self, first: int, end: int) -> None:
+        """Batch `first`, and those up to `end` (exclusive) that come soon."""
+        until = time.monotonic() + GATHER_S
+        while self._produced < end and self._failure is None:
+            if self._produced > first and time.monotonic() > until:
+                return
             try:
                 with plain_errors():
-                    return next(self._batches).counted()
+                    batch = next(self._batches)
+                    batch = (batch.uncovered() if self._blind else batch).counted()
             except Exception as error:
                 self._failure = error
-        raise self._failure  # the same for every reader
+                break
+            self._held.append(_Held(batch, len(self._shares)))
+            self._produced += 1
+        if self._produced <= first:
+            assert self._failure is not None
+            raise self._failure  # the same for every reader
 
 
 FeederActor = ray.remote(num_cpus=0)(Feeder)
 
 
 class BatchReader:
-    """One worker's view of the feeder: keeps requests in flight and measures its waiting."""
+    """One worker's view of the feeder: asks for the next shares while it hands out the last."""
 
-    def __init__(self, feeder: Any, timeout_s: float) -> None:
-        self._feeder = feeder
+    def __init__(self, feeder: Any, rank: int, timeout_s: float) -> None:
+        self._feeder, self._rank = feeder, rank
         self._timeout_s = timeout_s
-        self.last_wait_s = 0.0
-        """Seconds spent waiting for the batch at hand."""
 
-    def batches(self, count: int) -> Iterator[GlobalBatch]:
-        """The next `count` global batches.
+    def shares(self, count: int) -> Iterator[BatchShare]:
+        """This rank's shares of the next `count` global batches.
 
         Raises:
             StreamStalled: a batch took longer than the timeout.
             CorpusError: a block could not be read.
         """
-        calls: deque[Any] = deque()
-        asked, size = 0, 1
-        while asked < count or calls:
-            while len(calls) < IN_FLIGHT and asked < count:
-                size = min(size, count - asked)
-                calls.append(self._feeder.fetch.remote(asked, size))
-                asked, size = asked + size, min(2 * size, MOST_A_CALL)
-            started = time.perf_counter()
-            for reference in self._get(calls.popleft()):
-                batch = self._get(reference)
-                self.last_wait_s = time.perf_counter() - started
-                yield batch
-                started = time.perf_counter()
+        got, most, call = 0, 1, None
+        while got < count:
+            packed = self._answer(call or self._ask(got, 1), got, most)
+            shares = unpack_shares(packed)
+            got += len(shares)
+            most = min(2 * most, MOST_A_CALL, max(1, ANSWER_BYTES * len(shares) // len(packed)))
+            most = min(most, count - got)
+            call = self._ask(got, most) if got < count else None
+            yield from shares
+
+    def _ask(self, first: int, most: int) -> Any:
+        return self._feeder.fetch.remote(self._rank, first, most)
+
+    def _answer(self, call: Any, first: int, most: int) -> bytes:
+        """What comes of a call, which is made again while this rank is too far ahead."""
+        until = time.monotonic() + self._timeout_s
+        while not (packed := self._get(call)):
+            if time.monotonic() > until:
+                raise StreamStalled(
+                    f"Rank {self._rank} waited {self._timeout_s:.0f} s for a rank that has not "
+                    f"taken batch {first - MOST_HELD}; look for a worker that hangs."
+                )
+            time.sleep(PAUSE_S)
+            call = self._ask(first, most)
+        return packed
 
     def _get(self, reference: Any) -> Any:
         try:

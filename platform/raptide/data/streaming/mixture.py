@@ -53,14 +53,10 @@ class Mixture:
             ConfigError: a share is too small for a place in each round.
         """
         quotas = [sizes[0]] if len(sizes) == 1 else _quotas(residues, weights)
-        ranked = sorted((turn + 0.5, s, q) for s, q in enumerate(quotas) for turn in range(q))
-        ranked.sort(key=lambda item: (item[0] / item[2], item[1]))
-        return cls(
-            sizes=tuple(sizes),
-            quotas=tuple(quotas),
-            sources=np.array([source for _, source, _ in ranked]),
-            turns=np.array([int(middle) for middle, _, _ in ranked]),
-        )
+        sources = np.repeat(np.arange(len(quotas)), quotas)
+        turns = np.concatenate([np.arange(quota) for quota in quotas])
+        order = np.lexsort((sources, (turns + 0.5) / np.array(quotas)[sources]))
+        return cls(tuple(sizes), tuple(quotas), sources[order], turns[order])
 
     @property
     def epoch_places(self) -> int:

@@ -18,6 +18,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ import pyarrow as pa
 import ray
 
 from raptide.alphabet import ALPHABETS
-from raptide.data.corpus import Corpus
+from raptide.data.corpus import Blocks, Corpus
 from raptide.data.streaming.batch import (
     Cursor,
     GlobalBatch,
@@ -107,7 +108,7 @@ class StreamPlan:
     def _mixture(self) -> list[list[Any]]:
         return [[source.digest, source.weight] for source in self.sources]
 
-    def training_blocks(self, corpus: Corpus) -> list[dict[str, Any]]:
+    def training_blocks(self, corpus: Corpus) -> Blocks:
         """The blocks of a corpus that are in use, in its order."""
         blocks = corpus.blocks("train")
         return blocks[: share_of_blocks(len(blocks), self.settings.fraction)]
@@ -124,25 +125,27 @@ def share_of_blocks(blocks: int, fraction: float) -> int:
 
 def global_batches(plan: StreamPlan, cursor: Cursor, count: int) -> Iterator[GlobalBatch]:
     """The next `count` global batches from `cursor` on. Ray must be running."""
-    size = plan.settings.batch_rows
-    tokens = count * size * plan.settings.row_tokens
+    size, row_tokens = plan.settings.batch_rows, plan.settings.row_tokens
+    tables = _packed_tables(plan, cursor, count * size * row_tokens)
+    yield from islice(cut_batches(_drop_rows_before(cursor, tables), size, row_tokens), count)
+
+
+def cut_batches(tables: Iterator[pa.Table], size: int, row_tokens: int) -> Iterator[GlobalBatch]:
+    """Batches of `size` packed rows, one after the other, out of tables of any lengths."""
     waiting: list[pa.Table] = []
     held = 0
-    for table in _drop_rows_before(cursor, _packed_tables(plan, cursor, tokens)):
+    for table in tables:
         waiting.append(table)
         held += table.num_rows
         while held >= size:
             batch, waiting = _split_tables(waiting, size)
             held -= size
-            yield _to_batch(batch, plan.settings.row_tokens)
-            count -= 1
-            if count == 0:
-                return
+            yield _to_batch(batch, row_tokens)
 
 
 def prepare_rows(plan: StreamPlan, epoch: int, position: int) -> PackedRows:
     """The packed rows of one place in the stream; runs in Ray Data's tasks and in tests."""
-    opened = _open(plan)
+    opened = open_plan(plan)
     place = opened.mixture.locate(epoch * opened.mixture.epoch_places + position)
     blocks = opened.blocks[place.source]
     seed = plan.source_seed(place.source)
@@ -153,18 +156,23 @@ def prepare_rows(plan: StreamPlan, epoch: int, position: int) -> PackedRows:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class OpenedPlan:
     """A plan's corpora as one process has opened them."""
 
     corpora: list[Corpus]
-    blocks: list[list[dict[str, Any]]]
+    blocks: list[Blocks]
     mixture: Mixture
     block_residues: float
     """Residues that a place in the stream gives out, on the average."""
 
 
 @lru_cache(maxsize=4)
-def _open(plan: StreamPlan) -> _Opened:
+def open_plan(plan: StreamPlan) -> OpenedPlan:
+    """A plan's corpora, opened once in a process.
+
+    Raises:
+        CorpusError: one is missing, or another than was planned with.
+    """
     corpora = [source.open() for source in plan.sources]
     blocks = [plan.training_blocks(corpus) for corpus in corpora]
     drawn = [
@@ -173,7 +181,7 @@ def _open(plan: StreamPlan) -> _Opened:
     ]
     weights = [source.weight for source in plan.sources]
     mixture = Mixture.of(list(map(len, blocks)), drawn, weights)
-    return _Opened(corpora, blocks, mixture, mixture.mean(drawn))
+    return OpenedPlan(corpora, blocks, mixture, mixture.mean(drawn))
 
 
 @lru_cache(maxsize=16)
@@ -181,11 +189,11 @@ def _order(seed: int, epoch: int, num_blocks: int) -> np.ndarray:
     return block_order(seed, epoch, num_blocks)
 
 
-def drawn_residues(corpus: Corpus, blocks: list[dict[str, Any]], sampling: Sampling) -> float:
+def drawn_residues(corpus: Corpus, blocks: Blocks, sampling: Sampling) -> float:
     """Residues that one of the blocks gives out in an epoch, about."""
     counts = corpus.manifest["counts"]["train"]
     share = 1.0 if sampling == "all" else counts["clusters"] / max(counts["sequences"], 1)
-    return share * sum(block["residues"] for block in blocks) / max(len(blocks), 1)
+    return share * blocks.residues / max(len(blocks), 1)
 
 
 def _packed_tables(plan: StreamPlan, cursor: Cursor, tokens: int) -> Iterator[pa.Table]:
@@ -194,7 +202,7 @@ def _packed_tables(plan: StreamPlan, cursor: Cursor, tokens: int) -> Iterator[pa
     A plan has as many blocks as `tokens` tokens should take, so that nothing is prepared in vain;
     where that falls short (crops, members of other lengths), the next plan goes on.
     """
-    opened = _open(plan)
+    opened = open_plan(plan)
     epoch_places = opened.mixture.epoch_places
     task_blocks = max(1, round(TASK_RESIDUES / opened.block_residues))
     plan_blocks = min(int(tokens / opened.block_residues) + 2, PLAN_TASKS * task_blocks)
@@ -283,15 +291,18 @@ def _split_tables(tables: list[pa.Table], size: int) -> tuple[list[pa.Table], li
 
 
 def _to_batch(tables: list[pa.Table], row_tokens: int) -> GlobalBatch:
-    table = pa.concat_tables(tables).combine_chunks()
+    table = pa.concat_tables(tables)
 
     def matrix(name: str) -> np.ndarray:
-        column = table[name].combine_chunks()
-        flat = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, row_tokens)
-        return flat[column.offset : column.offset + len(column)].copy()
+        """The only copy, so that no batch keeps whole blocks in the object store."""
+        pieces = []
+        for chunk in table[name].chunks:
+            flat = np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, row_tokens)
+            pieces.append(flat[chunk.offset : chunk.offset + len(chunk)])
+        return np.concatenate(pieces)
 
     segments = table["segments"].combine_chunks()
-    splits = segments.offsets.to_numpy()
+    splits = (segments.offsets.to_numpy() - segments.offsets[0].as_py()).tolist()
     lengths = segments.flatten().to_numpy().astype(np.int32)
     row_ids = np.stack([table[name].to_numpy() for name in ("epoch", "block", "row")], axis=1)
     epoch, block, row = row_ids[-1].tolist()
@@ -299,7 +310,7 @@ def _to_batch(tables: list[pa.Table], row_tokens: int) -> GlobalBatch:
         rows=PackedRows(
             tokens=matrix("tokens"),
             targets=matrix("targets"),
-            segments=np.split(lengths, splits[1:-1] - splits[0]),
+            segments=[lengths[start:end] for start, end in pairwise(splits)],
         ),
         row_ids=row_ids,
         next_cursor=Cursor(epoch, block, row + 1),

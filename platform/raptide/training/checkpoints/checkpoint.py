@@ -15,8 +15,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,7 +33,7 @@ from raptide.errors import BundleError, CheckpointError
 from raptide.kept import make_whole
 from raptide.model.formats.detect import read_weights
 from raptide.model.formats.strangers import recognise
-from raptide.storage import below
+from raptide.storage import CHUNK, below
 from raptide.training.checkpoints.owned import (
     FOLDER,
     MANIFEST,
@@ -54,7 +57,8 @@ SCHEMES = {"local": "file", "gcs": "gs"}
 TRANSFERS = 8
 """Files that are read from, or sent to, the storage at once."""
 
-CHUNK = 1 << 22
+OF_ONE_RANK = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_(?:optim|model)_states\.pt")
+"""DeepSpeed's names of what one rank saves and loads, in `zero/`."""
 
 
 @dataclass(frozen=True)
@@ -99,26 +103,73 @@ class SavedCheckpoint:
         kept = self.manifest.get("inv_freq")
         if kept is not None:
             return torch.tensor(kept, dtype=torch.float32)
-        return read_weights(self.fetch() / MODEL).frequencies()  # saved by an earlier version
+        with self.here(f"{MODEL}/") as folder:  # saved by an earlier version
+            return read_weights(folder / MODEL).frequencies()
 
-    def fetch(self) -> Path:
-        """A local folder with the checkpoint's files: its own, or a copy made once per node."""
+    def shards(self, rank: int) -> Path:
+        """A local folder with what DeepSpeed loads on a rank, at the number of workers that saved.
+
+        It is the checkpoint's own, or one for all ranks of this node, for which each fetches what
+        is its own, and the first one what all of them load.
+        """
         if self.storage.is_local:
             return Path(self.storage.path) / self.name
-        return made_once(self.manifest["wandb_run_id"], FETCHED, self.key, self.copy_to)
+        shards = [file for file in self.manifest["files"] if file.startswith(f"{ZERO}/")]
+        of_all = [file for file in shards if rank_of(file) is None]
+        folder = made_once(
+            *(self.manifest["wandb_run_id"], FETCHED, self.key),
+            lambda target: self._copy(of_all, target),
+        )
+        self._copy([file for file in shards if rank_of(file) == rank], folder)
+        return folder
+
+    @contextmanager
+    def here(self, only: str, room: Path | None = None) -> Iterator[Path]:
+        """Within the block, a local folder with the files whose names start with `only`.
+
+        Args:
+            room: a folder of this machine for a copy, if one is needed.
+        """
+        if self.storage.is_local:
+            yield Path(self.storage.path) / self.name
+            return
+        with tempfile.TemporaryDirectory(dir=room) as copy:
+            self.copy_to(Path(copy), only)
+            yield Path(copy)
 
     def copy_to(self, target: Path, only: str = "") -> None:
         """Copy the files whose names start with `only` into a folder on this machine."""
-        for file in self.manifest["files"]:
-            if file.startswith(only):
+        self._copy([file for file in self.manifest["files"] if file.startswith(only)], target)
+
+    def _copy(self, files: Sequence[str], target: Path) -> None:
+        """Copy files, several at once; those that are there already are whole.
+
+        Raises:
+            StorageStumbled: one arrives damaged again and again.
+        """
+
+        def copy(file: str) -> None:
+            if not (target / file).exists():
                 (target / file).parent.mkdir(parents=True, exist_ok=True)
-                self.storage.fetch(f"{self.name}/{file}", target / file)
+                digest = self.manifest["files"][file]
+                self.storage.fetch(f"{self.name}/{file}", target / file, digest)
+
+        target.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            for _ in pool.map(copy, files):
+                pass
 
     @property
     def key(self) -> str:
         """A name for what is derived from this checkpoint and no other."""
         files = json.dumps(self.manifest["files"], sort_keys=True)
         return f"{self.name}-{hashlib.sha256(files.encode()).hexdigest()[:16]}"
+
+
+def rank_of(file: str) -> int | None:
+    """The rank whose file of DeepSpeed's it is; None for one that every rank loads."""
+    found = OF_ONE_RANK.fullmatch(PurePosixPath(file).name)
+    return None if found is None else int(found[1])
 
 
 def newest_checkpoint(

@@ -29,8 +29,8 @@ from safetensors import SafetensorError
 from raptide.attempts import Attempt, Attempts
 from raptide.errors import RaptideError, Superseded
 from raptide.patience import patiently
+from raptide.storage import CHUNK
 from raptide.training.checkpoints.checkpoint import (
-    CHUNK,
     FORMAT_VERSION,
     MODEL,
     TRANSFERS,

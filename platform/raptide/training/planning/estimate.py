@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from raptide.data.streaming.batch import GlobalBatch
+from raptide.data.streaming.shares import BatchShare
 from raptide.model.families import count_parameters, make_model
 from raptide.model.packed import Packed, Targets
 from raptide.model.shapes import AnyShape
@@ -120,7 +120,7 @@ def _saved_bytes(settings: AnyShape, dtype: torch.dtype) -> int:
     return sum(saved.values())
 
 
-def step_flops(settings: AnyShape, batch: GlobalBatch) -> float:
+def step_flops(settings: AnyShape, batch: BatchShare) -> float:
     """Floating-point operations of one update: forward, and twice as much backward.
 
     Padding and recomputation do not count.
@@ -145,10 +145,36 @@ def peak_flops(recipe: Recipe, device: str) -> float | None:
 
 def checkpoint_bytes(recipe: Recipe) -> int:
     """Bytes of one checkpoint: DeepSpeed's state of all ranks, and the bundle in fp32."""
-    training = recipe.training
-    master = 0 if training.precision == "fp32" and training.zero_stage == 0 else 4
-    per_parameter = DTYPES[training.precision].itemsize + master + 8 + 4
-    return per_parameter * count_parameters(recipe.model)
+    return sum(_saved_bytes_of(recipe))
+
+
+def saved_bytes(recipe: Recipe, workers: int, rank: int) -> int:
+    """Bytes that a rank writes of one: its shards, and rank 0 what is not cut up as well."""
+    shards, whole = _saved_bytes_of(recipe)
+    return -(-shards // workers) + (whole if rank == 0 else 0)
+
+
+def _saved_bytes_of(recipe: Recipe) -> tuple[int, int]:
+    """What all ranks write a share of, and what rank 0 writes for all: with the bundle in fp32.
+
+    That is optimizer state with the fp32 weights, and the weights as they are computed with; at
+    stage 0 rank 0 writes both, at stage 3 the latter are not written.
+    """
+    stage, parameters = recipe.training.zero_stage, count_parameters(recipe.model)
+    bundle, weights = 4, DTYPES[recipe.training.precision].itemsize
+    if stage == 0:
+        return 0, parameters * (bundle + weights + optimizer_bytes(recipe))
+    shards = parameters * optimizer_bytes(recipe)
+    return shards, parameters * (bundle + (weights if stage < 3 else 0))
+
+
+def optimizer_bytes(recipe: Recipe) -> int:
+    """Of each parameter: Adam's two moments, and the fp32 weights that it updates.
+
+    In fp32 those are the model's own at stage 0, and copies of a worker's share at the others.
+    """
+    own = recipe.training.precision == "fp32" and recipe.training.zero_stage == 0
+    return 8 if own else 12
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

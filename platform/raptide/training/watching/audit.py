@@ -19,7 +19,8 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from raptide.data.streaming.batch import GlobalBatch
+from raptide.data.streaming.batch import PackedRows
+from raptide.data.streaming.shares import BatchShare
 from raptide.small_files import LinesFile, read_lines, write_whole
 
 AUDIT, SUMMARY = "audit", "audit.json"
@@ -41,20 +42,18 @@ class AuditWriter:
         self._lines = LinesFile(run / AUDIT / f"rank-{rank:05d}.jsonl", warn)
         self._attempt = attempt
 
-    def write(self, step: int, batch: GlobalBatch, first: int, last: int) -> None:
-        """Rows `first` to `last` (exclusive) of the batch have gone into a step."""
-        rows = [
-            (*batch.row_ids[index].tolist(), hash_row(batch, index)) for index in range(first, last)
-        ]
+    def write(self, step: int, share: BatchShare) -> None:
+        """The rank's rows have gone into a step."""
+        ids = share.row_ids.tolist()
+        rows = [(*row_id, hash_row(share.rows, index)) for index, row_id in enumerate(ids)]
         self._lines.write({"step": step, "attempt": self._attempt, "rows": rows})
 
     def close(self) -> None:
         self._lines.close()
 
 
-def hash_row(batch: GlobalBatch, index: int) -> str:
+def hash_row(rows: PackedRows, index: int) -> str:
     """Hash of a row's content, 16 hexadecimal digits."""
-    rows = batch.rows
     content = (rows.tokens[index], rows.targets[index], rows.segments[index])
     return hashlib.blake2b(b"".join(a.tobytes() for a in content), digest_size=8).hexdigest()
 

@@ -1,4 +1,5 @@
-"""A run that is told to go saves first: SIGTERM, as `ray job stop` and schedulers send it."""
+"""A run that is told to go saves first: SIGTERM, as `ray job stop` and schedulers send it; and one
+whose nodes are to go away."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import ray
+from ray.train.v2._internal.execution.context import get_train_context
 
 POLL_S = 0.5
 
@@ -19,6 +21,16 @@ TRAINING = "training"
 
 LEFT = "left"
 """Phase of a run that has saved and gone."""
+
+
+def nodes_to_go() -> set[str]:
+    """Nodes of the run that are to go away, as far as this rank knows: Ray Train tells every rank.
+
+    Its own function that asks, `ray.train.get_preemption_info`, lets all ranks meet in one actor,
+    and each look would hold a thousand of them up for a second.
+    """
+    notice = get_train_context().preemption_context.preemption_info
+    return set(notice.preempted_node_ids) if notice else set()
 
 
 @contextmanager

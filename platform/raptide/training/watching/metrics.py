@@ -7,7 +7,7 @@ import resource
 
 import torch
 
-from raptide.data.streaming.batch import GlobalBatch
+from raptide.data.streaming.shares import BatchShare
 from raptide.training.planning.estimate import peak_flops, step_flops
 from raptide.training.planning.recipe import Recipe, learning_rate
 from raptide.training.step import StepResult
@@ -30,14 +30,14 @@ class StepMetrics:
         }
         return metrics if result.skipped else metrics | {"train/grad_norm": result.grad_norm}
 
-    def speed(self, batch: GlobalBatch, seconds: float, wait_s: float) -> dict[str, float]:
+    def speed(self, batch: BatchShare, seconds: float, wait_s: float) -> dict[str, float]:
         """How fast it went, and in how much room; MFU where the device's peak is known.
 
         Args:
             seconds: from the end of the step before, the wait for the batch included.
             wait_s: seconds of these without a batch.
         """
-        tokens, places = batch.num_tokens, batch.rows.tokens.size
+        tokens, places = batch.num_tokens, batch.num_places
         flops = step_flops(self._recipe.model, batch) / seconds / self._workers
         metrics = {
             "speed/step_s": seconds,

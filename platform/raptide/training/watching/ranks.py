@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import ray
 
 from raptide.training.batches import Share
@@ -79,16 +80,25 @@ class RankTimes:
         """At this look; None while there are not two ranks to compare."""
         if len(self._times) < 2:
             return None
-        ratios = {rank: self._ratio(rank) for rank in self._times}
+        seconds = np.array([each for _, each in self._times.values()])
+        others = np.maximum(medians_of_others(seconds), 1e-12)
+        ratios = dict(zip(self._times, (seconds / others).tolist(), strict=True))
         for rank, ratio in ratios.items():
             self._in_a_row[rank] = self._in_a_row.get(rank, 0) + 1 if ratio >= STANDS_OUT else 0
         rank = max(ratios, key=lambda each: ratios[each])
         where, _ = self._times[rank]
         return Slowest(rank, where, ratios[rank], self._in_a_row[rank] >= LOOKS)
 
-    def _ratio(self, rank: int) -> float:
-        others = [seconds for each, (_, seconds) in self._times.items() if each != rank]
-        return self._times[rank][1] / max(statistics.median(others), 1e-12)
+
+def medians_of_others(values: np.ndarray) -> np.ndarray:
+    """For each of at least two values the median of all the others, [n]; one sort serves all."""
+    order = np.argsort(values)
+    ranked, count = values[order], len(values)
+    places = np.arange(count)
+    middle = [ranked[at + (at >= places)] for at in ((count - 2) // 2, (count - 1) // 2)]
+    found = np.empty(count)
+    found[order] = sum(middle) / 2
+    return found
 
 
 class BoardWatch:
@@ -101,6 +111,7 @@ class BoardWatch:
         self._steps = 0
         self._times: list[float] = []
         self._named: set[int] = set()
+        self._call: Any = None
         self.leave = False
         """On rank 0: the driver wants the run saved and gone."""
 
@@ -113,21 +124,29 @@ class BoardWatch:
         Args:
             forward_s: seconds of this rank's own forward passes.
         """
+        self.hear()
         self._steps += 1
         tokens = sum(len(micro.packed.tokens_T) for micro in share.micro)
         if self._watched and self._steps > WARM_UP_STEPS and tokens:
             self._times.append(forward_s / tokens)
 
     def look(self) -> None:
-        """Every rank calls it in the same step; only rank 0 waits for an answer."""
+        """Every rank calls it in the same step, and none waits: a thousand ranks tell the board at
+        once, and all would stand still with rank 0."""
         if self._times:
             # Not the median: a rank that stands still now and then is slow, too.
             mean = statistics.fmean(self._times)
             self._board.took.remote(self._attempt, self._rank, self._where, mean)
             self._times = []
-        if self._rank != 0:
+        if self._rank == 0 and self._call is None:
+            self._call = self._board.notices.remote()
+
+    def hear(self) -> None:
+        """On rank 0: what the board has answered since the last look, once it has."""
+        if self._call is None or not ray.wait([self._call], timeout=0)[0]:
             return
-        self.leave, slowest = ray.get(self._board.notices.remote())
+        self.leave, slowest = ray.get(self._call)
+        self._call = None
         if slowest is None or not self._watched:
             if self.metrics:
                 self._board.post.remote({"slowest": None})

@@ -1,0 +1,31 @@
+"""More ranks than Ray lets meet by itself."""
+
+from types import SimpleNamespace
+
+import pytest
+import ray
+
+from raptide.training.meeting import RoomForAll, SynchronizationActor
+
+RANKS = 1024
+
+
+@pytest.fixture
+def options(monkeypatch):
+    """Of the actor, which are put back."""
+    monkeypatch.setattr(SynchronizationActor, "_default_options", {"num_cpus": 0})
+    return SynchronizationActor._default_options
+
+
+def test_1024_ranks_meet(cluster, options):
+    RoomForAll().before_worker_group_start(SimpleNamespace(num_workers=RANKS))
+    node = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+    actor = SynchronizationActor.options(label_selector=node).remote(timeout_s=60)  # as Ray does
+    calls = [
+        actor.broadcast_from_rank_zero.remote(rank, RANKS, None if rank else "all", "test")
+        for rank in range(RANKS)
+    ]
+    try:
+        assert set(ray.get(calls, timeout=90)) == {"all"}
+    finally:
+        ray.kill(actor)
