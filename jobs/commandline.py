@@ -91,7 +91,7 @@ def as_called(text: str) -> str:
     """A text with commands for people to copy, written as they have called this one."""
     if called_as() is None:
         return text
-    shipped = re.sub(r"jobs/(?:recipes|benchmarks)/(\w+)\.yaml", r"\1", text)
+    shipped = re.sub(r"jobs/(?:recipes/scaling|recipes|benchmarks)/(\w+)\.yaml", r"\1", text)
     return re.sub(
         r"python jobs/(\w+)\.py", lambda found: f"raptide {short_name(found[1])}", shipped
     )

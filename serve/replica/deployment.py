@@ -24,6 +24,7 @@ from ray.serve.exceptions import RayServeException
 from raptide.alphabet import encode_residues
 from raptide.errors import ConfigError
 from raptide.inference.engine import CONTACT_RESIDUES, Engine
+from raptide.methods import blind_to_masks
 from raptide.model.check import verify_check
 from raptide.model.device import CPU_SIZES, first_sizes
 from raptide.model.formats.tensor_files import digest_weights
@@ -258,7 +259,10 @@ class Replica:
                 "ask another model.",
                 reason="model",
             )
-        last = self._engine.model.settings.layers
+        settings = self._engine.model.settings
+        if ask.masks and settings.blind:
+            raise Unfit(blind_to_masks(ask.method), reason="model")
+        last = settings.layers
         for layer in ask.layers if ask.call == "embed" else ():
             if not -last - 1 <= layer <= last:
                 raise Unfit(

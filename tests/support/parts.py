@@ -13,6 +13,7 @@ PARTS = [
     "jobs",
     "bulk",
     "evaluation",
+    "scaling",
     "operations",
     "serve",
     "data",

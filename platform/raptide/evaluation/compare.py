@@ -74,7 +74,7 @@ def interval(sample: Sample, replicates: int = 1000, level: float = 0.95) -> tup
     """
     if sample.units < 2:
         return float("nan"), float("nan")
-    drawn = [sample.replicates(counts) for counts in _draws(sample.units, replicates)]
+    drawn = [sample.replicates(counts) for counts in draws(sample.units, replicates)]
     return _percentiles(np.concatenate(drawn), level)
 
 
@@ -95,11 +95,11 @@ def difference(
         value = a.value() - b.value()
         return Difference(value, nothing, nothing, "no measured difference", paired=True)
     paired = a.units == b.units
-    drawn_a = _draws(a.units, replicates)
+    drawn_a = draws(a.units, replicates)
     if paired:
         drawn = [a.replicates(counts) - b.replicates(counts) for counts in drawn_a]
     else:  # the generators differ, being keyed by the number of units
-        drawn_b = _draws(b.units, replicates)
+        drawn_b = draws(b.units, replicates)
         drawn = [
             np.concatenate([a.replicates(counts) for counts in drawn_a])
             - np.concatenate([b.replicates(counts) for counts in drawn_b])
@@ -154,7 +154,7 @@ def judge_control(control: Sample, chance: Sample, higher_is_better: bool) -> st
     )
 
 
-def _draws(units: int, replicates: int) -> Iterator[np.ndarray]:
+def draws(units: int, replicates: int) -> Iterator[np.ndarray]:
     """How often each unit is drawn in each replicate, [b, units] int64, some at a time.
 
     Raw bits of a counter-based generator, so that draws depend neither on how many are held at once

@@ -22,7 +22,7 @@ from raptide.data.fasta import SOUND, ReadingRules, read_fasta
 from raptide.data.fasta_text import FastaPart, split_fasta
 from raptide.data.streaming.batch import StreamSettings
 from raptide.data.streaming.rows import Sampling, draw_members
-from raptide.data.streaming.stream import Source
+from raptide.data.streaming.stream import Source, share_of_blocks
 from raptide.errors import InputError, plain_errors
 from raptide.evaluation.ngrams import FORMAT_VERSION, SHAPE, NgramCounts, count_grams
 
@@ -69,15 +69,21 @@ class CorpusText:
     split: Split
     sampling: Sampling
     stretches: int
+    fraction: float = 1.0
+    """Share of the blocks that are read, the first ones, as training takes them."""
 
     @classmethod
-    def of(cls, corpus: Corpus, split: Split, sampling: Sampling) -> CorpusText:
+    def of(
+        cls, corpus: Corpus, split: Split, sampling: Sampling, fraction: float = 1.0
+    ) -> CorpusText:
         source = Source(str(corpus.path.resolve()), corpus.digest)
-        return cls(source, split, sampling, len(corpus.blocks(split)))
+        blocks = share_of_blocks(len(corpus.blocks(split)), fraction)
+        return cls(source, split, sampling, blocks, fraction)
 
     @property
     def source(self) -> dict[str, Any]:
-        return {"corpus": self.corpus.digest, "split": self.split, "sampling": self.sampling}
+        whole = {"corpus": self.corpus.digest, "split": self.split, "sampling": self.sampling}
+        return whole if self.fraction == 1.0 else whole | {"fraction": self.fraction}
 
     def read(self, stretches: Sequence[int]) -> Iterator[Proteins]:
         corpus = self.corpus.open()

@@ -10,6 +10,11 @@ import torch
 
 from raptide.errors import ConfigError
 from raptide.inference.engine import Engine
+from raptide.model.families import make_model
+from raptide.model.formats.detect import write_weights
+from raptide.model.formats.weights import Weights
+from raptide.model.lstm.config import LstmSettings
+from serve.calls import Ask, Done, Refused, Work
 from serve.replica import deployment
 from serve.replica.deployment import Replica, device_given, warm_up
 from serve.settings import ModelSettings
@@ -44,6 +49,24 @@ def test_who_asks_during_a_probe_waits_for_its_answer(bundle):
         return started
 
     assert asyncio.run(threads_of_many_probes()) <= 3  # the batcher's, the probe's, one that ends
+
+
+def test_an_lstm_refuses_masks_and_answers_in_one_pass(tmp_path):
+    model = make_model(LstmSettings(layers=1, width=16)).initialise(1)
+    write_weights(tmp_path / "lstm", Weights.of(model))
+
+    async def last_of(work):
+        replica = Replica(ModelSettings(name="alone", path=str(tmp_path / "lstm")))
+        return [each async for each in replica.run(work)][-1]
+
+    def answer(method):
+        return asyncio.run(last_of(Work(Ask("score", method), ["MKTAYI"], 8, 60.0)))
+
+    assert isinstance(answer("one-pass"), Done)
+    refused = answer("pseudo-ppl")
+    assert isinstance(refused, Refused)
+    assert refused.reason == "model"
+    assert "an LSTM does not read" in refused.message
 
 
 @pytest.fixture

@@ -111,11 +111,16 @@ class StreamPlan:
     def training_blocks(self, corpus: Corpus) -> Blocks:
         """The blocks of a corpus that are in use, in its order."""
         blocks = corpus.blocks("train")
-        return blocks[: math.ceil(self.settings.fraction * len(blocks) - 1e-9)]
+        return blocks[: share_of_blocks(len(blocks), self.settings.fraction)]
 
     def source_seed(self, index: int) -> int:
         """The seed of one source: no two draw the same random bits."""
         return (self.settings.seed + index * SEED_STEP) % 2**63
+
+
+def share_of_blocks(blocks: int, fraction: float) -> int:
+    """How many blocks, from the first on, are a share of them: never none."""
+    return math.ceil(fraction * blocks - 1e-9)
 
 
 def global_batches(plan: StreamPlan, cursor: Cursor, count: int) -> Iterator[GlobalBatch]:

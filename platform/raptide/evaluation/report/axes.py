@@ -20,15 +20,30 @@ class Axis:
     start: float
     """Where `low` lies; past `end` for an axis that runs backwards."""
     end: float
+    log: bool = False
+    """Whether `low` and `high` are powers of ten."""
 
     def at(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+        place = math.log10(value) if self.log else value
+        return self.start + (place - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
+        if self.log:
+            return self._log_ticks()
         step = round_step(self.high - self.low)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [i * step for i in range(first, last + 1)]
+
+    def _log_ticks(self) -> list[float]:
+        """1, 2 and 5 of each power, or powers alone, so many that they have room."""
+        powers = range(math.floor(self.low), math.ceil(self.high) + 1)
+        for digits in ((1, 2, 5), (1,)):
+            found = [m * 10.0**power for power in powers for m in digits]
+            shown = [v for v in found if self.low <= math.log10(v) <= self.high]
+            if len(shown) <= MOST_TICKS:
+                return shown
+        return shown[:: math.ceil(len(shown) / MOST_TICKS)]
 
 
 def round_step(span: float) -> float:
@@ -38,16 +53,25 @@ def round_step(span: float) -> float:
 
 
 def axis_over(
-    values: Iterable[float], start: float, end: float, *, zero: bool = False, margin: float = 0.04
+    values: Iterable[float],
+    start: float,
+    end: float,
+    *,
+    zero: bool = False,
+    margin: float = 0.04,
+    log: bool = False,
 ) -> Axis:
-    """An axis on which all finite values lie; with `zero`, that lies on it as well."""
+    """An axis on which all finite values lie; with `zero`, that lies on it as well; with `log`,
+    all that are above 0."""
     finite = [v for v in values if math.isfinite(v)] + ([0.0] if zero else [])
+    if log:
+        finite = [math.log10(v) for v in finite if v > 0]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     room = (high - low) * margin
     below = 0.0 if zero and low >= 0 else room
-    return Axis(low - below, high + (0.0 if zero and high <= 0 else room), start, end)
+    return Axis(low - below, high + (0.0 if zero and high <= 0 else room), start, end, log)
 
 
 def tick_text(value: float) -> str:

@@ -60,6 +60,10 @@ class Series:
     """Colour and mark; of a subject the same in the whole report."""
     baseline: bool = False
     """Dashed lines, hatched bars."""
+    joined: bool = True
+    """Whether a line goes through the points."""
+    marked: bool = True
+    """Whether they have marks."""
 
     @property
     def colour(self) -> str:
@@ -81,15 +85,18 @@ def line_chart(
     series: Sequence[Series],
     *,
     reverse_x: bool = False,
+    log_x: bool = False,
+    note: str = "",
 ) -> Markup:
     """Lines over one axis, with a legend and the numbers as a table."""
     ends = (LEFT, WIDTH - RIGHT)
-    x = axis_over([v for s in series for v in s.x], *(ends[::-1] if reverse_x else ends))
+    x = axis_over([v for s in series for v in s.x], *(ends[::-1] if reverse_x else ends), log=log_x)
     y = axis_over([v for s in series for v in s.y], HEIGHT - BOTTOM, TOP)
     lines = join(_line(each, x, y) for each in series)
     label = f"{title}: {y_label} over {x_label}, lines of {', '.join(s.name for s in series)}"
     drawing = svg(label, frame(x, y, x_label, y_label), lines)
-    return figure(title, drawing, legend(series, bars=False), numbers(title, x_label, series))
+    below = (legend(series, bars=False), numbers(title, x_label, series))
+    return figure(title, drawing, *below, note=note)
 
 
 def _line(series: Series, x: Axis, y: Axis) -> Markup:
@@ -101,10 +108,16 @@ def _line(series: Series, x: Axis, y: Axis) -> Markup:
         path += f"{pen}{x.at(a):.1f} {y.at(b):.1f}"
         marks += f"M{x.at(a):.1f} {y.at(b):.1f}{series.mark}"
         pen = "L"
-    line = tag(
-        "path", d=path or "M0 0", class_="line", stroke=series.colour, stroke_dasharray=series.dash
+    if series.joined:
+        stroke = {"stroke": series.colour, "stroke_dasharray": series.dash}
+        line = tag("path", d=path or "M0 0", class_="line", **stroke)
+    else:
+        line = NOTHING
+    dots = (
+        tag("path", d=marks or "M0 0", fill=series.colour)
+        if series.marked and len(series.x) <= 40
+        else NOTHING
     )
-    dots = tag("path", d=marks or "M0 0", fill=series.colour) if len(series.x) <= 40 else NOTHING
     return join([line, dots])
 
 

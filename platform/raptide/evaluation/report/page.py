@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from raptide.evaluation.report.content import ReportContent, distinguish
@@ -54,20 +55,34 @@ def render_page(content: ReportContent) -> str:
         for key, title, made in shown
     ]
     few = f"{album.left_out} pictures were left out, so that this page stays small."
-    links = [tag("li", tag("a", title, href=f"#{key}")) for key, title, _ in shown]
+    header = join(
+        [
+            tag("h1", f"What was learned: {content.benchmark}"),
+            tag("p", described(content)),
+            tag("p", few, class_="small") if album.left_out else NOTHING,
+        ]
+    )
     title = f"{content.benchmark}: {', '.join(model.name for model in content.models)}"
+    return document(title, header, [(key, title) for key, title, _ in shown], body)
+
+
+def document(
+    title: str, header: Markup, sections: Sequence[tuple[str, str]], body: Sequence[Markup]
+) -> str:
+    """A whole page.
+
+    Args:
+        sections: id and title of each, for the links to them; the first is the summary.
+        body: the sections.
+    """
+    links = [tag("li", tag("a", name, href=f"#{key}")) for key, name in sections]
     return "<!DOCTYPE html>\n" + tag(
         "html",
         _head(title),
         tag(
             "body",
-            tag("a", "To the summary", href="#summary", class_="skip"),
-            tag(
-                "header",
-                tag("h1", f"What was learned: {content.benchmark}"),
-                tag("p", described(content)),
-                tag("p", few, class_="small") if album.left_out else NOTHING,
-            ),
+            tag("a", "To the summary", href=f"#{sections[0][0]}", class_="skip"),
+            tag("header", header),
             tag("nav", tag("ul", *links), aria_label="Sections"),
             tag("main", *body),
         ),

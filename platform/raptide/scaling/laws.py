@@ -1,0 +1,120 @@
+"""Power laws through the points of a study, with intervals.
+
+What is fitted is the cross entropy in nats, L(x) = a x^-b (Kaplan et al., 2020), by least squares
+in the logarithms of both; the ECE is exp of L. The interval of b is that of a bootstrap: proteins
+are drawn, the same for all models, since a protein that is hard for one is hard for all; and where
+models were trained with several seeds, each point moves by what seeds do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from raptide.evaluation.compare import draws, noise_floor
+from raptide.scaling.measuring import Point
+
+REPLICATES = 1000
+LEAST_POINTS = 3
+NOISE_SEED = 20210413
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model on one of the data: the mean over its seeds."""
+
+    model: str
+    data: str
+    kind: str
+    x: dict[str, float]
+    """Parameters, tokens of an epoch, and operations."""
+
+    nats: float
+    replicates: np.ndarray
+    """Of the bootstrap over proteins, [REPLICATES] float64."""
+
+    seeds: tuple[float, ...]
+    """Nats of each seed."""
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """L(x) = scale * x ** -exponent, nats."""
+
+    scale: float
+    exponent: float
+    low: float
+    high: float
+    points: int
+
+    def ece(self, x: float) -> float:
+        return float(np.exp(self.scale * x**-self.exponent))
+
+    def sentence(self) -> str:
+        flat = "; it may be flat" if self.low <= 0 <= self.high else ""
+        return (
+            f"Cross entropy falls as x^-{self.exponent:.4f} (95% interval {self.low:.4f} to "
+            f"{self.high:.4f}, {self.points} points{flat})."
+        )
+
+
+def cells(points: Iterable[Point]) -> list[Cell]:
+    """Models by size and data, in the order of the points."""
+    grouped: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        if point.kind != "n-gram" and point.ece_masked is not None:
+            grouped.setdefault((point.facts["model"], point.facts["data"]), []).append(point)
+    return [_cell(some) for some in grouped.values()]
+
+
+def _cell(some: Sequence[Point]) -> Cell:
+    samples = [point.sample for point in some if point.sample is not None]
+    seeds = tuple(float(np.log(sample.value())) for sample in samples)
+    drawn = [
+        np.concatenate([np.log(s.replicates(counts)) for counts in draws(s.units, REPLICATES)])
+        for s in samples
+    ]
+    facts = some[0].facts
+    x = {name: float(facts[name] or np.nan) for name in ("parameters", "epoch_tokens", "flops")}
+    return Cell(
+        *(facts["model"], facts["data"], facts["kind"], x),
+        *(float(np.mean(seeds)), np.mean(drawn, 0), seeds),
+    )
+
+
+def seed_deviation(found: Iterable[Cell]) -> float:
+    """Standard deviation, in nats, over runs that differ in the seed alone; 0 where none do."""
+    floors = [noise_floor(each.seeds).deviation for each in found if len(each.seeds) > 1]
+    return float(np.sqrt(np.mean(np.square(floors)))) if floors else 0.0
+
+
+def fit(found: Sequence[Cell], by: str, deviation: float) -> PowerLaw | None:
+    """The law through some points; None where they are fewer than three, or of one size.
+
+    Args:
+        by: "parameters", "epoch_tokens" or "flops".
+        deviation: what seeds do, nats.
+    """
+    x = np.log([each.x[by] for each in found])
+    if len(np.unique(x)) < LEAST_POINTS or not np.isfinite(x).all():
+        return None
+    slope, offset = np.polyfit(x, np.log([each.nats for each in found]), 1)
+    noise = np.random.Generator(np.random.Philox(key=[NOISE_SEED, len(found)]))
+    moved = [
+        each.replicates + noise.normal(0, deviation / np.sqrt(len(each.seeds)), REPLICATES)
+        for each in found
+    ]
+    slopes = np.polyfit(x, np.log(np.array(moved)), 1)[0]
+    low, high = np.quantile(-slopes, [0.025, 0.975])
+    return PowerLaw(float(np.exp(offset)), float(-slope), float(low), float(high), len(found))
+
+
+def best_by_compute(found: Iterable[Cell]) -> list[Cell]:
+    """Those that no other beats with fewer operations, the cheapest first."""
+    frontier: list[Cell] = []
+    for each in sorted(found, key=lambda cell: cell.x["flops"]):
+        if not frontier or each.nats < frontier[-1].nats:
+            frontier.append(each)
+    return frontier
