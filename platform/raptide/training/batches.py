@@ -73,6 +73,11 @@ def rows_of(bounds: list[tuple[int, int]]) -> tuple[int, int]:
     return bounds[0][0], bounds[-1][1]
 
 
+def rows_of_ranks(recipe: Recipe, workers: int) -> list[tuple[int, int]]:
+    """The same of every rank of a recipe's run."""
+    return [rows_of(bounds_of_rank(recipe, rank, workers)) for rank in range(workers)]
+
+
 def within_share(bounds: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """The same micro-batches, counted from the rank's first row."""
     begins, _ = rows_of(bounds)

@@ -24,7 +24,7 @@ from raptide.errors import CheckpointUnsaved
 from raptide.model.formats.detect import write_weights
 from raptide.model.formats.weights import Weights
 from raptide.training.ahead import SharesAhead
-from raptide.training.batches import Share, bounds_of_rank, cut_share, rows_of, within_share
+from raptide.training.batches import Share, bounds_of_rank, cut_share, rows_of_ranks, within_share
 from raptide.training.checkpoints.checkpoint import MODEL, SavedCheckpoint, newest_checkpoint
 from raptide.training.checkpoints.keeping import best_effort
 from raptide.training.checkpoints.owned import Storage
@@ -90,12 +90,9 @@ class Worker:
         self._writer = self._prepare_saving(context.get_local_world_size())
         self._evaluations = self._prepare_evaluations(so_far)
         reader = self._start_stream(cursor)
+        rows = heldout_rows(run.plan, self._recipe.evaluation)
         self._evaluator = HeldoutEvaluator(
-            heldout_rows(run.plan, self._recipe.evaluation),
-            run.plan,
-            self._recipe.training.micro_batch_rows,
-            self._rank,
-            self._workers,
+            *(rows, run.plan, self._recipe.training.micro_batch_rows, self._rank, self._workers),
             blind=self._recipe.model.blind,
         )
         self._measures = StepMetrics(self._recipe, run.device, self._workers)
@@ -376,8 +373,7 @@ class Worker:
         feeder = None
         if self._rank == 0:
             here = FeederActor.options(scheduling_strategy=on_this_node())
-            ranks = range(self._workers)
-            shares = [rows_of(bounds_of_rank(self._recipe, r, self._workers)) for r in ranks]
+            shares = rows_of_ranks(self._recipe, self._workers)
             blind = self._recipe.model.blind
             feeder = here.remote(self._run.plan, cursor, self._steps_left, shares, blind=blind)
         self._feeder = broadcast_from_rank_zero(feeder)  # kept: a feeder nobody holds is ended
