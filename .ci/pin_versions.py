@@ -52,41 +52,37 @@ def main() -> int:
     before = read(FILE)
     versions = resolve(FILE if args.keep else None)
     kept = before if args.keep else {}
-    FILE.write_text(HEADER + "".join(f"{n}=={v}\n" for n, v in listed(versions | kept)))
+    FILE.write_text(HEADER + "".join(f"{n}=={v}\n" for n, v in sorted((versions | kept).items())))
     print(f"{FILE}: {len(versions | kept)} versions\n{difference(before, versions | kept)}")
     return 0
 
 
 def read(file: Path) -> dict[str, str]:
-    """The versions that a file of constraints gives."""
+    """The versions that a file of constraints gives, by plain name."""
     lines = [line.partition("#")[0].strip() for line in file.read_text().splitlines()]
-    return dict(line.split("==") for line in lines if line)
+    return {_plain(name): version for name, version in (x.split("==") for x in lines if x)}
 
 
 def resolve(constraints: Path | None) -> dict[str, str]:
-    """What pip would install of `.[dev]`, by name."""
+    """What pip would install of `.[dev]`, by plain name."""
     limits = ["--constraint", str(constraints)] if constraints else []
     with tempfile.NamedTemporaryFile(suffix=".json") as report:
         options = ["--dry-run", "--ignore-installed", "--quiet", "--report", report.name, *limits]
         command = [sys.executable, "-m", "pip", "install", *options, f"{ROOT}[dev]"]
         subprocess.run(command, check=True)
         found = json.loads(Path(report.name).read_text())["install"]
-    versions = {each["metadata"]["name"]: each["metadata"]["version"] for each in found}
-    return {name: v for name, v in versions.items() if not LEFT_OUT.fullmatch(name.lower())}
-
-
-def listed(versions: dict[str, str]) -> list[tuple[str, str]]:
-    return sorted(versions.items(), key=lambda pair: pair[0].lower())
+    versions = {_plain(e["metadata"]["name"]): e["metadata"]["version"] for e in found}
+    return {name: v for name, v in versions.items() if not LEFT_OUT.fullmatch(name)}
 
 
 def difference(before: dict[str, str], after: dict[str, str]) -> str:
     """A line for each version that is another, new or gone."""
-    one, other = ({_plain(n): v for n, v in each.items()} for each in (before, after))
-    names = sorted(name for name in one | other if one.get(name) != other.get(name))
-    return "\n".join(f"  {n}: {one.get(n, 'none')} -> {other.get(n, 'none')}" for n in names)
+    names = sorted(name for name in before | after if before.get(name) != after.get(name))
+    return "\n".join(f"  {n}: {before.get(n, 'none')} -> {after.get(n, 'none')}" for n in names)
 
 
 def _plain(name: str) -> str:
+    """As packages' names are compared: pip reports Flask where a file says flask."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -100,8 +96,8 @@ def try_newest(report: Path) -> int:
         if outcomes["install"][0] == 0:
             outcomes |= {n: run([python, "-m", *command]) for n, command in CHECKS.items()}
             listing = subprocess.check_output([python, "-m", "pip", "list", "--format", "json"])
-            newest = {each["name"]: each["version"] for each in json.loads(listing)}
-            newest = {n: v for n, v in newest.items() if not LEFT_OUT.fullmatch(n.lower())}
+            newest = {_plain(each["name"]): each["version"] for each in json.loads(listing)}
+            newest = {n: v for n, v in newest.items() if not LEFT_OUT.fullmatch(n)}
     report.write_text(describe(outcomes, newest))
     print(
         f"{report}: "
