@@ -128,6 +128,24 @@ def test_a_cancelled_call_is_called_off_at_the_endpoint(server):
     assert gone == [True] * 4
 
 
+def test_requests_called_off_at_any_moment_cost_no_later_one_its_connection(server):
+    """Also between getting a place in httpx's pool and connecting, where httpx loses it."""
+
+    async def work(client):
+        for moment in range(60):
+            tasks = [asyncio.create_task(client.embed(SEQUENCES)) for _ in range(2)]
+            for _ in range(moment):
+                await asyncio.sleep(0)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        async with asyncio.timeout(30):
+            assert lengths(await client.embed(["MKT"])) == [3]
+        assert not client._transport._running
+
+    run(server, work, chunk_sequences=1, parallel=4)
+
+
 def test_an_abandoned_generator_goes_on_sending_nothing(server):
     async def work(client):
         results = client.embed(iter(["MKT"] * 1000))

@@ -13,7 +13,9 @@ import os
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,14 +58,18 @@ class AsyncTransport:
     ) -> None:
         self.url = plain_url(url)
         tls = tls_context(verify, cert) if self.url.startswith("https") else True
-        self._http = httpx.AsyncClient(
+        # Our own queue, not httpx's: what is to be sent is known when it is sent, and httpx's never
+        # moves on once it has lost as many connections as it may have.
+        self._places = asyncio.Semaphore(connections)
+        self._make = partial(
+            httpx.AsyncClient,
             base_url=self.url,
             headers=key_header(key),
             verify=tls,
-            limits=httpx.Limits(max_connections=connections),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=connections),
         )
-        # In front of httpx's own queue: what is to be sent is known when it is sent.
-        self._places = asyncio.Semaphore(connections)
+        self._http = self._make()
+        self._running: Counter[httpx.AsyncClient] = Counter()
 
     def start(self, exchange: Exchange[Any]) -> asyncio.Task[Any]:
         return asyncio.create_task(self.ask(exchange))
@@ -78,7 +84,8 @@ class AsyncTransport:
         await asyncio.sleep(seconds)
 
     async def close(self) -> None:
-        await self._http.aclose()
+        for http in {self._http, *self._running}:
+            await http.aclose()
 
     async def ask(self, exchange: Exchange[T]) -> T:
         """Send a request until it is answered.
@@ -86,17 +93,10 @@ class AsyncTransport:
         Raises:
             As `Exchange.answered` and `Exchange.failed`.
         """
-        timeout = httpx.Timeout(exchange.timeout_s + GRACE_S, connect=CONNECT_S, pool=None)
         while True:
             try:
                 async with self._places:
-                    response = await self._http.request(
-                        exchange.method,
-                        exchange.path,
-                        json=exchange.body,
-                        headers=exchange.headers(),
-                        timeout=timeout,
-                    )
+                    response = await self._send(exchange)
             except httpx.HTTPError as error:
                 wait_s: float | None = exchange.failed(error, self.url)
             else:
@@ -104,6 +104,33 @@ class AsyncTransport:
             if wait_s is None:
                 return exchange.result
             await asyncio.sleep(wait_s)
+
+    async def _send(self, exchange: Exchange[Any]) -> httpx.Response:
+        """One request and its answer.
+
+        httpx may lose a connection when a request is called off, and would count and hold it for
+        ever: further requests take new ones then, and the last of the old goes with its client.
+        """
+        http = self._http
+        self._running[http] += 1
+        try:
+            return await http.request(
+                exchange.method,
+                exchange.path,
+                json=exchange.body,
+                headers=exchange.headers(),
+                timeout=httpx.Timeout(exchange.timeout_s + GRACE_S, connect=CONNECT_S),
+            )
+        except asyncio.CancelledError:
+            if http is self._http:
+                self._http = self._make()
+            raise
+        finally:
+            self._running[http] -= 1
+            if not self._running[http]:
+                del self._running[http]
+                if http is not self._http:
+                    await http.aclose()
 
 
 class BlockingTransport:
