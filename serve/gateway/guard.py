@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.calls import PATHS
 from serve.gateway.books import Books
 from serve.gateway.keys import KeyRing
 from serve.gateway.pace import Pace, Stalled
@@ -19,6 +20,9 @@ from serve.metrics import GatewayMetrics
 
 OPEN = ("/healthz", "/readyz", "/docs", "/redoc", "/openapi.json", "/static-offline-docs/")
 """Paths that take no key where keys are set: health and documentation."""
+
+KNOWN = {f"/v1/{path}" for path in (*PATHS.values(), "models", "status")}
+"""Paths that take keys and have a name in the books."""
 
 
 class Guard:
@@ -57,6 +61,8 @@ class Guard:
                 books.key = self._keys.check(given)
                 body = await self._read(headers, receive)
             await self._app(scope, _replay(body, receive), wire.send)
+        except _Left:
+            return
         except Refusal as refusal:
             books.refuse(refusal)
             await refusal.response()(scope, receive, wire.send)
@@ -72,8 +78,7 @@ class Guard:
             books.refuse(internal())
             await internal().response()(scope, receive, wire.send)
         finally:
-            if "route" in scope:  # by its template: a path may hold what a client has made up
-                books.call = scope["route"].path.removeprefix("/v1").strip("/").split("/")[0]
+            books.call = _called(scope)
             books.close(counted_only=_path(scope).startswith(OPEN))
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
@@ -105,7 +110,7 @@ class Guard:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise Refusal(400, "invalid_request", "The request ended before its body.")
+                raise _Left
             body += message.get("body", b"")
             if len(body) > self._max_body_bytes:
                 raise self._too_large()
@@ -119,6 +124,21 @@ class Guard:
             "fewer sequences at once.",
             413,
         )
+
+
+class _Left(Exception):
+    """The client is gone before its request was whole; the books say 499."""
+
+
+def _called(scope: Scope) -> str:
+    """What was asked for, also by what was refused before it had a route.
+
+    By the route's template, or a path that we know: others may hold what a client has made up.
+    """
+    path = scope["route"].path if "route" in scope else _path(scope)
+    if "route" not in scope and path not in KNOWN:
+        return "other"
+    return path.removeprefix("/v1").strip("/").split("/")[0]
 
 
 class _Wire:

@@ -64,7 +64,7 @@ class Books:
         self.types: Counter[str] = Counter()
         """Errors by type."""
         self.residues: Counter[str] = Counter()
-        """That were let in, by call; "?" as above."""
+        """That were let in, by call; not those of clients that left."""
 
     def write(self, kind: str, call: str, status: str, error: str | None, residues: int) -> None:
         with self._lock:
@@ -262,8 +262,7 @@ def ask_by_http(
                 status = "?" if leave_s else "timeout"
             except (httpx.TransportError, ValueError, KeyError, TypeError) as broken:
                 status = type(broken).__name__
-            let_in = letters if status in ("200", "504", "?") else 0
-            call = "other" if status == "401" else call
+            let_in = letters if status in ("200", "504") else 0
             books.write(kind, call, status, error, let_in)
 
 
@@ -319,22 +318,30 @@ def compare(books: Books) -> dict[str, Any]:
 def differing(books: Books, theirs: dict[str, Counter]) -> list[str]:
     """Every line in which the books differ.
 
-    Whoever hung up did not hear whether there was an answer: 499 or 200 stand for it.
+    Whoever hung up did not hear of any answer, and may have been gone before the gateway saw a
+    request: 499 or 200 stand for those that arrived, which may be fewer.
     """
-    found = []
-    ours = Counter({(c, "200" if s in ("OK", "?") else s): 0 for c, s in books.calls})
+    told = {(c, "200" if s == "OK" else s): 0 for c, s in books.calls if s != "?"}
     for (call, status), count in books.calls.items():
-        ours[call, "200" if status in ("OK", "?") else status] += count
-    for (call, status), count in theirs["requests"].items():
-        key = (call, "200" if status in ("OK", "499") else status)
-        ours[key] -= count
-    found += [f"requests {call} {status}: {-n:+}" for (call, status), n in ours.items() if n]
+        if status != "?":
+            told[call, "200" if status == "OK" else status] += count
+    gone = {call: count for (call, status), count in books.calls.items() if status == "?"}
+    requests = Counter(theirs["requests"])
+    for call in gone:  # theirs alone hang up, and nobody else of that call hears a 200
+        requests[call, "200"] += requests.pop((call, "499"), 0)
+    found = []
+    for call, status in sorted({*told, *requests}):
+        ours, more = told.get((call, status), 0), requests[call, status]
+        allowed = gone.get(call, 0) if status == "200" else 0
+        if not ours <= more <= ours + allowed:
+            found.append(f"requests {call} {status}: {more - ours:+}")
     errors = Counter(books.types)
     errors.subtract({kind: n for kind, n in theirs["errors"].items() if kind not in LEFT})
     found += [f"errors {kind}: {-n:+}" for kind, n in errors.items() if n]
-    residues = Counter(books.residues)
-    residues.subtract(theirs["residues"])
-    found += [f"residues {call}: {-n:+}" for call, n in residues.items() if n]
+    for call, letters in books.residues.items():
+        ours, more = letters, theirs["residues"][call]
+        if not ours <= more <= ours + gone.get(call, 0) * len(COSTLY):
+            found.append(f"residues {call}: {more - ours:+}")
     return found
 
 

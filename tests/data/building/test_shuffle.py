@@ -87,3 +87,9 @@ def test_an_error_is_raised_as_itself_and_starts_no_more_tasks(objects):
     with pytest.raises(CorpusError, match=r"^no bucket will do\."), plain_errors():
         shuffle(some_rows(), 60, place, refuse)
     assert 0 < objects.count(2) < 60
+
+
+@pytest.mark.parametrize("buckets", [1, 3, 100])
+def test_of_no_rows_nothing_is_made(cluster, buckets):
+    none = some_rows().filter(lambda row: False)
+    assert shuffle(none, buckets, lambda table: np.zeros(len(table)), lambda *_: None) == []

@@ -244,3 +244,36 @@ def test_a_page_that_is_let_in_may_read_refusals_and_asks_without_a_key(app, rin
     asked = {**origin, "Access-Control-Request-Method": "POST"}
     asked |= {"Access-Control-Request-Headers": "authorization"}
     assert ask(page, "/v1/echo", headers=asked, method="OPTIONS").status_code == 200
+
+
+def test_who_leaves_before_the_request_is_whole_is_counted_as_gone_and_by_call():
+    app, service = fake_replicas.make_app(fake_replicas.FakeReplicas())
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/scores",
+        "headers": [(b"content-type", b"application/json")],
+        "query_string": b"",
+    }
+    arrives = iter([{"type": "http.request", "body": b'{"seq', "more_body": True}])
+
+    async def receive():
+        return next(arrives, {"type": "http.disconnect"})
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    assert not sent
+    assert dict(service.metrics["requests"].seen) == {("", "scores", "499"): 1}
+    assert dict(service.metrics["errors"].seen) == {("disconnected",): 1}
+
+
+def test_a_refused_key_is_counted_by_what_was_asked(metrics, ring, app):
+    keys, _ = ring
+    guard = Guard(app, keys, 1000, 1.0, metrics)
+    for path in ("/v1/scores", "/v1/nothing"):
+        assert ask(guard, path, method="POST").status_code == 401
+    assert [tags["call"] for tags in metrics.requests.seen] == ["scores", "other"]

@@ -69,8 +69,9 @@ def shuffle(
     elif buckets > 1:
         pieces = _cut_all(pieces, lambda first: range(buckets), place)
     tasks = (
-        (*_call.remote(call, bucket, *(piece.rows for piece in pieces.pop(bucket))), bucket)
+        (*_call.remote(call, bucket, *(piece.rows for piece in found)), bucket)
         for bucket in sorted(pieces)
+        if (found := list(pieces.pop(bucket)))
     )
     made = {bucket: result for _, result, bucket in _in_turn(tasks)}
     return [made[bucket] for bucket in sorted(made)]
