@@ -18,7 +18,14 @@ from ray.train.v2._internal.execution.checkpoint.sync_actor import Synchronizati
 
 from raptide.data.corpus import BLOCK_TABLE, Corpus
 from raptide.data.streaming.batch import Cursor, StreamSettings
-from raptide.data.streaming.feeder import ANSWER_BYTES, MOST_A_CALL, PAUSE_S, Feeder, FeederActor
+from raptide.data.streaming.feeder import (
+    ACTOR,
+    ANSWER_BYTES,
+    MOST_A_CALL,
+    PAUSE_S,
+    Feeder,
+    FeederActor,
+)
 from raptide.data.streaming.letters import MOST_BLOCKS, _count_block
 from raptide.data.streaming.shares import BatchShare, pack_shares, unpack_shares
 from raptide.data.streaming.stream import (
@@ -122,7 +129,7 @@ def hand_out(tables: list[pa.Table], readers: int) -> dict[str, float]:
     """What the feeder gives to so many readers, and what it takes for that."""
     each = BATCH_ROWS // readers
     shares = [(rank * each, (rank + 1) * each) for rank in range(readers)]
-    feeder = ray.remote(num_cpus=0)(ReadyFeeder).remote(tables, shares)
+    feeder = ray.remote(**ACTOR)(ReadyFeeder).remote(tables, shares)
     per_process = readers // PROCESSES
     starts = range(0, readers, per_process)
     processes = [Readers.remote(feeder, range(s, s + per_process)) for s in starts]

@@ -1,6 +1,8 @@
 """What the feeder hands to whom, in this process: as many readers as there are calls."""
 
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -143,6 +145,29 @@ def test_what_one_slow_reader_leaves_is_bounded_and_the_others_wait():
     ask(2)
     ask(0)
     assert (taken[0], taken[2], len(feeder._held)) == (MOST_HELD + 5, 5, MOST_HELD)
+
+
+def test_calls_that_come_in_several_threads_get_what_is_theirs():
+    batches = some_batches(30, 64)
+
+    def slow():
+        for batch in batches:
+            time.sleep(0.002)
+            yield batch
+
+    feeder = Ready(slow(), even_shares(64, 32))
+
+    def read(rank):
+        ids = []
+        while len(ids) < 30:
+            packed = feeder.fetch(rank, len(ids), 5)
+            ids += [share.row_ids.tolist() for share in unpack_shares(packed)] if packed else []
+        return ids
+
+    with ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(read, range(32)))
+    for number, batch in enumerate(batches):
+        assert [row for ids in found for row in ids[number]] == batch.row_ids.tolist()
 
 
 @pytest.mark.parametrize("asked", [0, 1, 3])

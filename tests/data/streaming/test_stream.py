@@ -8,7 +8,7 @@ import ray
 
 from raptide.alphabet import ESM_33
 from raptide.data.streaming.batch import Cursor, GlobalBatch, PackedRows, StreamSettings
-from raptide.data.streaming.feeder import BatchReader, Feeder, FeederActor
+from raptide.data.streaming.feeder import ACTOR, BatchReader, Feeder, FeederActor
 from raptide.data.streaming.pace import REST_S, Pace
 from raptide.data.streaming.stream import (
     Source,
@@ -170,7 +170,7 @@ def test_the_batches_before_an_error_come_to_every_reader(cluster, batches):
             super().__init__(None, Cursor(), 0, shares)
             self._batches = broken_off()
 
-    feeder = ray.remote(num_cpus=0)(BreaksOff).remote([(0, 24), (0, 24)])
+    feeder = ray.remote(**ACTOR)(BreaksOff).remote([(0, 24), (0, 24)])
     for rank in range(2):
         reader = BatchReader(feeder, rank, 60.0).shares(100)
         assert [digest(batch) for batch in islice(reader, 6)] == [digest(b) for b in batches[:6]]

@@ -15,8 +15,8 @@ from raptide.data.streaming.rows import draw_members
 from raptide.data.streaming.stream import StreamPlan, open_plan
 from raptide.errors import plain_errors
 
-MOST_BLOCKS = 2048
-"""Blocks that are counted: clusters lie in the order of a hash, so that the first two billion
+MOST_BLOCKS = 512
+"""Blocks that are counted: clusters lie in the order of a hash, so that the first half a billion
 residues stand for all, and no run begins with reading a whole corpus."""
 
 
