@@ -1,0 +1,168 @@
+"""A study from end to end: interrupted while runs train, and gone on with."""
+
+import hashlib
+import json
+import re
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+import yaml
+from conftest import ROOT
+
+import run_scaling_study
+from raptide.errors import ConfigError, RaptideError
+
+TINY = ROOT / "jobs/benchmarks/tiny"
+
+RECIPE = {
+    "name": "base",
+    "corpus": "given by an override",
+    "stream": {"row_tokens": 128, "crop_tokens": 128, "batch_rows": 4},
+    "model": {"layers": 1, "width": 16, "heads": 2},
+    "optimizer": {"lr": 1e-2, "warmup_steps": 2},
+    "training": {"steps": 6, "micro_batch_rows": 4, "precision": "fp32", "zero_stage": 0},
+    "cluster": {"workers": 1, "device": "cpu"},
+    "checkpoint": {"every_steps": 2, "keep": 1},
+    "evaluation": {"every_steps": 6, "blocks": 1},
+    "tracking": {"mode": "disabled"},
+}
+
+STUDY = {
+    "name": "smallest",
+    "recipe": "recipe.yaml",
+    "models": {
+        "t": {"model": {"layers": 1, "width": 16, "heads": 2}},
+        "lstm": {
+            "model": {"family": "lstm", "layers": 1, "width": 8},
+            "training": {"steps": 400},
+            "checkpoint": {"every_steps": 20},
+        },
+    },
+    "data": {"some": {"stream": {"fraction": 0.2}}},
+    "grid": [{"models": ["t", "lstm"], "data": ["some"]}],
+    "benchmark": "bench.yaml",
+    "heldout_proteins": 20,
+    "at_once": 1,
+    "worker_tflops": 0.01,
+}
+
+BENCH = {
+    "name": "b",
+    "tasks": [{"kind": "homology", "domains": str(TINY / "domains.parquet")}],
+}
+
+
+class Interrupted(Exception):
+    """In place of Ctrl-C, which would end the session."""
+
+
+@pytest.fixture
+def run(tmp_path, corpus, monkeypatch, capsys):
+    for name, tree in (("recipe", RECIPE), ("study", STUDY), ("bench", BENCH)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+
+    def call(*more, corpus_too=True):
+        command = ["x", "--study", str(tmp_path / "study.yaml"), "--output", str(tmp_path / "out")]
+        given = [f"corpus={corpus.path}"] if corpus_too else []
+        monkeypatch.setattr(sys, "argv", [*command, *given, *more])
+
+        run_scaling_study.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.thorough
+def test_a_study_goes_on_where_it_was_and_ends_with_table_and_page(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    dry = run("--dry-run")
+    assert "t--some--seed1" in dry
+    assert not out.exists()
+
+    first, second = (out / f"runs/{model}--some--seed1" for model in ("t", "lstm"))
+
+    def wait(tasks, **options):
+        """Ray's, until the second run has a checkpoint."""
+        ready = []
+        while not ready:
+            if not options and list(second.glob("checkpoints/step-*/manifest.json")):
+                raise Interrupted
+            ready, others = ray_wait(tasks, **({"timeout": 0.05} | options))
+        return ready, others
+
+    ray_wait = ray.wait
+    with monkeypatch.context() as patched:
+        patched.setattr(ray, "wait", wait)
+        with pytest.raises(Interrupted):
+            run()
+    assert not (second / "result.json").exists(), "it was through before the interrupt"
+    states = {name: each["state"] for name, each in manifest(out)["runs"].items()}
+    assert states == {"t--some--seed1": "finished", "lstm--some--seed1": "waiting"}
+    weights = hash_of(result_of(first))
+    before = (first / "result.json").stat().st_mtime_ns
+
+    run()
+    assert (first / "result.json").stat().st_mtime_ns == before, "it was trained again"
+    assert len(list((second / "checkpoints/attempts").iterdir())) == 2
+    assert result_of(second)["step"] == 400
+    found = manifest(out)
+    assert {each["state"] for each in found["runs"].values()} == {"finished"}
+    rows = {row["name"]: row for row in pq.read_table(out / "study.parquet").to_pylist()}
+    assert rows.keys() == {
+        *("t--some--seed1", "lstm--some--seed1"),
+        *(f"{gram}--some" for gram in ("unigram", "2-gram", "3-gram", "4-gram")),
+    }
+    trained = rows["t--some--seed1"]
+    assert weights == hash_of(result_of(first))
+    assert trained["run_ece"] == pytest.approx(result_of(first)["heldout_ece"]["all_chosen"])
+    assert trained["epochs"] == pytest.approx(trained["tokens"] / trained["epoch_tokens"])
+    assert rows["lstm--some--seed1"]["kind"] == "lstm"
+    for row in rows.values():
+        assert row["ece_masked_low"] < row["ece_masked"] < row["ece_masked_high"]
+    (metric,) = [name for name in trained if re.fullmatch(r"homology/[^_]+", name)]
+    assert 0 <= trained[metric] <= 1
+    page = (out / "study.html").read_text()
+    for words in ("ECE by parameters", "ECE by data", "lstm--some--seed1", "4-gram--some"):
+        assert words in page
+    assert "<script" not in page
+
+
+def manifest(folder):
+    return json.loads((folder / "study.json").read_text())
+
+
+def hash_of(result):
+    file = f"{result['checkpoint']}/model/model.safetensors"
+    with open(file, "rb") as stream:
+        return hashlib.sha256(stream.read()).hexdigest()
+
+
+def test_a_folder_holds_one_study_and_a_failed_run_is_told_at_the_end(run, corpus, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds something else than a study"):
+        run()
+    (tmp_path / "out/notes.txt").unlink()
+    (tmp_path / "out/study.json").write_text(json.dumps({"study": {"name": "another"}}))
+    with pytest.raises(ConfigError, match="holds the study 'another', not 'smallest'"):
+        run()
+    (tmp_path / "out/study.json").unlink()
+    change = {
+        "grid": [{"models": ["t"], "data": ["gone"]}],
+        "data": {"gone": {"corpus": "gone"}},
+        "heldout_corpus": str(corpus.path),
+        "ngrams": False,
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY | change))
+    with pytest.raises(
+        RaptideError, match="1 of 1 runs failed, such as t--gone--seed1: gone holds"
+    ):
+        run(corpus_too=False)
+    assert "Without t--gone--seed1" in (tmp_path / "out/study.html").read_text()
+    assert manifest(tmp_path / "out")["runs"]["t--gone--seed1"]["state"] == "failed"
