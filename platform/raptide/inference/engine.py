@@ -40,16 +40,9 @@ from raptide.calls.scoring import (
 )
 from raptide.calls.variants import apply_variant, parse_variant
 from raptide.errors import BundleError
+from raptide.inference.ability import refuse_likelihoods, refuse_maps
 from raptide.inference.forward import Forward
-from raptide.methods import (
-    MASKED_METHODS,
-    Long,
-    Pooling,
-    ScanMethod,
-    ScoreMethod,
-    VariantMethod,
-    blind_to_masks,
-)
+from raptide.methods import Long, Pooling, ScanMethod, ScoreMethod, VariantMethod
 from raptide.model.device import compilation_pays, multiplies_bf16_faster
 from raptide.model.families import AnyModel
 from raptide.model.formats.detect import read_weights
@@ -196,7 +189,7 @@ class Engine:
             BundleError: the model has no language-model head.
             SequenceError: as in `embed`.
         """
-        self._refuse_headless()
+        refuse_likelihoods(self.model, "")
         return self._map(sequences, self._forward.logits, long)
 
     @overload
@@ -212,7 +205,7 @@ class Engine:
             BundleError: the model has no contact head, or, as an LSTM, could have none.
             SequenceError: as in `embed`, or a sequence has more than CONTACT_RESIDUES residues.
         """
-        self._refuse_no_maps()
+        refuse_maps(self.model)
         head = self.model.contact_head
         if head is None:
             raise BundleError(
@@ -232,7 +225,7 @@ class Engine:
         Raises:
             SequenceError: as in `contacts`.
         """
-        self._refuse_no_maps()
+        refuse_maps(self.model)
         (residues,) = read_sequences([sequence], min(self.max_residues, CONTACT_RESIDUES))
         return (maps.cpu().numpy() for maps in self._forward.corrected_maps(residues))
 
@@ -262,8 +255,7 @@ class Engine:
             SequenceError: as in `embed`.
         """
         refuse_unknown("method", method, ScoreMethod)
-        self._refuse_headless()
-        self._refuse_masks(method)
+        refuse_likelihoods(self.model, method)
 
         def compute(residues: list[np.ndarray]) -> list[float]:
             if method == "pseudo-ppl":
@@ -300,8 +292,7 @@ class Engine:
             SequenceError: as in `embed`; or a variant does not fit the sequence.
         """
         refuse_unknown("method", method, VariantMethod)
-        self._refuse_headless()
-        self._refuse_masks(method)
+        refuse_likelihoods(self.model, method)
         refuse_no_list(variants, "variants")
         (residues,) = read_sequences([sequence], self._limit(long))
         changes = [parse_variant(variant, residues) for variant in variants]
@@ -326,8 +317,7 @@ class Engine:
             SequenceError: as in `embed`.
         """
         refuse_unknown("method", method, ScanMethod)
-        self._refuse_headless()
-        self._refuse_masks(method)
+        refuse_likelihoods(self.model, method)
         (residues,) = read_sequences([sequence], self._limit(long))
         return score_substitutions(
             self._marginals(residues, np.arange(len(residues)), method), residues
@@ -349,8 +339,7 @@ class Engine:
             BundleError: the model has no language-model head, or reads no `<mask>`.
             SequenceError: as in `embed`.
         """
-        self._refuse_headless()
-        self._refuse_masks("masked-marginals")
+        refuse_likelihoods(self.model, "masked-marginals")
         residues = read_sequences([sequence for sequence, _ in pieces], self.max_residues)
         positions = [np.asarray(where, int) for _, where in pieces]
         rows: list[list[np.ndarray]] = [[] for _ in pieces]
@@ -358,24 +347,6 @@ class Engine:
             rows[index].append(row)
         empty = np.empty((0, len(self.tokens)), np.float32)
         return [np.stack(each) if each else empty for each in rows]
-
-    def _refuse_headless(self) -> None:
-        if not self.model.has_head:
-            raise BundleError(
-                "This model has no language-model head, so it gives embeddings but no likelihoods; "
-                "load the masked language model it was made from (EsmForMaskedLM)."
-            )
-
-    def _refuse_masks(self, method: str) -> None:
-        if self.model.settings.blind and method in MASKED_METHODS:
-            raise BundleError(blind_to_masks(method))
-
-    def _refuse_no_maps(self) -> None:
-        if self.model.settings.blind:
-            raise BundleError(
-                "An LSTM has no attention maps to read contacts off; it gives embeddings, logits, "
-                "and scores of one pass."
-            )
 
     def _marginals(
         self, residues: np.ndarray, positions: np.ndarray, method: ScanMethod
