@@ -13,6 +13,9 @@ from conftest import ROOT
 
 import run_scaling_study
 from raptide.errors import ConfigError, RaptideError
+from raptide.scaling.manifest import refuse_other_study, write_manifest
+from raptide.scaling.study import Study
+from raptide.scaling.training import Ending
 
 TINY = ROOT / "jobs/benchmarks/tiny"
 
@@ -63,10 +66,9 @@ def run(tmp_path, corpus, monkeypatch, capsys):
     for name, tree in (("recipe", RECIPE), ("study", STUDY), ("bench", BENCH)):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
 
-    def call(*more, corpus_too=True):
+    def call(*more):
         command = ["x", "--study", str(tmp_path / "study.yaml"), "--output", str(tmp_path / "out")]
-        given = [f"corpus={corpus.path}"] if corpus_too else []
-        monkeypatch.setattr(sys, "argv", [*command, *given, *more])
+        monkeypatch.setattr(sys, "argv", [*command, f"corpus={corpus.path}", *more])
 
         run_scaling_study.main()
         return capsys.readouterr().out
@@ -143,26 +145,41 @@ def hash_of(result):
         return hashlib.sha256(stream.read()).hexdigest()
 
 
-def test_a_folder_holds_one_study_and_a_failed_run_is_told_at_the_end(run, corpus, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/notes.txt").write_text("mine")
+@pytest.fixture
+def study(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    return Study.load(tmp_path / "study.yaml")
+
+
+def test_a_folder_holds_one_study(study, tmp_path):
+    out = tmp_path / "out"
+    refuse_other_study(out, study)
+    out.mkdir()
+    refuse_other_study(out, study)
+    (out / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="holds something else than a study"):
-        run()
-    (tmp_path / "out/notes.txt").unlink()
-    (tmp_path / "out/study.json").write_text(json.dumps({"study": {"name": "another"}}))
+        refuse_other_study(out, study)
+    write_manifest(out, study, {}, ["x"])
+    refuse_other_study(out, study)
+    (out / "study.json").write_text(json.dumps({"study": {"name": "another"}}))
     with pytest.raises(ConfigError, match="holds the study 'another', not 'smallest'"):
-        run()
-    (tmp_path / "out/study.json").unlink()
-    change = {
-        "grid": [{"models": ["t"], "data": ["gone"]}],
-        "data": {"gone": {"corpus": "gone"}},
-        "heldout_corpus": str(corpus.path),
-        "ngrams": False,
+        refuse_other_study(out, study)
+
+
+def test_runs_that_failed_are_in_the_manifest_and_end_the_job(study, tmp_path):
+    first, second = (run.name for run in study.runs)
+    endings = {
+        first: Ending(study.runs[0], tmp_path / first),
+        second: Ending(study.runs[1], tmp_path / second, "It found no corpus."),
     }
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY | change))
-    with pytest.raises(
-        RaptideError, match="1 of 1 runs failed, such as t--gone--seed1: gone holds"
-    ):
-        run(corpus_too=False)
-    assert "Without t--gone--seed1" in (tmp_path / "out/study.html").read_text()
-    assert manifest(tmp_path / "out")["runs"]["t--gone--seed1"]["state"] == "failed"
+    write_manifest(tmp_path / "out", study, endings, ["x"])
+    runs = manifest(tmp_path / "out")["runs"]
+    assert (runs[first]["state"], runs[second]["state"]) == ("finished", "failed")
+    assert runs[second]["problem"] == "It found no corpus."
+    message = (
+        r"1 of 2 runs failed, such as lstm--some--seed1: It found no corpus\. The same command"
+    )
+    with pytest.raises(RaptideError, match=message):
+        run_scaling_study.refuse_failures(endings)
+    run_scaling_study.refuse_failures({first: endings[first]})
