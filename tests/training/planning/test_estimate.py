@@ -122,16 +122,18 @@ def test_zero_divides_more_from_stage_to_stage():
         for stage in range(4)
         for memory in [worker_memory(recipe_of(zero_stage=stage), 8)]
     ]
-    assert held == [(2, 2, 12), (2, 2, 1.5), (2, 0.25, 1.5), (0.25, 0.25, 1.5)]
-    alone = worker_memory(recipe_of(zero_stage=3, precision="fp32"), 1)
-    assert (alone.weights, alone.gradients, alone.optimizer) == tuple(
-        size * parameters for size in (4, 4, 8)
-    )
+    # A worker's part of the gradients twice at stage 2, where they are added up.
+    assert held == [(2, 2, 12), (2, 2, 1.5), (2, 0.5, 1.5), (0.25, 0.25, 1.5)]
+    for stage, optimizer in ((0, 8), (3, 12)):
+        alone = worker_memory(recipe_of(zero_stage=stage, precision="fp32"), 1)
+        assert (alone.weights, alone.gradients, alone.optimizer) == tuple(
+            size * parameters for size in (4, 4, optimizer)
+        )
     assert checkpoint_bytes(recipe_of()) == 18 * parameters
 
 
 def test_buckets_count_as_deepspeed_makes_them():
-    """Twice where one travels while the other fills, and at stage 3 for weights that come."""
+    """Twice where one travels while the other fills."""
     bytes_of = {
         (stage, overlap): worker_memory(
             recipe_of(zero_stage=stage, overlap_comm=overlap, bucket_elements=1000), 8
@@ -139,8 +141,8 @@ def test_buckets_count_as_deepspeed_makes_them():
         for stage in range(4)
         for overlap in (False, True)
     }
-    assert [bytes_of[stage, False] for stage in range(4)] == [0, 2000, 2000, 4000]
-    assert [bytes_of[stage, True] for stage in range(4)] == [0, 4000, 4000, 4000]
+    assert [bytes_of[stage, False] for stage in range(4)] == [0, 2000, 2000, 2000]
+    assert [bytes_of[stage, True] for stage in range(4)] == [0, 4000, 4000, 2000]
     whole = worker_memory(recipe_of(bucket_elements=10**9), 8)
     assert whole.buckets == 2 * whole.weights, "no bucket is larger than the model"
 

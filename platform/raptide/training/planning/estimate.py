@@ -17,45 +17,86 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROBE_SEQUENCES = (128, 128)
 """Lengths of the sequences on which saved activations are counted."""
 
+LIVE_PARAMETERS = 10**9
+"""Elements of weights that DeepSpeed keeps gathered at stage 3 until they are used again."""
+
+FLAT_ELEMENTS = 5 * 10**8
+"""Elements of gradients, at most, that it copies to send them at stage 0."""
+
 
 @dataclass(frozen=True)
 class WorkerMemory:
     """Bytes that one worker holds on its device."""
 
     weights: float
-    gradients: float
     optimizer: float
-    """Adam's two moments, and the fp32 weights beside rounded ones."""
+    """Adam's two moments, and the fp32 weights that it updates where those are others."""
+    buckets: float
+    """Room for the gradients that travel."""
+    gradients: float
     activations: float
     """What the forward pass of one micro-batch keeps for the backward pass."""
-    buckets: float
-    """Room for the gradients that travel, and at stage 3 for the weights that are fetched."""
+    gathered: float
+    """At stage 3 the weights of all workers, which stay from their use on the way forth to that on
+    the way back."""
+    update: float
+    """The gradients of an update and its copies of them, in place of the three above."""
 
     @property
     def total(self) -> float:
-        return sum(asdict(self).values())
+        """At the worst moment."""
+        standing = self.weights + self.optimizer + self.buckets
+        return standing + max(self.gradients + self.activations + self.gathered, self.update)
+
+    def __str__(self) -> str:
+        """In GB, the whole and its parts."""
+        parts = {name: f"{name} {size / 1e9:.2f}" for name, size in asdict(self).items()}
+        update, total = parts.pop("update"), f"{self.total / 1e9:.2f} GB"
+        return f"{total} ({', '.join(parts.values())}; {update} in place of the last three)"
 
 
 def worker_memory(recipe: Recipe, workers: int) -> WorkerMemory:
-    """What ZeRO leaves on each worker (Rajbhandari et al., SC 2020), and the activations.
+    """What ZeRO leaves on each worker (Rajbhandari et al., SC 2020), and what DeepSpeed adds to it.
 
-    Not counted: fragmentation, what CUDA itself takes, and the fp32 gradients of a worker's share
-    of the weights during the update, for which the activations have made room by then.
+    Compared with real engines in tests/training/planning/test_allocated.py. Not counted:
+    fragmentation, and what CUDA itself takes.
     """
     training = recipe.training
-    stage = training.zero_stage
-    parameters = count_parameters(recipe.model)
+    stage, parameters = training.zero_stage, count_parameters(recipe.model)
     stored = DTYPES[training.precision].itemsize
-    moments = 8 if training.precision == "fp32" else 12
-    held_by = [workers if stage >= least else 1 for least in (3, 2, 1)]
+    shared = [workers if stage >= least else 1 for least in (3, 2, 1)]
+    weights, gradients, optimizer = (parameters / by for by in shared)
     tokens = training.micro_batch_rows * recipe.stream.row_tokens
+    gathered = min(parameters, LIVE_PARAMETERS) if stage == 3 else 0
     return WorkerMemory(
-        weights=0 if training.offload_parameters else stored * parameters / held_by[0],
-        gradients=stored * parameters / held_by[1],
-        optimizer=0 if training.offload_optimizer else moments * parameters / held_by[2],
-        activations=tokens * _kept_bytes(recipe),
+        weights=0 if training.offload_parameters else stored * weights,
+        gradients=stored * gradients * (2 if stage == 2 and accumulates(recipe, workers) else 1),
+        optimizer=0 if training.offload_optimizer else optimizer_bytes(recipe) * optimizer,
         buckets=_num_buckets(recipe) * stored * bucket_elements(recipe),
+        activations=tokens * _kept_bytes(recipe),
+        gathered=stored * gathered,
+        update=0 if training.offload_optimizer else _update_bytes(recipe, optimizer),
     )
+
+
+def accumulates(recipe: Recipe, workers: int) -> bool:
+    """Whether gradients of a micro-batch are added to those of others."""
+    return recipe.accumulation(workers) > 1
+
+
+def _update_bytes(recipe: Recipe, elements: float) -> float:
+    """Gradients of a worker's share of the optimizer: as they came, put together, and in fp32.
+
+    Args:
+        elements: of its share.
+    """
+    rounded = recipe.training.precision != "fp32"
+    stored = DTYPES[recipe.training.precision].itemsize
+    if recipe.training.zero_stage == 0:
+        sent = stored * min(elements, FLAT_ELEMENTS)
+        return stored * elements + max(sent, 4 * elements if rounded else 0)
+    put_together = stored if rounded and recipe.training.zero_stage < 3 else 0
+    return (stored + put_together + 4) * elements
 
 
 def bucket_elements(recipe: Recipe) -> int:
@@ -71,9 +112,9 @@ def overlaps(training: TrainingSettings, device: str) -> bool:
 def _num_buckets(recipe: Recipe) -> int:
     """Buckets that DeepSpeed holds in the backward pass (stage_1_and_2.py, stage3.py)."""
     stage, on_gpus = recipe.training.zero_stage, recipe.cluster.device != "cpu"
-    if stage in (1, 2):
-        return 1 + overlaps(recipe.training, "cuda" if on_gpus else "cpu")
-    return 2 if stage == 3 else 0
+    if stage == 0:
+        return 0
+    return 1 + (stage < 3 and overlaps(recipe.training, "cuda" if on_gpus else "cpu"))
 
 
 def _kept_bytes(recipe: Recipe) -> float:
@@ -184,12 +225,10 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 def explain_memory(recipe: Recipe, workers: int, rank: int) -> str:
     """One sentence for a worker that ran out of memory: what it holds, and what to lower."""
-    memory = asdict(worker_memory(recipe, workers))
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
+    memory = worker_memory(recipe, workers)
     return (
-        f"Rank {rank} ran out of memory; by the estimate it holds {sum(memory.values()) / 1e9:.2f} "
-        f"GB ({parts}) and what DeepSpeed and the device's own software take: "
-        f"{_what_to_lower(recipe, memory)}."
+        f"Rank {rank} ran out of memory; by the estimate it holds {memory} and what the device's "
+        f"own software takes: {_what_to_lower(recipe, asdict(memory))}."
     )
 
 

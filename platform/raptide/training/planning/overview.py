@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -105,8 +105,4 @@ def _with_bundles(recipe: Recipe) -> str:
 
 def _describe_memory(recipe: Recipe, workers: int) -> str:
     memory = worker_memory(recipe, workers)
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in asdict(memory).items())
-    return (
-        f"{memory.total / 1e9:.2f} GB with {workers} workers ({parts}), and what DeepSpeed and the "
-        "device's own software take"
-    )
+    return f"{memory} with {workers} workers, and what the device's own software takes"
