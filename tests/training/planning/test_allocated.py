@@ -13,6 +13,8 @@ from raptide.model.transformer import count_parameters
 from raptide.training.planning.estimate import checkpoint_bytes, saved_bytes, worker_memory
 from raptide.training.planning.recipe import Recipe
 
+pytestmark = pytest.mark.thorough  # two processes that build six engines: minutes
+
 
 def tree(stage, precision):
     return {
