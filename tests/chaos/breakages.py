@@ -82,7 +82,11 @@ class Target:
 
     url: str
     grpc: str
-    headers: dict[str, str]
+    key: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
 
     def load(self, clients: int = 8, body: dict | None = None) -> SteadyLoad:
         """Clients that send `body`, or all kinds of requests in turn, a run a protein."""
@@ -113,7 +117,7 @@ def opened(folder: Path) -> Iterator[Target]:
         yield Target(
             f"http://127.0.0.1:{port}",
             f"127.0.0.1:{grpc_port}",
-            {"Authorization": f"Bearer {key}"},
+            key,
         )
         ray_serve.shutdown()
 
@@ -151,10 +155,14 @@ def break_it(folder: Path, args: argparse.Namespace, report: Report) -> None:
 
 
 def totals(report: dict[str, Any]) -> dict[str, int]:
-    """Of the parts that there are in which nothing may fail."""
+    """Of the parts that there are in which nothing may fail, clients' calls included."""
     parts = [report[name] for name in ("baseline", "kill", "thread", "rollout") if name in report]
     kinds = ("requests", "failed", "kills", "rollouts")
-    return {kind: sum(part.get(kind, 0) for part in parts) for kind in kinds}
+    clients = [part["clients"] for part in parts if "clients" in part]
+    return {kind: sum(part.get(kind, 0) for part in parts) for kind in kinds} | {
+        "calls": sum(each["calls"] for each in clients),
+        "failed_calls": sum(each["failed"] + each["mixed"] for each in clients),
+    }
 
 
 def baseline(target: Target, seconds: float) -> dict[str, Any]:
@@ -168,7 +176,7 @@ def baseline(target: Target, seconds: float) -> dict[str, Any]:
 def kills(target: Target, count: int) -> dict[str, Any]:
     """Kill a replica every few seconds, always one that has just answered."""
     handle = ray_serve.get_deployment_handle("replica-raptide", "chaos")
-    with ClientLoad(target.url) as clients, target.load() as load:
+    with ClientLoad(target.url, target.key) as clients, target.load() as load:
         for number in range(count):
             pid = handle.process.remote().result()["pid"]
             os.kill(pid, signal.SIGKILL)
@@ -217,7 +225,7 @@ def rollouts(target: Target, folder: Path) -> dict[str, Any]:
     """Checkpoints 2 and 3 (slow to load), then two bad ones."""
     stalls = {}
     refused = []
-    with ClientLoad(target.url) as clients, target.load() as load:
+    with ClientLoad(target.url, target.key) as clients, target.load() as load:
         load.wait_for_more(50)
         for step, replica in ((2, Replica), (3, SlowReplica)):
             seen = len(load.answers)
@@ -300,7 +308,7 @@ def the_rest(target: Target) -> dict[str, Any]:
     found = {}
     patterns = {"gateway": "Gateway", "proxy": "ProxyActor", "controller": "ServeController"}
     for name, title in patterns.items():
-        with ClientLoad(target.url) as clients, target.load() as load:
+        with ClientLoad(target.url, target.key) as clients, target.load() as load:
             load.wait_for_more(50)
             victim = child_process(title)
             os.kill(victim, signal.SIGKILL)

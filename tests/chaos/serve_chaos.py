@@ -14,7 +14,9 @@ Starts a Ray and an endpoint of its own on the loopback (about four minutes on t
 
 Clients ask for 1, 3, 8 and 64 runs, as JSON, as Arrow and by gRPC, and `kinds` counts each.
 `requests` and `failed` count kills, thread and rollouts, where nothing may fail; the last part is
-counted for itself, as the requests inside a dying proxy do fail.
+counted for itself, as the requests inside a dying proxy do fail. `calls` and `failed_calls` are
+those of both of Raptide's clients, of which none may fail or mix two checkpoints. Ends with 1 if
+anything failed.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ QUICK = {"kills": 2, "seconds": 5.0}
 ROOM_GB = 1.0
 
 
-def main() -> None:
+def main() -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--kills", type=int, default=5, help="replicas to kill (default: 5)")
     parser.add_argument("--seconds", type=float, default=15.0, help="in which nothing is broken")
@@ -44,6 +46,7 @@ def main() -> None:
         from breakages import break_it
 
         break_it(Path(temporary), args, report)
+    return int(bool(report["failed"] or report["failed_calls"] or not report["calls"]))
 
 
 if __name__ == "__main__":
