@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from raptide.config import parse_settings
-from raptide.model.transformer import count_parameters
+from raptide.model.families import count_parameters
 from raptide.training.planning.estimate import checkpoint_bytes, saved_bytes, worker_memory
 from raptide.training.planning.recipe import Recipe
 
