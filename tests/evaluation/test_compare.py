@@ -8,8 +8,8 @@ from scipy import stats
 
 from raptide.errors import InputError
 from raptide.evaluation.compare import (
-    _draws,
     difference,
+    draws,
     interval,
     judge_control,
     noise_floor,
@@ -50,14 +50,14 @@ def test_an_interval_of_a_ratio_is_that_of_scipy():
 
 
 def test_draws_are_even_over_units_and_the_same_however_many_are_held(monkeypatch):
-    whole = np.concatenate(list(_draws(7, 3000)))
+    whole = np.concatenate(list(draws(7, 3000)))
     assert whole.shape == (3000, 7)
     assert (whole.sum(axis=1) == 7).all()
     assert stats.chisquare(whole.sum(axis=0)).pvalue > 1e-3
     # A unit's count is binomial: variance 7 · 1/7 · 6/7.
     assert whole.var(axis=0) == pytest.approx(6 / 7, rel=0.15)
     monkeypatch.setattr("raptide.evaluation.compare.CHUNK", 50)
-    parts = list(_draws(7, 3000))
+    parts = list(draws(7, 3000))
     assert max(map(len, parts)) == 7
     assert (np.concatenate(parts) == whole).all()
 
