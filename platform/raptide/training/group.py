@@ -40,6 +40,8 @@ def train_worker(config: dict[str, Any]) -> None:
             return
         with ExitStack() as stack:
             Worker(run, attempt, stack).train()
+        if rank == 0:  # so that the driver's last look finds all that was told
+            ray.get(run.board.read.remote())
     except PassingTrouble:
         raise
     except Superseded as error:
