@@ -30,6 +30,7 @@ from raptide.errors import RaptideError
 from raptide.evaluation.cache import ResultCache
 from raptide.evaluation.subjects.readers import BulkReader, HereReader, Reader
 from raptide.scaling.cost import describe_grid
+from raptide.scaling.laws import Curves
 from raptide.scaling.manifest import circumstances, refuse_other_study, write_manifest
 from raptide.scaling.measuring import measure
 from raptide.scaling.page import write_page
@@ -53,11 +54,12 @@ def main() -> None:
     with ray_session(num_cpus=training_cpus(cpus_of(study)), verbose=args.verbose):
         endings = train(study, output)
         points = measure(study, list(endings.values()), ResultCache(output / CACHE), reader(), say)
-    write_manifest(output, study, endings, sys.argv, points)
+    curves = Curves.through(points)
+    write_manifest(output, study, endings, sys.argv, curves)
     print(f"\n  {write_table(output, points)}")
     missing = [name for name, ending in endings.items() if ending.problem]
     facts = circumstances(sys.argv)
-    print(f"  {write_page(output, study.settings.name, points, facts, missing)}")
+    print(f"  {write_page(output, study.settings.name, points, curves, facts, missing)}")
     refuse_failures(endings)
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -41,6 +42,17 @@ def code_version() -> str:
         return os.environ[VERSION]
     version = importlib.metadata.version("raptide")
     return f"{version}+{commit()}" if commit() else version
+
+
+def hardware() -> str:
+    """The processor and the CPUs of this machine."""
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs"
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of Python and of packages that are installed, by name."""
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version()} | found
 
 
 def describe_versions() -> str:

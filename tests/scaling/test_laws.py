@@ -5,8 +5,7 @@ import pytest
 from draws import generator
 from planted_study import PROTEINS, a_point
 
-from raptide.scaling.laws import best_by_compute, cells, fit, seed_deviation
-from raptide.scaling.page import laws
+from raptide.scaling.laws import best_by_compute, cells, fit, laws, seed_deviation
 
 SIZES = (2e5, 6e5, 1.5e6, 4e6)
 

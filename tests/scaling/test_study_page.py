@@ -10,6 +10,7 @@ from planted_study import a_point
 from raptide.evaluation.cache import Measured
 from raptide.evaluation.results import Measure
 from raptide.evaluation.samples import Ratio
+from raptide.scaling.laws import NO_CURVES, Curves
 from raptide.scaling.page import render, write_page
 from raptide.scaling.table import TABLE, write_table
 
@@ -45,7 +46,13 @@ def points():
 
 
 def test_the_page_draws_curves_with_laws_and_what_emerges(points):
-    page = render("x", points, {"command": "raptide scaling-study"}, ["t--5pct--seed1"])
+    page = render(
+        "x",
+        points,
+        Curves.through(points),
+        {"command": "raptide scaling-study"},
+        ["t--5pct--seed1"],
+    )
     for title in ("ECE by parameters", "ECE by data", "ECE by compute", "structure/q8 against ECE"):
         assert f"<figcaption>{title}</figcaption>" in page
     assert "5pct, x^-0.020" in page
@@ -61,7 +68,7 @@ def test_the_page_draws_curves_with_laws_and_what_emerges(points):
 
 
 def test_a_study_without_results_is_a_page_all_the_same(tmp_path):
-    write_page(tmp_path, "x", [], {}, ["a"])
+    write_page(tmp_path, "x", [], NO_CURVES, {}, ["a"])
     assert "Without a" in (tmp_path / "study.html").read_text()
 
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import platform
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -44,6 +42,7 @@ from raptide.evaluation.results import COLUMNS
 from raptide.evaluation.run import Finding, Findings, dataset_digest, rows_of
 from raptide.evaluation.subjects.model import ModelSubject
 from raptide.storage import PARTIAL, Storage
+from raptide.version import hardware, versions
 
 PARQUET, JSON, REPORT = "results.parquet", "results.json", "report.html"
 PACKAGES = ("raptide", "torch", "numpy", "scipy", "scikit-learn", "ray")
@@ -123,8 +122,8 @@ def make_content(
         references=match_references(read_references(references), rows) if references else [],
         emergence=[found for name in trained if (found := read_emergence(Path(name))) is not None],
         command=shlex.join(command),
-        hardware=f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
-        versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        hardware=hardware(),
+        versions=versions(PACKAGES),
     )
 
 

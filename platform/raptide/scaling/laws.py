@@ -8,7 +8,7 @@ models were trained with several seeds, each point moves by what seeds do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +58,27 @@ class PowerLaw:
             f"Cross entropy falls as x^-{self.exponent:.4f} (95% interval {self.low:.4f} to "
             f"{self.high:.4f}, {self.points} points{flat})."
         )
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What the points of a study come to."""
+
+    cells: Sequence[Cell]
+
+    deviation: float
+    """What seeds do, nats."""
+
+    laws: dict[str, PowerLaw]
+
+    @classmethod
+    def through(cls, points: Iterable[Point]) -> Curves:
+        found = cells(points)
+        deviation = seed_deviation(found)
+        return cls(found, deviation, laws(found, deviation))
+
+
+NO_CURVES = Curves((), 0.0, {})
 
 
 def cells(points: Iterable[Point]) -> list[Cell]:
@@ -118,3 +139,25 @@ def best_by_compute(found: Iterable[Cell]) -> list[Cell]:
         if not frontier or each.nats < frontier[-1].nats:
             frontier.append(each)
     return frontier
+
+
+def laws(found: Iterable[Cell], deviation: float) -> dict[str, PowerLaw]:
+    """What is fitted to transformers, by what it is drawn over and what is held: `parameters 5pct`,
+    `data t-1.5M`, `compute`."""
+    ours = [each for each in found if each.kind == "transformer"]
+    by_data = grouped(ours, lambda each: each.data)
+    by_model = grouped(ours, lambda each: each.model)
+    fitted = {
+        **{f"parameters {key}": fit(v, "parameters", deviation) for key, v in by_data.items()},
+        **{f"data {key}": fit(v, "epoch_tokens", deviation) for key, v in by_model.items()},
+        "compute": fit(best_by_compute(ours), "flops", deviation),
+    }
+    return {name: law for name, law in fitted.items() if law is not None}
+
+
+def grouped(found: Iterable[Cell], key: Callable[[Cell], str]) -> dict[str, list[Cell]]:
+    """By key, in the order in which the keys come."""
+    groups: dict[str, list[Cell]] = {}
+    for each in found:
+        groups.setdefault(key(each), []).append(each)
+    return groups

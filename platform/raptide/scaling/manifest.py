@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from raptide.errors import ConfigError
 from raptide.patience import read_surely
-from raptide.scaling.laws import cells, seed_deviation
-from raptide.scaling.measuring import Point
-from raptide.scaling.page import laws
+from raptide.scaling.laws import NO_CURVES, Curves
 from raptide.scaling.study import Study
 from raptide.scaling.training import Ending
 from raptide.small_files import write_whole
-from raptide.version import code_version
+from raptide.version import code_version, hardware, versions
 
 MANIFEST = "study.json"
 PACKAGES = ("raptide", "torch", "deepspeed", "numpy", "ray")
@@ -52,17 +47,15 @@ def write_manifest(
     study: Study,
     endings: Mapping[str, Ending],
     command: Sequence[str],
-    points: Sequence[Point] = (),
+    curves: Curves = NO_CURVES,
 ) -> None:
     """Write down how the study stands, whole or not at all."""
     runs = {run.name: _standing(endings.get(run.name)) for run in study.runs}
-    found = cells(points)
-    deviation = seed_deviation(found)
     tree = {
         "study": study.settings.model_dump(),
         "runs": runs,
-        "laws": {name: asdict(law) for name, law in laws(found, deviation).items()},
-        "seed_deviation_nats": deviation or None,
+        "laws": {name: asdict(law) for name, law in curves.laws.items()},
+        "seed_deviation_nats": curves.deviation or None,
         **circumstances(command),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,10 +72,5 @@ def _standing(ending: Ending | None) -> dict[str, Any]:
 
 def circumstances(command: Sequence[str]) -> dict[str, str]:
     """How a study was run, for people."""
-    return {
-        "command": shlex.join(command),
-        "code": code_version(),
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
-    }
+    about = {"command": shlex.join(command), "code": code_version(), "hardware": hardware()}
+    return about | versions(PACKAGES)

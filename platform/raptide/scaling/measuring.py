@@ -69,9 +69,9 @@ def measure(
     models: list[ModelSubject] = []
     for ending in endings:
         if not ending.problem:
-            subject = _subject(ending, cache, reader, say)
-            models.append(subject)
             result = read_result(ending.folder, ending.run.recipe)
+            subject = _subject(ending.run.name, result, cache, reader, say)
+            models.append(subject)
             points[id(subject)] = Point(_facts(ending.run, result, subject.model.digest))
     grams = list(_grams(study, cache)) if study.settings.ngrams else []
     points |= {id(subject): Point(facts) for subject, facts in grams}
@@ -98,11 +98,12 @@ def _tasks(study: Study, cache: ResultCache) -> Iterator[Task]:
         yield from Benchmark.load(study.benchmark, only).make(cache.folder)
 
 
-def _subject(ending: Ending, cache: ResultCache, reader: Reader, say: Say) -> ModelSubject:
-    result = read_result(ending.folder, ending.run.recipe)
+def _subject(
+    name: str, result: RunResult, cache: ResultCache, reader: Reader, say: Say
+) -> ModelSubject:
     model = Model.find(result.bundle)
     scratch = cache.folder / f"read-{model.digest[:16]}-fp32"
-    return ModelSubject(ending.run.name, model, "fp32", reader, scratch, say=say)
+    return ModelSubject(name, model, "fp32", reader, scratch, say=say)
 
 
 def _facts(run: PlannedRun, result: RunResult, digest: str) -> dict[str, Any]:
@@ -148,10 +149,9 @@ def _grams(study: Study, cache: ResultCache) -> Iterator[tuple[LetterBaseline, d
         kept = KeptCounts(text, cache.folder)
         subjects = [unigram(kept.digest, kept.get)]
         subjects += [ngram(order, kept.digest, kept.get) for order in range(2, MOST_ORDER + 1)]
+        seen = _of_recipe(recipe) | {"kind": "n-gram", "family": "n-gram", "data": data}
         for subject in subjects:
-            known = {"kind": "n-gram", "model": subject.name, "data": data}
-            name = f"{subject.name}--{data}"
-            yield subject, _of_recipe(recipe) | known | {"name": name, "family": "n-gram"}
+            yield subject, seen | {"model": subject.name, "name": f"{subject.name}--{data}"}
 
 
 def _add(point: Point, finding: Finding) -> None:

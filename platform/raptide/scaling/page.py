@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from raptide.evaluation.report.charts import Series, line_chart
@@ -14,6 +14,7 @@ from raptide.evaluation.report.markup import (
     cell,
     heads,
     join,
+    pairs,
     row_head,
     small,
     table,
@@ -21,7 +22,7 @@ from raptide.evaluation.report.markup import (
 )
 from raptide.evaluation.report.page import document
 from raptide.evaluation.report.words import count, interval, number
-from raptide.scaling.laws import Cell, PowerLaw, best_by_compute, cells, fit, seed_deviation
+from raptide.scaling.laws import Cell, Curves, PowerLaw, grouped
 from raptide.scaling.measuring import Point
 from raptide.scaling.table import row_of
 from raptide.storage import Storage
@@ -43,6 +44,7 @@ def write_page(
     folder: Path,
     name: str,
     points: Sequence[Point],
+    curves: Curves,
     facts: Mapping[str, str],
     missing: Sequence[str] = (),
 ) -> Path:
@@ -52,23 +54,25 @@ def write_page(
         facts: command, versions and the like, by name.
         missing: names of runs that did not come to their end.
     """
-    data = render(name, points, facts, missing).encode("utf-8", "backslashreplace")
+    data = render(name, points, curves, facts, missing).encode("utf-8", "backslashreplace")
     Storage.of(folder).write(PAGE, lambda stream: stream.write(data))
     return folder / PAGE
 
 
 def render(
-    name: str, points: Sequence[Point], facts: Mapping[str, str], missing: Sequence[str] = ()
+    name: str,
+    points: Sequence[Point],
+    curves: Curves,
+    facts: Mapping[str, str],
+    missing: Sequence[str] = (),
 ) -> str:
     """The page as HTML."""
-    found = cells(points)
-    deviation = seed_deviation(found)
     sections = [
-        ("curves", "How the ECE falls", _curves(found, points, deviation)),
+        ("curves", "How the ECE falls", _curves(curves, points)),
         ("emergence", "What emerges with it", _figures(_emergence(points))),
-        ("noise", "What seeds do", _noise(found, deviation)),
+        ("noise", "What seeds do", _noise(curves)),
         ("table", "Every model and n-gram", _table(points)),
-        ("how", "How this was measured", join([tag("p", HOW), _facts(facts)])),
+        ("how", "How this was measured", join([tag("p", HOW), pairs(facts)])),
     ]
     shown = [part for part in sections if part[2]]
     body = [tag("section", tag("h2", title), made, id=key) for key, title, made in shown]
@@ -85,44 +89,18 @@ def render(
     return document(f"Scaling study: {name}", header, [part[:2] for part in shown], body)
 
 
-def laws(found: Sequence[Cell], deviation: float) -> dict[str, PowerLaw]:
-    """What is fitted to transformers, by what it is drawn over and what is held: `parameters 5pct`,
-    `data t-1.5M`, `compute`."""
-    ours = [each for each in found if each.kind == "transformer"]
-    fitted = {
-        **{f"parameters {k}": fit(v, "parameters", deviation) for k, v in _by_data(ours).items()},
-        **{f"data {k}": fit(v, "epoch_tokens", deviation) for k, v in _by_model(ours).items()},
-        "compute": fit(best_by_compute(ours), "flops", deviation),
-    }
-    return {name: law for name, law in fitted.items() if law is not None}
-
-
-def _by_data(found: Iterable[Cell]) -> dict[str, list[Cell]]:
-    return _grouped(found, lambda each: each.data)
-
-
-def _by_model(found: Iterable[Cell]) -> dict[str, list[Cell]]:
-    return _grouped(found, lambda each: each.model)
-
-
-def _grouped(found: Iterable[Cell], key: Callable[[Cell], str]) -> dict[str, list[Cell]]:
-    groups: dict[str, list[Cell]] = {}
-    for each in found:
-        groups.setdefault(key(each), []).append(each)
-    return groups
-
-
-def _curves(found: Sequence[Cell], points: Sequence[Point], deviation: float) -> Markup:
+def _curves(curves: Curves, points: Sequence[Point]) -> Markup:
     """Over parameters, data and compute; LSTMs are lines of their own."""
+    found, fitted = curves.cells, curves.laws
     if not found:
         return NOTHING
-    fitted = laws(found, deviation)
-    by_data = _grouped(found, lambda each: f"{each.data}{_suffix(each)}")
-    by_kind = _grouped(found, lambda each: each.kind)
+    by_data = grouped(found, lambda each: f"{each.data}{_suffix(each.kind)}")
+    by_model = grouped(found, lambda each: each.model)
+    by_kind = grouped(found, lambda each: each.kind)
     grams = _best_grams(points)
     charts = [
         _chart("ECE by parameters", "parameters", by_data, fitted),
-        _chart("ECE by data", "data", _by_model(found), fitted, grams),
+        _chart("ECE by data", "data", by_model, fitted, grams),
         _chart("ECE by compute", "compute", by_kind, fitted),
     ]
     sentences = bullets([f"{name}: {law.sentence()}" for name, law in fitted.items()])
@@ -134,8 +112,8 @@ def _figures(charts: Iterable[Markup]) -> Markup:
     return tag("div", *drawn, class_="figures") if drawn else NOTHING
 
 
-def _suffix(each: Cell) -> str:
-    return ", LSTM" if each.kind == "lstm" else ""
+def _suffix(kind: str) -> str:
+    return ", LSTM" if kind == "lstm" else ""
 
 
 AXES = {
@@ -196,9 +174,9 @@ def _emergence(points: Sequence[Point]) -> Iterator[Markup]:
         groups: dict[str, list[tuple[float, float]]] = {}
         for point in points:
             if name in point.bench and point.ece_masked is not None:
-                suffix = ", LSTM" if point.kind == "lstm" else ""
                 pair = (point.ece_masked.value, point.bench[name].value)
-                groups.setdefault(f"{point.facts['data']}{suffix}", []).append(pair)
+                group = f"{point.facts['data']}{_suffix(point.kind)}"
+                groups.setdefault(group, []).append(pair)
         series = [
             Series(group, [x for x, _ in pairs], [y for _, y in pairs], style, joined=False)
             for style, (group, pairs) in enumerate(groups.items())
@@ -206,8 +184,8 @@ def _emergence(points: Sequence[Point]) -> Iterator[Markup]:
         yield line_chart(f"{name} against ECE", "ECE on <mask>", name, series, reverse_x=True)
 
 
-def _noise(found: Sequence[Cell], deviation: float) -> Markup:
-    repeated = [each for each in found if len(each.seeds) > 1]
+def _noise(curves: Curves) -> Markup:
+    repeated = [each for each in curves.cells if len(each.seeds) > 1]
     if not repeated:
         return NOTHING
     lines = [
@@ -217,7 +195,8 @@ def _noise(found: Sequence[Cell], deviation: float) -> Markup:
         for each in repeated
     ]
     rule = (
-        f"One seed's standard deviation is {deviation:.4f} nats, {100 * deviation:.2f}% of an ECE; "
+        f"One seed's standard deviation is {curves.deviation:.4f} nats, "
+        f"{100 * curves.deviation:.2f}% of an ECE; "
         "a difference of less than twice that counts as none."
     )
     return join([bullets(lines), tag("p", rule)])
@@ -240,8 +219,3 @@ def _table(points: Sequence[Point]) -> Markup:
 def _measured(row: Mapping[str, float], name: str) -> Markup:
     value = {"value": row.get(name), "low": row.get(f"{name}_low"), "high": row.get(f"{name}_high")}
     return cell(number(value["value"]), small(interval(value)))
-
-
-def _facts(facts: Mapping[str, str]) -> Markup:
-    items = [part for k, v in facts.items() for part in (tag("dt", k), tag("dd", tag("code", v)))]
-    return tag("dl", *items)

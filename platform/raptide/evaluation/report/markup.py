@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 LONGEST_WORD = 22
 
@@ -95,3 +95,13 @@ def bullets(items: Iterable[object], class_: str | None = None) -> Markup:
 
 def folded(summary: str, *children: object) -> Markup:
     return tag("details", tag("summary", summary), *children)
+
+
+def pairs(values: Mapping[str, str]) -> Markup:
+    """Names and what they stand for."""
+    items = [
+        part
+        for name, value in values.items()
+        for part in (tag("dt", name), tag("dd", tag("code", value)))
+    ]
+    return tag("dl", *items)

@@ -23,6 +23,7 @@ from raptide.evaluation.report.markup import (
     folded,
     heads,
     join,
+    pairs,
     row_head,
     small,
     table,
@@ -247,8 +248,8 @@ def _descent(model: SubjectEntry) -> Markup:
         [
             tag("h3", model.name),
             tag("ol", *(tag("li", each) for each in steps), class_="way"),
-            _pairs({"weights": model.weights} | short) if known else none,
-            folded("Recipe and fingerprint", _pairs(rest)) if rest else NOTHING,
+            pairs({"weights": model.weights} | short) if known else none,
+            folded("Recipe and fingerprint", pairs(rest)) if rest else NOTHING,
         ]
     )
 
@@ -267,20 +268,11 @@ def flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
             yield name, f"{value:,}" if type(value) is int else str(value)
 
 
-def _pairs(values: Mapping[str, str]) -> Markup:
-    items = [
-        part
-        for name, value in values.items()
-        for part in (tag("dt", name), tag("dd", tag("code", value)))
-    ]
-    return tag("dl", *items)
-
-
 def circumstances(content: ReportContent) -> Markup:
     """Command, hardware, versions, and where the time went."""
     command = tag("pre", content.command) if content.command else NOTHING
     facts = ({"hardware": content.hardware} if content.hardware else {}) | content.versions
-    return join([command, _pairs(facts) if facts else NOTHING, _time(content)])
+    return join([command, pairs(facts) if facts else NOTHING, _time(content)])
 
 
 def _time(content: ReportContent) -> Markup:
