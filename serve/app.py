@@ -59,7 +59,7 @@ nothing more to do. Between two runs of one request it may have nothing for a mo
 gone then, so were the version of the weights that the request is answered by."""
 
 GATEWAY_BYTES = 2**28
-"""What a gateway needs besides the answers it holds: measured, 210 MB."""
+"""What a gateway needs besides the answers it holds; docs/serving.md has what it took."""
 
 METRICS_INTERVAL_S = 1.0
 """How often replicas report their tokens to the autoscaler (Serve's default is 10)."""

@@ -11,6 +11,7 @@ import fake_replicas
 import large_answer
 import pytest
 
+from serve.app import build
 from serve.gateway.pace import AHEAD_BYTES
 
 
@@ -89,3 +90,12 @@ def test_a_reader_that_reads_nothing_is_given_up_and_its_room_with_it(monkeypatc
 
     asyncio.run(call())
     assert service._ledger.held_bytes == 0
+
+
+def test_a_gateway_reserves_in_ray_what_its_answers_may_take(bundle):
+    def reserved(**settings):
+        application = build({"model": str(bundle), **settings})
+        return application._bound_deployment.ray_actor_options["memory"]
+
+    assert reserved(max_held_bytes=10**9) - reserved(max_held_bytes=10**6) == 999 * 10**6
+    assert reserved(max_held_bytes=10**6) > 154 * 10**6, "less than one takes that holds nothing"
