@@ -125,6 +125,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def on_cpu(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's engines are built in this process, as the only rank of a machine without GPU."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+
+
 @pytest.fixture(scope="session")
 def watched(
     corpus: Corpus, tmp_path_factory: pytest.TempPathFactory

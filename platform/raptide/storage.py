@@ -102,11 +102,7 @@ class Storage:
         return self.ask(folder, names)
 
     def read(self, name: str) -> bytes:
-        def read(path: str) -> bytes:
-            with self.filesystem.open_input_stream(path) as file:
-                return file.read()
-
-        return self.ask(name, read)
+        return self.ask(name, self._content)
 
     def fetch(self, name: str, target: Path, sha256: str | None = None) -> None:
         """Copy a file to a path on this machine's file systems, where it appears whole.
@@ -120,13 +116,10 @@ class Storage:
         partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.{PARTIAL}")
 
         def fetch(path: str) -> None:
-            digest = hashlib.sha256()
             with self.filesystem.open_input_stream(path) as source, partial.open("wb") as sink:
-                while chunk := source.read(CHUNK):
-                    digest.update(chunk)
-                    sink.write(chunk)
-            if sha256 not in (None, digest.hexdigest()):
-                raise OSError(f"it arrives damaged, sha256 {digest.hexdigest()[:16]}")
+                digest = copy_stream(source, sink)
+            if sha256 not in (None, digest):
+                raise OSError(f"it arrives damaged, sha256 {digest[:16]}")
 
         try:
             self.ask(name, fetch)
@@ -137,14 +130,13 @@ class Storage:
     def find(self, name: str) -> bytes | None:
         """What is in a file, None where there is no such file."""
 
-        def read(path: str) -> bytes | None:
+        def find(path: str) -> bytes | None:
             try:
-                with self.filesystem.open_input_stream(path) as file:
-                    return file.read()
+                return self._content(path)
             except FileNotFoundError:
                 return None
 
-        return self.ask(name, read)
+        return self.ask(name, find)
 
     def write(self, name: str, write: Callable[[Any], None]) -> None:
         """Make a file, whole: `write` is given a file object, more than once if need be.
@@ -205,6 +197,10 @@ class Storage:
                 "permissions, and start the job again: it goes on where it was.",
             ) from None
 
+    def _content(self, path: str) -> bytes:
+        with self.filesystem.open_input_stream(path) as file:
+            return file.read()
+
     def _partial(self, name: str) -> str:
         """Where a file is until its last byte is there."""
         return f"{PARTIAL}/{name.replace('/', '-')}.{uuid.uuid4().hex[:8]}"
@@ -215,6 +211,15 @@ class Storage:
                 self.filesystem.delete_file(path)
         except OSError:
             pass
+
+
+def copy_stream(source: Any, sink: Any) -> str:
+    """Copy all that a file object gives to another; the SHA-256 of it, in hex."""
+    digest = hashlib.sha256()
+    while chunk := source.read(CHUNK):
+        digest.update(chunk)
+        sink.write(chunk)
+    return digest.hexdigest()
 
 
 def is_uri(path: str | Path) -> bool:

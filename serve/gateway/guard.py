@@ -135,8 +135,9 @@ def _called(scope: Scope) -> str:
 
     By the route's template, or a path that we know: others may hold what a client has made up.
     """
-    path = scope["route"].path if "route" in scope else _path(scope)
-    if "route" not in scope and path not in KNOWN:
+    if "route" in scope:
+        path = scope["route"].path
+    elif (path := _path(scope)) not in KNOWN:
         return "other"
     return path.removeprefix("/v1").strip("/").split("/")[0]
 

@@ -60,9 +60,7 @@ def break_second_pass(engine):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_deepspeed_updates_as_if_the_pass_had_been_empty(alone, monkeypatch, stage, precision):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setenv("LOCAL_RANK", "0")
+def test_deepspeed_updates_as_if_the_pass_had_been_empty(on_cpu, stage, precision):
     recipe, share = recipe_of(stage, precision), a_share()
     states = []
     for breaks in (False, True):
@@ -83,10 +81,8 @@ def test_deepspeed_updates_as_if_the_pass_had_been_empty(alone, monkeypatch, sta
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_no_engine_uses_gradients_that_are_no_numbers(alone, monkeypatch, stage, precision):
+def test_no_engine_uses_gradients_that_are_no_numbers(on_cpu, stage, precision):
     """Infinite ones under finite losses; the weights stay numbers, and the step is told."""
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setenv("LOCAL_RANK", "0")
     recipe, share = recipe_of(stage, precision), a_share()
     engine = build_engine(recipe, 1, "cpu", None)
     stepper = Stepper(engine, 1)

@@ -260,12 +260,6 @@ def save_engine(engine, recipe, folder, workers):
     return SavedCheckpoint(Storage.of(folder), name, manifest)
 
 
-@pytest.fixture
-def on_cpu(alone, monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-
-
 @pytest.mark.parametrize(
     ("stage", "workers", "precision"),
     [

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,14 +136,18 @@ def _in_turn(tasks: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
         The small result and whatever belongs to it, in the order of their ends.
     """
     running: dict[ray.ObjectRef, tuple[Any, ...]] = {}
+
+    def next_ended() -> tuple[Any, ...]:
+        (ended,), _ = ray.wait(list(running), num_returns=1)
+        return ray.get(ended), *running.pop(ended)
+
     try:
-        for first, *rest in chain(tasks, [(None,)]):
-            last = first is None
-            if not last:
-                running[first] = tuple(rest)
-            while running and (last or len(running) >= _most_at_once()):
-                (ended,), _ = ray.wait(list(running), num_returns=1)
-                yield ray.get(ended), *running.pop(ended)
+        for result, *rest in tasks:
+            running[result] = tuple(rest)
+            while len(running) >= _most_at_once():
+                yield next_ended()
+        while running:
+            yield next_ended()
     finally:
         for task in running:
             ray.cancel(task)

@@ -8,7 +8,6 @@ _finish()  once every rank has sent its files, rank 0 writes the manifest: now i
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import threading
 import time
@@ -29,7 +28,7 @@ from safetensors import SafetensorError
 from raptide.attempts import Attempt, Attempts
 from raptide.errors import RaptideError, Superseded
 from raptide.patience import patiently
-from raptide.storage import CHUNK
+from raptide.storage import copy_stream
 from raptide.training.checkpoints.checkpoint import (
     FORMAT_VERSION,
     MODEL,
@@ -264,16 +263,12 @@ def send_folder(folder: Path, storage: Storage, name: str) -> dict[str, str]:
         patiently(partial(storage.filesystem.create_dir, target, recursive=True))
 
     def send(file: Path) -> str:
-        digest = hashlib.sha256()
         target = f"{storage.path}/{name}/{file}"
         with (
             (folder / file).open("rb") as source,
             storage.filesystem.open_output_stream(target) as sink,
         ):
-            while chunk := source.read(CHUNK):
-                digest.update(chunk)
-                sink.write(chunk)
-        return digest.hexdigest()
+            return copy_stream(source, sink)
 
     with ThreadPoolExecutor(TRANSFERS) as pool:
         sent = pool.map(lambda file: patiently(partial(send, file)), files)
