@@ -184,7 +184,7 @@ def train(day: Day) -> dict[str, Any]:
     many = [day.start(f"{n}.log", *day.pretraining("wild")) for n in range(3)]
     day.cluster.nodes.pop(1).kill()
     say("killed a node")
-    at_node = day.await_step("wild", day.steps // 4 + 1)
+    at_node = day.await_step("wild", day.steps // 4)  # nothing trains until there is another node
     day.add_trainer()
     day.await_step("wild", max(at_node, day.steps // 2))
     killed = day.kill_driver("wild")
