@@ -28,6 +28,7 @@ from steady_load import KINDS, SteadyLoad, by_kind, longest_stall, say, summary
 from processes import free_port
 from raptide.cluster import ray_session
 from raptide.config import parse_settings
+from raptide.errors import BundleError
 from raptide.model.config import ModelSettings
 from raptide.model.formats.detect import write_weights
 from raptide.model.formats.weights import Weights
@@ -243,6 +244,9 @@ def rollouts(target: Target, folder: Path) -> dict[str, Any]:
             save_file(spoilt, bad / "model.safetensors", metadata={"format": "pt"})
             try:
                 deploy(bad)
+            except BundleError as error:  # before a replica sees it
+                refused.append(name)
+                say(f"refused ({name}): {error}")
             except RuntimeError:
                 refused.append(name)
                 say(f"refused ({name}): {_reason()}")

@@ -128,6 +128,10 @@ CONTACTS = "esm.contact_head.regression"
             r"inv_freq has shape \(9,\)",
         ),
         (
+            lambda t: t.update({n: torch.full_like(t[n], torch.nan) for n in t if "inv_freq" in n}),
+            "inv_freq holds values that are no numbers",
+        ),
+        (
             lambda t: t.update({"esm.encoder.emb_layer_norm_after.gamma": torch.ones(32)}),
             "emb_layer_norm_after.weight twice",
         ),

@@ -146,6 +146,10 @@ def _take_inv_freq(
         if name not in left:
             continue
         tensor = _take(left, name, torch.Size([settings.head_width // 2]), source).float()
+        if not torch.isfinite(tensor).all():
+            raise BundleError(
+                f"{source}: {name} holds values that are no numbers; take another one."
+            )
         if found is not None and not torch.equal(found, tensor):
             raise BundleError(f"{source}: {name} differs from that of the layers before it.")
         found = tensor
