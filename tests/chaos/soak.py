@@ -129,8 +129,10 @@ def deploy(folder: Path, step: int) -> None:
 def live(folder: Path, seconds: float, memory: Memory) -> dict[str, Any]:
     """Let time pass: replicas die, checkpoints take over, memory is looked at."""
     began = time.monotonic()
-    kill_every = max(20.0, seconds / 20)
-    updates = threading.Thread(target=update, args=(folder, seconds / (len(ROLLOUTS) + 1)))
+    kill_every = max(60.0, seconds / 20)  # more often, and Serve gives an update up
+    done: list[int] = []
+    every_s = seconds / (len(ROLLOUTS) + 1)
+    updates = threading.Thread(target=update, args=(folder, every_s, done))
     updates.start()
     next_kill, next_sample, kills = kill_every, 0.0, 0
     handle = ray_serve.get_deployment_handle("replica-raptide", "soak")
@@ -142,17 +144,23 @@ def live(folder: Path, seconds: float, memory: Memory) -> dict[str, Any]:
             kills += kill_one(handle)
             next_kill = time.monotonic() - began + kill_every
         time.sleep(0.2)
-    return {"seconds": round(now, 1), "kills": kills, "rollouts": len(ROLLOUTS)}
+    assert len(done) == len(ROLLOUTS), f"only checkpoints {done} of {ROLLOUTS} took over"
+    return {"seconds": round(now, 1), "kills": kills, "rollouts": len(done)}
 
 
-def update(folder: Path, every_s: float) -> None:
-    """Let each checkpoint take over, `every_s` after the last one or once that is through."""
+def update(folder: Path, every_s: float, done: list[int]) -> None:
+    """Let each checkpoint take over, `every_s` after the last one or once that is through.
+
+    Args:
+        done: takes those that have.
+    """
     due = time.monotonic()
     for step in ROLLOUTS:
         due += every_s
         time.sleep(max(0.0, due - time.monotonic()))
         say(f"step {step} takes over")
         deploy(folder, step)
+        done.append(step)
 
 
 def kill_one(handle: Any) -> int:
