@@ -6,15 +6,18 @@
 
 A run on one worker that nothing happens to is compared with one on one to four workers, to which
 happen, at random steps: SIGKILL of a worker, death of a node, a node that is added, a node that is
-announced to go away. Both must train on the same rows in the same order and show the same losses.
-Everything runs on this machine, on nodes that Ray's `cluster_utils` starts. Ends with 1 if they do
-not. Seventeen events take about 25 minutes on two cores, --quick a few.
+announced to go away, a storage that is gone for seconds. All the while what its processes open,
+read and write in corpus and checkpoints fails at random (stumble.c), and W&B cannot be reached at
+any start: `faults` counts all of these. Both must train on the same rows in the same order and show
+the same losses. Everything runs on this machine, on nodes that Ray's `cluster_utils` starts. Ends
+with 1 if they do not. Seventeen events take about 25 minutes on two cores, --quick a few.
 
 Needs the extra `demo`, whose proteins it trains on: pip install -c constraints.txt -e '.[dev]'
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -25,6 +28,13 @@ PACKAGES = ("raptide", "ray", "torch", "deepspeed")
 QUICK = {"events": 3, "steps": 140}
 ROOM_GB = 1.0
 
+UNREACHABLE = {
+    "WANDB_BASE_URL": "http://127.0.0.1:9",
+    "WANDB_API_KEY": "0" * 40,
+    "WANDB_INIT_TIMEOUT": "3",
+}
+"""A W&B that nobody answers for."""
+
 
 def main() -> int:
     parser = script_parser(__doc__)
@@ -32,15 +42,26 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=2)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument(
+        "--stumbles", type=int, default=20, help="of 1,000 calls to the file system, so many fail"
+    )
     args = parse(parser, QUICK)
     need_packages("pyhmmer")
     need_room(ROOM_GB)
     with Report("pretrain_chaos", args, PACKAGES, print_report) as report:
+        os.environ |= UNREACHABLE
         from moving_cluster import moving_cluster
-        from wild_run import wreak_havoc
+        from stumbling import stumbling
+        from wild_run import CORPUS, STORAGE, wreak_havoc
 
-        with tempfile.TemporaryDirectory() as scratch, moving_cluster(2) as cluster:
-            wreak_havoc(cluster, Path(scratch), args, report)
+        with tempfile.TemporaryDirectory() as made:
+            scratch = Path(made)
+            folders = [scratch / CORPUS, scratch / STORAGE]
+            with (
+                stumbling(scratch, folders, args.stumbles) as stumbles,
+                moving_cluster(2) as cluster,
+            ):
+                wreak_havoc(cluster, scratch, args, report, stumbles)
     return 0 if report["audit_equal"] and report["loss_max_abs_diff"] < 1e-4 else 1
 
 

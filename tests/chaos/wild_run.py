@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from typing import Any
 from by_hand import Report
 from lone_worker import group_of_one, run_here
 from moving_cluster import TRAINER, MovingCluster
+from stumbling import Stumbles
 
 from raptide import RaptideError
 from raptide.config import parse_settings
@@ -28,28 +30,50 @@ from raptide.training.watching.audit import audited_steps
 
 MOST_NODES = 4
 KILLS = ("worker killed", "node killed", "node preempted")
-EVENTS = (*KILLS, "node added")
+EVENTS = (*KILLS, "node added", "storage gone")
+CORPUS, STORAGE = "corpus", "storage"
+"""Folders of a wild run, in which all stumbles."""
+
+OUTAGE_S = 4.0
 NOTICE_S = 8.0
 PATIENCE_S = 300.0
 """Seconds without a new step after which the test gives up."""
 
 
 def wreak_havoc(
-    cluster: MovingCluster, scratch: Path, args: argparse.Namespace, report: Report
+    cluster: MovingCluster,
+    scratch: Path,
+    args: argparse.Namespace,
+    report: Report,
+    stumbles: Stumbles,
 ) -> None:
-    corpus = proteome_corpus(scratch / "corpus")
+    corpus = proteome_corpus(scratch / "build")
+    shutil.copytree(scratch / "build", scratch / CORPUS)
     with report.part("quiet run"), group_of_one(scratch):
         lonely = chaos_recipe(corpus, args.steps, args.zero_stage, (1, 1))
         quiet = run_here(lonely, scratch / "quiet")
-    recipe = chaos_recipe(corpus, args.steps, args.zero_stage, (1, MOST_NODES))
+    wild_corpus, storage = Corpus.open(str(scratch / CORPUS)), scratch / STORAGE
+    recipe = chaos_recipe(wild_corpus, args.steps, args.zero_stage, (1, MOST_NODES))
+    recipe = recipe.model_copy(
+        update={
+            "checkpoint": recipe.checkpoint.model_copy(update={"storage": storage.as_uri()}),
+            "tracking": recipe.tracking.model_copy(update={"mode": "online"}),
+        }
+    )
     began = time.monotonic()
     with report.part("wild run"):
         happened = report["events"] = Counter()
-        wild = run_among_events(cluster, recipe, scratch / "wild", args.events, args.seed, happened)
+        wild = run_among_events(
+            cluster, recipe, scratch / "wild", args.events, args.seed, happened, stumbles
+        )
     sizes = [line["system/workers"] for line in metrics(wild.folder)]
     assert wild.audit is not None
     assert quiet.audit is not None
+    failed = stumbles.counts()
+    failed["W&B out of reach"] = wild.audit.attempts
     report |= {
+        "faults": sum(failed.values()),
+        "faults_by_kind": failed,
         "kills": sum(happened[kind] for kind in KILLS),
         "resizes": sum(a != b for a, b in pairwise(sizes)),
         "audit_equal": dict(audited_steps(wild.folder)) == dict(audited_steps(quiet.folder)),
@@ -122,11 +146,13 @@ def run_among_events(
     events: int,
     seed: int,
     happened: Counter[str],
+    stumbles: Stumbles | None = None,
 ) -> RunResult:
     """Run to the end while one thing after the other happens, some random steps apart.
 
     Args:
         happened: counts them.
+        stumbles: makes the storage go away; None, and it stays.
     """
     outcome: Future[RunResult] = Future()
     # Ray's cluster adds nodes in the main thread only. A script that fails does not wait for this.
@@ -135,7 +161,7 @@ def run_among_events(
     rng = random.Random(seed)
     for _ in range(events):
         await_step(folder, last_step(folder) + rng.randint(3, 15), outcome)
-        happened[cause_something(cluster, rng, folder, outcome)] += 1
+        happened[cause_something(cluster, rng, folder, outcome, stumbles)] += 1
         print(f"step {last_step(folder)}: {dict(happened)}, {cluster.size} nodes", flush=True)
     return outcome.result()
 
@@ -148,9 +174,13 @@ def settle(outcome: Future[RunResult], recipe: Recipe, folder: Path) -> None:
 
 
 def cause_something(
-    cluster: MovingCluster, rng: random.Random, folder: Path, outcome: Future[RunResult]
+    cluster: MovingCluster,
+    rng: random.Random,
+    folder: Path,
+    outcome: Future[RunResult],
+    stumbles: Stumbles | None,
 ) -> str:
-    possible = ["worker killed"]
+    possible = ["worker killed", *(["storage gone"] if stumbles is not None else [])]
     if cluster.size > 1:
         possible += ["node killed", "node preempted"]
     if cluster.size < MOST_NODES:
@@ -159,6 +189,9 @@ def cause_something(
     if event == "worker killed":
         while not cluster.kill_worker(rng.randrange(MOST_NODES)):
             time.sleep(0.1)  # they are just being started
+    elif event == "storage gone":
+        assert stumbles is not None
+        stumbles.drop_out(OUTAGE_S)
     elif event == "node killed":
         cluster.remove_node(rng.randrange(cluster.size))
     elif event == "node preempted":
