@@ -4,6 +4,7 @@
     python jobs/export_model.py esm2_t12_35M_UR50D.pt exported            fair-esm to Hugging Face
     python jobs/export_model.py ./hugging-face-folder esm1b_copy.pt       and back
     python jobs/export_model.py exported smaller --dtype bf16
+    python jobs/export_model.py runs/demo averaged --average 3            mean of its last three
     python jobs/export_model.py exported with-contacts --fit-contacts structures.parquet
 
 SOURCE is a run, a checkpoint of any ZeRO stage, a bundle, a folder that transformers wrote
@@ -16,6 +17,9 @@ Weights are carried over bit for bit unless --dtype says otherwise. Every tensor
 place: one that is missing, left over or of another shape is an error that names it. Encoders and
 classifiers (EsmModel, EsmForSequenceClassification, ...) become encoders, which embed; what else
 they hold (poolers, classifiers) is left out, and named.
+
+--average takes the mean of the weights in a run's last checkpoints, which may be better than the
+last one while the rate is still high; checkpoint.keep says how many there are.
 
 --fit-contacts takes a Parquet file with columns `sequence` and `cb_angstrom` (each residue's Cβ
 coordinates, x y z one after the other in one list, NaN where unknown). The head is fitted to the
@@ -45,7 +49,7 @@ from raptide.model.contacts import ContactHead
 from raptide.model.formats.detect import write_weights
 from raptide.model.formats.fair_esm import regression_file
 from raptide.model.formats.weights import Weights
-from raptide.training.checkpoints.export import read_model
+from raptide.training.checkpoints.export import read_average, read_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,6 +63,9 @@ def main() -> None:
     group = parser.add_argument_group("what is written")
     group.add_argument("--dtype", choices=DTYPES, help="precision (default: as stored)")
     group.add_argument(
+        "--average", type=int, metavar="N", help="mean of a run's last N checkpoints (at least 2)"
+    )
+    group.add_argument(
         "--fit-contacts", type=Path, metavar="PARQUET", help="fit a contact head to structures"
     )
     group.add_argument(
@@ -67,7 +74,9 @@ def main() -> None:
     args = parser.parse_args()
     refuse_existing(args.target)
     refuse_output(args.target, "TARGET")
-    weights = read_model(args.source)
+    if args.average is not None and args.average < 2:
+        raise ConfigError(f"--average needs at least 2, but {args.average} was given.")
+    weights = read_average(args.source, args.average) if args.average else read_model(args.source)
     if not weights.lineage:
         weights = replace(weights, lineage={"converted_from": args.source.name})
     if args.fit_contacts:

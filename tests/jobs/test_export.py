@@ -10,6 +10,7 @@ import pytest
 import torch
 from in_process import job_in_process
 from safetensors.torch import load_file
+from small_runs import checkpoint_of
 from transformers import EsmForMaskedLM, EsmForTokenClassification
 from transformers_shapes import esm_config
 
@@ -93,6 +94,29 @@ def structures(file, count, **columns):
         rows.append({"sequence": sequence, "cb_angstrom": walk.ravel().tolist()} | columns)
     pq.write_table(pa.Table.from_pylist(rows), file)
     return file
+
+
+def test_the_last_checkpoints_of_a_run_are_averaged(whole, tmp_path):
+    done = export(whole.folder, tmp_path / "averaged", "--average", 3)
+    assert done.returncode == 0, done.stderr
+    averaged = read_weights(tmp_path / "averaged")
+    assert averaged.lineage["average_of_steps"] == [12, 18, 24]
+    bundles = [read_weights(checkpoint_of(whole.folder, step) / "model") for step in (12, 18, 24)]
+    for name, tensor in averaged.state.items():
+        mean = np.mean([bundle.state[name].double().numpy() for bundle in bundles], axis=0)
+        np.testing.assert_allclose(tensor.numpy(), mean, rtol=1e-6, atol=1e-12)
+    assert not torch.equal(averaged.state["embed.weight"], bundles[-1].state["embed.weight"])
+    Engine.load(tmp_path / "averaged").embed(["MKTAYIAKQR"])
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(9, "keeps 4 complete checkpoints"), (1, "--average needs at least 2")]
+)
+def test_too_few_checkpoints_are_said(whole, tmp_path, number, told):
+    done = export(whole.folder, tmp_path / "averaged", "--average", number)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert not (tmp_path / "averaged").exists()
 
 
 def test_a_contact_head_is_fitted_and_saved(theirs, tmp_path):

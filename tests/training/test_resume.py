@@ -58,6 +58,8 @@ REFUSED = {
     "model.norm_eps": 1e-3,
     "model.max_positions": 2048,
     "model.norm_before": True,
+    "continue_from": "runs/other",
+    "optimizer.matrices": "muon",
     "optimizer.fused": False,
     "training.precision": "bf16",
     "training.zero_stage": 1,
@@ -84,7 +86,8 @@ IN_RUN = {
     "corpus.path": "the same corpus, moved",
     "optimizer.lr": 2e-3,
     "optimizer.warmup_steps": 2,
-    "optimizer.decay": "linear",
+    "optimizer.decay": "stable",
+    "optimizer.cooldown": 0.5,
     "training.steps": STEPS + 4,
     "cluster.workers": 1,
     "cluster.peak_tflops": 0.5,
@@ -120,12 +123,16 @@ FREE = {
     "evaluation.benchmark": "b.yaml",
     "evaluation.timeout_s": 60.0,
     "evaluation.patience": 5,
+    "evaluation.until_ece_masked": 3.0,
     "tracking.mode": "disabled",
     "tracking.project": "other",
 }
 """Read from the recipe at every start, kept by no state; they change no number of a step."""
 
 OF_SEVERAL_CORPORA = {"corpus.weight"}
+
+OF_MUON = {"optimizer.muon_lr", "optimizer.muon_momentum"}
+"""Seen in test_muon.py."""
 
 
 def fields_of(settings, section=""):
@@ -151,7 +158,7 @@ def changed(tree, changes):
 
 
 def test_every_field_has_its_rule():
-    rules = [*REFUSED, *IN_ENGINE, *IN_RUN, *FREE, *OF_SEVERAL_CORPORA]
+    rules = [*REFUSED, *IN_ENGINE, *IN_RUN, *FREE, *OF_SEVERAL_CORPORA, *OF_MUON]
     assert len(rules) == len(set(rules))
     assert set(rules) == set(fields_of(Recipe))
 
@@ -212,6 +219,17 @@ def test_a_resumed_run_follows_its_recipe(whole, alone, corpus, tmp_path):
     assert len(left) <= 2, "of those before, only the best one stays"
     assert result.checkpoint.name in left
     assert read_runs(folder / "wandb")[-1][1]["name"] == "renamed"
+
+
+def test_a_run_ends_where_it_was_to_come(alone, corpus, tmp_path):
+    tree = make_recipe(corpus, steps=1000)
+    tree["evaluation"] |= {"every_steps": 2, "until_ece_masked": 24.5}
+    result = run_here(as_recipe(tree, workers=1), tmp_path / "run")
+    assert result.step < 200
+    assert result.heldout_ece.masked_only <= 24.5
+    found = evaluations(tmp_path / "run")
+    assert all(found[step]["eval/ece_masked"] > 24.5 for step in found if step < result.step)
+    assert result.step in found
 
 
 def test_some_checkpoints_hold_a_bundle_and_a_run_goes_on_from_any(alone, corpus, tmp_path):

@@ -40,7 +40,7 @@ def test_training_starts_from_the_weights_of_a_transformers_folder(
     recipe = as_recipe(make_recipe(corpus) | {"init_from": str(folder), "model": model})
     prepare_run(recipe, tmp_path / "run")
     weights = read_weights(folder)
-    for name, parameter in build_model(recipe, "cpu", None).named_parameters():
+    for name, parameter in build_model(recipe, "cpu", None, {}).named_parameters():
         assert torch.equal(parameter, weights.state[name]), name
     wrong = make_recipe(corpus) | {"init_from": str(folder), "model": model | {"layers": 3}}
     with pytest.raises(ConfigError, match=r"has model\.layers 2, but the recipe asks for 3"):

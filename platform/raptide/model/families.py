@@ -19,6 +19,21 @@ def make_model(settings: AnyShape, *, with_head: bool = True) -> AnyModel:
     return Esm(settings, with_head=with_head)
 
 
+def is_matrix(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a transformer's parameter of that name is a matrix inside a layer.
+
+    Embeddings, positions and the head have tokens on one side, and are none.
+    """
+    return name.startswith("layers.") and parameter.ndim == 2
+
+
+def count_in_matrices(settings: AnyShape) -> int:
+    """Learned numbers in matrices inside layers."""
+    with torch.device("meta"):
+        named = make_model(settings).named_parameters()
+        return sum(each.numel() for name, each in named if is_matrix(name, each))
+
+
 def count_parameters(settings: AnyShape) -> int:
     """Learned numbers of a model of this shape, without a contact head; nothing is allocated."""
     with torch.device("meta"):

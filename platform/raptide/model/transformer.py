@@ -199,12 +199,7 @@ class Esm(nn.Module):
         """Draw fresh weights: normal with deviation 0.02 (as BERT), biases 0; returns self."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "norm" in name:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, 0.02, generator=generator)
+            draw(name, parameter, generator)
         return self
 
     def forward(self, packed: Packed, targets: Targets | None = None) -> torch.Tensor:
@@ -331,6 +326,16 @@ def _padded(x: torch.Tensor, size: int) -> torch.Tensor:
     if len(x) == size:
         return x
     return pad(x, (0, 0) * (x.ndim - 1) + (0, size - len(x)))
+
+
+def draw(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+    """Fill a parameter of that name with fresh values."""
+    if name.endswith("bias"):
+        parameter.zero_()
+    elif "norm" in name:
+        parameter.fill_(1.0)
+    else:
+        parameter.normal_(0.0, 0.02, generator=generator)
 
 
 def default_inv_freq(head_width: int) -> torch.Tensor:

@@ -5,23 +5,28 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from raptide.model.config import ModelSettings
 from raptide.model.families import AnyModel, make_model
 from raptide.model.formats.detect import read_weights
 from raptide.training.checkpoints.checkpoint import ZERO, ZERO_TAG, SavedCheckpoint, find_bundle
 from raptide.training.checkpoints.scratch import made_once
+from raptide.training.muon import MuonWithAdamW
+from raptide.training.parts import fresh_values, make_in_parts
 from raptide.training.planning.deepspeed_config import deepspeed_config
+from raptide.training.planning.estimate import DTYPES
 from raptide.training.planning.recipe import Recipe, TrainingSettings
 
-HYPERPARAMETERS = ("betas", "eps", "weight_decay")
-"""Adam's settings in a parameter group; the rate is set in every step."""
+HYPERPARAMETERS = ("betas", "eps", "weight_decay", "momentum", "of_rate")
+"""Settings in a parameter group of AdamW's or Muon's; the rate is set in every step."""
 
 
 def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoint | None) -> Any:
@@ -31,47 +36,77 @@ def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoi
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Of use to inference on CPUs alone, and half a minute of compiling on every new machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    model = build_model(recipe, device, saved)
-    model.checkpoint_activations = recipe.training.checkpoint_activations
-    if recipe.training.compile:
-        model.compile_layers()
     config = deepspeed_config(
         recipe,
         workers=workers,
         device=device,
         load_universal=saved is not None and needs_conversion(saved, workers),
     )
+    model = build_model(recipe, device, saved, config)
+    model.checkpoint_activations = recipe.training.checkpoint_activations
+    if recipe.training.compile:
+        model.compile_layers()
+    muon = MuonWithAdamW(model, recipe.optimizer) if recipe.optimizer.matrices == "muon" else None
     engine, *_ = deepspeed.initialize(
         model=model,
+        optimizer=muon,
         model_parameters=model.parameters(),
         config=config,
         dist_init_required=False,
     )
+    if muon is not None and recipe.training.zero_stage > 0:
+        muon.follow(engine)
     return engine
 
 
-def build_model(recipe: Recipe, device: str, saved: SavedCheckpoint | None) -> AnyModel:
+def build_model(
+    recipe: Recipe, device: str, saved: SavedCheckpoint | None, config: dict[str, Any]
+) -> AnyModel:
     """The model, with the weights it starts from unless a checkpoint will bring others.
 
-    Only a start without a checkpoint reads `init_from`, and only rank 0.
+    Only a start without a checkpoint reads `init_from`, and only rank 0. At stage 3 a transformer
+    is never whole on any rank but, with `init_from`, on rank 0.
+
+    Args:
+        config: DeepSpeed's.
     """
-    model = make_model(recipe.model).initialise(recipe.training.seed)
-    rotary = recipe.model.rotary
-    if saved is not None:
-        if rotary:  # DeepSpeed's files do not hold them
+    shape, start = recipe.model, None
+    begins = saved is None and recipe.init_from is not None
+    if begins and dist.get_rank() == 0:
+        assert recipe.init_from is not None
+        start = read_weights(find_bundle(Path(recipe.init_from)))
+    if recipe.training.zero_stage == 3 and isinstance(shape, ModelSettings):
+        values = fresh_values(recipe.training.seed)
+        if start is not None:
+            values = partial(_value_of, start.state)
+        model: AnyModel = make_in_parts(shape, values, DTYPES[recipe.training.precision], config)
+    else:
+        model = make_model(shape).initialise(recipe.training.seed)
+        if start is not None:
+            model.load_state_dict({name: each.float() for name, each in start.state.items()})
+        if begins:
+            _send(model.state_dict().values(), device)
+    if shape.rotary:
+        if saved is not None:  # DeepSpeed's files do not hold them
             model.inv_freq = saved.frequencies()
-    elif recipe.init_from is not None:
-        if dist.get_rank() == 0:
-            weights = read_weights(find_bundle(Path(recipe.init_from)))
-            model.load_state_dict({name: each.float() for name, each in weights.state.items()})
-            if rotary:
-                model.inv_freq = weights.frequencies().clone()
-        tensors = [*model.state_dict().values(), *([model.inv_freq] if rotary else [])]
-        for tensor in tensors:
-            there = tensor.to(device)  # NCCL sends only between GPUs
-            dist.broadcast(there, 0)
-            tensor.copy_(there)
+        elif begins:
+            frequencies = model.frequencies() if start is None else start.frequencies().clone()
+            assert frequencies is not None
+            _send([frequencies], device)
+            model.inv_freq = frequencies
     return model
+
+
+def _value_of(state: Mapping[str, torch.Tensor], name: str, _: torch.Tensor) -> torch.Tensor:
+    return state[name]
+
+
+def _send(tensors: Iterable[torch.Tensor], device: str) -> None:
+    """Rank 0's values to all ranks."""
+    for tensor in tensors:
+        there = tensor.to(device)  # NCCL sends only between GPUs
+        dist.broadcast(there, 0)
+        tensor.copy_(there)
 
 
 def needs_conversion(saved: SavedCheckpoint, workers: int) -> bool:
@@ -104,7 +139,9 @@ def _keeping_settings(optimizer: Any) -> Iterator[None]:
     where an optimizer of DeepSpeed's clips.
     """
     groups = optimizer.param_groups
-    settings = [{name: group[name] for name in HYPERPARAMETERS} for group in groups]
+    settings = [
+        {name: group[name] for name in HYPERPARAMETERS if name in group} for group in groups
+    ]
     clip_norm = getattr(optimizer, "clip_grad", None)
     yield
     for group, own in zip(optimizer.param_groups, settings, strict=True):

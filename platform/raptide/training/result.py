@@ -56,7 +56,7 @@ def is_finished(folder: Path, recipe: Recipe) -> bool:
         return False
     evaluations = Evaluations.of_manifest(saved.manifest)
     all_steps = saved.step >= recipe.training.steps
-    over = all_steps or evaluations.is_over(recipe.evaluation.patience)
+    over = all_steps or evaluations.is_over(recipe.evaluation)
     return over and evaluations.step == saved.step == _step_of_result(file)
 
 

@@ -150,7 +150,7 @@ class Stepper:
         """
         engine = self._engine
         for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("of_rate", 1.0)
         factor = self._workers * len(share.micro) / max(share.batch.num_targets, 1)
         found = torch.zeros(2, dtype=torch.float64, device=engine.device)
         norm = None

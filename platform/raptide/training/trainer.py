@@ -19,9 +19,11 @@ from raptide.data.streaming.stream import Source, StreamPlan
 from raptide.errors import CheckpointError, ConfigError, CorpusError, plain_errors
 from raptide.model.formats.detect import read_weights
 from raptide.patience import reason_of
+from raptide.training.checkpoints.adopting import adopt, find_checkpoint, refuse_to_adopt
 from raptide.training.checkpoints.checkpoint import (
     find_bundle,
     forget_ray_snapshot,
+    has_finished_one,
     newest_checkpoint,
 )
 from raptide.training.checkpoints.owned import RUN_INFO, Storage, read_run_info
@@ -93,6 +95,8 @@ def prepare_run(
         Storage.at(recipe.checkpoint.storage)
     if recipe.init_from is not None and not resume:
         _refuse_other_start(recipe, recipe.init_from)
+    if recipe.continue_from is not None and not resume:
+        refuse_to_adopt(find_checkpoint(recipe.continue_from), recipe, plan.fingerprint())
     for corpus in corpora:
         if not plan.training_blocks(corpus):
             raise CorpusError(
@@ -140,6 +144,10 @@ def pretrain(
         (folder / RESULT).unlink(missing_ok=True)  # there again once all is done
         with without_ending("The run goes on, but its recipe was not written down"):
             keep_recipe(folder, recipe)
+        storage = Storage.of_run(folder)
+        if recipe.continue_from is not None and not has_finished_one(storage):
+            run_id = read_run_info(folder)["wandb_run_id"]
+            adopt(find_checkpoint(recipe.continue_from), storage, recipe, run_id)
         return _train(recipe, plan, folder, device, bench)
 
 

@@ -151,7 +151,7 @@ class Worker:
                 last = last or self._improves_no_more
             self._loss_watch.refuse_divergence(self._step, last=last)
             stall_s = None
-            if last or self._save_at_once or self._step % recipe.checkpoint.every_steps == 0:
+            if last or self._save_at_once or recipe.saves_after(self._step):
                 beside = evaluate and recipe.evaluation.asynchronous
                 beside = beside and (not last or self._run.bench is not None)
                 bundle = last or evaluate or self._is_due_a_bundle
@@ -237,7 +237,7 @@ class Worker:
 
     @property
     def _improves_no_more(self) -> bool:
-        return self._evaluations.so_far.is_over(self._recipe.evaluation.patience)
+        return self._evaluations.so_far.is_over(self._recipe.evaluation)
 
     def _finish(self) -> None:
         """Evaluate the last checkpoint if need be, and point W&B at the model.
@@ -345,7 +345,7 @@ class Worker:
         scratch = scratch_folder(run.run_id, f"rank-{self._rank:05d}", empty=True)
         own, others = (saved_bytes(recipe, self._workers, rank) for rank in (self._rank, 1))
         needed = own + (workers_here - 1) * others  # rank 0 asks for what it writes besides
-        return CheckpointWriter(recipe.checkpoint, run.board, self._attempt, scratch, needed)
+        return CheckpointWriter(recipe, run.board, self._attempt, scratch, needed)
 
     def _prepare_evaluations(self, so_far: Evaluations) -> RunEvaluations:
         run, board = self._run, self._run.board if self._rank == 0 else None

@@ -48,6 +48,8 @@ TREES = {
     "2-bf16": tree(2, "bf16"),
     "3-fp32": tree(3, "fp32"),
     "3-bf16": tree(3, "bf16"),
+    "0-fp32-muon": tree(0, "fp32") | {"optimizer": {"matrices": "muon"}},
+    "2-bf16-muon": tree(2, "bf16") | {"optimizer": {"matrices": "muon"}},
 }
 RECIPES = {name: parse_settings(Recipe, tree, source=name) for name, tree in TREES.items()}
 

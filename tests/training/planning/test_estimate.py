@@ -21,7 +21,7 @@ from raptide.training.planning.estimate import (
     step_flops,
     worker_memory,
 )
-from raptide.training.planning.recipe import Recipe
+from raptide.training.planning.recipe import EvaluationSettings, Recipe
 from raptide.training.watching.heldout import Ece, Evaluations
 
 FAMILIES = ("esm1", "esm1b", "esm2")
@@ -160,6 +160,13 @@ def test_patience_counts_evaluations_since_the_best_and_travels_in_the_manifest(
         found = found.after(Ece(ece, ece), step)
     assert (found.best, found.since_best, found.step) == (16.0, 2, 4)
     assert Evaluations.of_manifest(found.to_manifest()) == found
-    assert found.is_over(2)
-    assert not found.is_over(3)
-    assert not found.is_over(None)
+    assert found.is_over(EvaluationSettings(patience=2))
+    assert not found.is_over(EvaluationSettings(patience=3))
+    assert not found.is_over(EvaluationSettings())
+
+
+def test_a_goal_is_of_the_last_evaluation_on_masks():
+    found = Evaluations().after(Ece(9.0, 12.0), step=1)
+    assert found.is_over(EvaluationSettings(until_ece_masked=12.0))
+    assert not found.is_over(EvaluationSettings(until_ece_masked=11.9))
+    assert not Evaluations().is_over(EvaluationSettings(until_ece_masked=12.0))

@@ -106,6 +106,18 @@ def test_the_rate_warms_up_and_decays_as_the_inverse_square_root():
     assert rates == pytest.approx([5e-4, 1e-3, 5.5e-4, 1e-4, 1e-4])
 
 
+def test_a_stable_rate_is_level_until_the_cool_down():
+    settings = OptimizerSettings(lr=1e-3, warmup_steps=100, decay="stable", cooldown=0.2)
+    rates = [learning_rate(settings, step, 1000) for step in (50, 100, 800, 900, 1000)]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3 * 101 / 201, 1e-3 / 201])
+    longer = [learning_rate(settings, step, 5000) for step in (50, 800, 4000)]
+    assert longer == pytest.approx([5e-4, 1e-3, 1e-3]), "the same as far as both are level"
+    never = settings.model_copy(update={"cooldown": 0.0})
+    assert learning_rate(never, 1000, 1000) == 1e-3
+    short = learning_rate(settings, 110, 110)
+    assert short == pytest.approx(1e-3 / 11), "a warm-up is never cut"
+
+
 def test_workers_are_a_number_or_two_in_an_override_too():
     demo = ROOT / "jobs/recipes/demo.yaml"
     for text, workers in (("3", (3, 3)), ("[1, 4]", (1, 4))):

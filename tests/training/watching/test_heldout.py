@@ -21,6 +21,19 @@ def test_a_bad_model_has_a_finite_ece_that_json_can_hold(nats):
     json.dumps(ece.all_chosen, allow_nan=False)
 
 
+def test_every_recipe_is_asked_for_the_same_residues(corpus):
+    source = Source(str(corpus.path), corpus.digest, 1.0)
+    shapes = {"row_tokens": 256, "crop_tokens": 128, "batch_rows": 4}
+    found = []
+    for share in (0.15, 0.25, 0.4):
+        settings = StreamSettings(**shapes, mask_fraction=share)
+        plan = StreamPlan(sources=(source,), settings=settings, alphabet="esm-33")
+        found.append(heldout_rows(plan, EvaluationSettings(blocks=1)))
+    for rows in found[1:]:
+        assert (rows.tokens == found[0].tokens).all()
+        assert (rows.targets == found[0].targets).all()
+
+
 @pytest.mark.parametrize(("right", "wrong"), [(0.0, 1e6), (-3e38, 3e38)])
 def test_logits_beyond_all_measure_are_evaluated(corpus, right, wrong):
     source = Source(str(corpus.path), corpus.digest, 1.0)

@@ -227,7 +227,7 @@ def find_bundle(folder: Path) -> Path:
     Raises:
         BundleError: there is none.
     """
-    folder = Path(_with_attempt(str(folder.resolve()), Storage.of(folder)))
+    folder = Path(with_attempt(str(folder.resolve()), Storage.of(folder)))
     if (folder / "config.json").is_file() or folder.suffix == ".pt":
         return folder
     if (folder / MODEL / "config.json").is_file():
@@ -253,7 +253,7 @@ def find_bundle_at(uri: str) -> str:
     storage = Storage.at(uri, "model")
     if storage.is_local:
         return str(find_bundle(Path(storage.path)))
-    uri = _with_attempt(uri, storage)
+    uri = with_attempt(uri, storage)
     storage = Storage.at(uri, "model")
     if storage.path.endswith(".pt") or storage.holds("config.json"):
         return uri
@@ -282,7 +282,7 @@ def run_of(path: Path) -> Path | None:
     return next((each for each in path.parents if (each / RUN_INFO).is_file()), None)
 
 
-def _with_attempt(path: str, storage: Storage) -> str:
+def with_attempt(path: str, storage: Storage) -> str:
     """A path or URI of a checkpoint, or into one, that may name it by its step: `step-00000200`.
 
     Args:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from raptide.config import parse_settings
+from raptide.errors import CheckpointError
 from raptide.model.formats.detect import read_weights
 from raptide.model.formats.weights import Weights
 from raptide.training.checkpoints.checkpoint import (
     MODEL,
     ZERO,
     ZERO_TAG,
+    SavedCheckpoint,
     find_bundle,
+    holds,
+    local_checkpoint,
+    open_checkpoint,
     verify_folder,
 )
-from raptide.training.checkpoints.owned import MANIFEST
+from raptide.training.checkpoints.owned import MANIFEST, RUN_INFO, Storage, counted_names
 from raptide.training.planning.recipe import Recipe
 
 
@@ -33,6 +39,34 @@ def read_model(path: Path) -> Weights:
     if (path / MANIFEST).is_file() and not (path / MODEL).exists():
         return read_zero_weights(path)
     return read_weights(find_bundle(path))
+
+
+def read_average(run: Path, number: int) -> Weights:
+    """The mean of a run's weights in its last checkpoints with a bundle, summed in fp64.
+
+    Raises:
+        CheckpointError: the folder is no run, or keeps fewer.
+    """
+    if not (run / RUN_INFO).is_file():
+        raise CheckpointError(f"{run} is no run, whose checkpoints could be averaged; name one.")
+    storage, taken = Storage.of_run(run), list[SavedCheckpoint]()
+    for name in reversed(counted_names(storage)):
+        saved = open_checkpoint(storage, name, only=f"{MODEL}/") if len(taken) < number else None
+        if saved is not None and holds(saved.manifest, f"{MODEL}/"):
+            taken.append(saved)
+    if len(taken) < number:
+        raise CheckpointError(
+            f"{run} keeps {len(taken)} complete checkpoints with a bundle, but {number} are to be "
+            "averaged; average fewer, or train with a greater checkpoint.keep."
+        )
+    sums: dict[str, torch.Tensor] = {}
+    for saved in reversed(taken):
+        weights = read_weights(local_checkpoint(run, saved) / MODEL)
+        for name, tensor in weights.state.items():
+            sums[name] = sums[name] + tensor if name in sums else tensor.double()
+    state = {name: (total / number).float() for name, total in sums.items()}
+    lineage = {**weights.lineage, "average_of_steps": [saved.step for saved in reversed(taken)]}
+    return replace(weights, state=state, lineage=lineage)
 
 
 def read_zero_weights(checkpoint: Path) -> Weights:

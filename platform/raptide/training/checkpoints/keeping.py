@@ -44,7 +44,12 @@ def awaiting_evaluation(storage: Storage, last_step: int) -> list[str]:
 
 
 def prune(
-    storage: Storage, newest: str, keep: int, keep_best: int, spare: Collection[str] = ()
+    storage: Storage,
+    newest: str,
+    keep: int,
+    keep_best: int,
+    spare: Collection[str] = (),
+    spare_step: int | None = None,
 ) -> None:
     """Delete the checkpoints before `newest` that are neither among the newest nor the best, nor
     the last one with a bundle.
@@ -53,6 +58,7 @@ def prune(
 
     Args:
         spare: names that stay in any case.
+        spare_step: what was finished after that step does, too.
 
     Raises:
         RaptideError: the storage fails; what is left is deleted at the next call.
@@ -71,8 +77,9 @@ def prune(
     # A run is served and evaluated by the newest one that holds a bundle.
     bundled = [name for name in finished if holds(manifests[name], f"{MODEL}/")]
     best = [name for _, name in sorted(measured)[:keep_best]]
+    asked = [name for name in finished if checkpoint_step(name) == spare_step]
     for name in earlier:
-        if name not in (*finished[-keep:], *bundled[-1:], *best, *spare):
+        if name not in (*finished[-keep:], *bundled[-1:], *best, *spare, *asked):
             storage.delete(name)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from raptide.errors import ConfigError
 from raptide.training.planning.estimate import bucket_elements, overlaps
-from raptide.training.planning.recipe import Recipe
+from raptide.training.planning.recipe import OptimizerSettings, Recipe
 
 
 def deepspeed_config(
@@ -37,17 +37,7 @@ def deepspeed_config(
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": training.micro_batch_rows * accumulation * workers,
         "zero_optimization": zero,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": optimizer.lr,
-                "betas": [optimizer.beta1, optimizer.beta2],
-                "eps": optimizer.eps,
-                "weight_decay": optimizer.weight_decay,
-                "torch_adam": True,  # DeepSpeed's own wants nvcc, or g++, on every node
-                **({"fused": True} if optimizer.fused else {}),
-            },
-        },
+        **_optimizer(optimizer),
         "gradient_clipping": optimizer.clip_norm,
         "bf16": {"enabled": training.precision == "bf16"},
         "fp16": {"enabled": training.precision == "fp16"},
@@ -55,6 +45,25 @@ def deepspeed_config(
         "steps_per_print": 2**31,
         # It would wait for the GPU twice in every micro-batch.
         "timers": {"throughput": {"enabled": False}},
+    }
+
+
+def _optimizer(settings: OptimizerSettings) -> dict[str, Any]:
+    """DeepSpeed's own AdamW, or leave to bring another optimizer (training/muon.py)."""
+    if settings.matrices == "muon":
+        return {"zero_allow_untested_optimizer": True}
+    return {
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": settings.lr,
+                "betas": [settings.beta1, settings.beta2],
+                "eps": settings.eps,
+                "weight_decay": settings.weight_decay,
+                "torch_adam": True,  # DeepSpeed's own wants nvcc, or g++, on every node
+                **({"fused": True} if settings.fused else {}),
+            },
+        }
     }
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from raptide.data.streaming.shares import BatchShare
-from raptide.model.families import count_parameters, make_model
+from raptide.model.families import count_in_matrices, count_parameters, make_model
 from raptide.model.packed import Packed, Targets
 from raptide.model.shapes import AnyShape
 from raptide.training.planning.recipe import Recipe, TrainingSettings
@@ -30,7 +30,8 @@ class WorkerMemory:
 
     weights: float
     optimizer: float
-    """Adam's two moments, and the fp32 weights that it updates where those are others."""
+    """Adam's two moments or Muon's one, and the fp32 weights that they update where those are
+    others."""
     buckets: float
     """Room for the gradients that travel."""
     gradients: float
@@ -96,7 +97,8 @@ def _update_bytes(recipe: Recipe, elements: float) -> float:
         sent = stored * min(elements, FLAT_ELEMENTS)
         return stored * elements + max(sent, 4 * elements if rounded else 0)
     put_together = stored if rounded and recipe.training.zero_stage < 3 else 0
-    return (stored + put_together + 4) * elements
+    directions = 2 * in_matrices(recipe) * count_parameters(recipe.model)  # of all ranks, in bf16
+    return (stored + put_together + 4) * elements + directions
 
 
 def bucket_elements(recipe: Recipe) -> int:
@@ -195,6 +197,13 @@ def saved_bytes(recipe: Recipe, workers: int, rank: int) -> int:
     return -(-shards // workers) + (whole if rank == 0 else 0)
 
 
+def in_matrices(recipe: Recipe) -> float:
+    """Share of the parameters that Muon moves."""
+    if recipe.optimizer.matrices == "adamw":
+        return 0.0
+    return count_in_matrices(recipe.model) / count_parameters(recipe.model)
+
+
 def _saved_bytes_of(recipe: Recipe) -> tuple[int, int]:
     """What all ranks write a share of, and what rank 0 writes for all: with the bundle in fp32.
 
@@ -204,18 +213,18 @@ def _saved_bytes_of(recipe: Recipe) -> tuple[int, int]:
     stage, parameters = recipe.training.zero_stage, count_parameters(recipe.model)
     bundle, weights = 4, DTYPES[recipe.training.precision].itemsize
     if stage == 0:
-        return 0, parameters * (bundle + weights + optimizer_bytes(recipe))
-    shards = parameters * optimizer_bytes(recipe)
+        return 0, round(parameters * (bundle + weights + optimizer_bytes(recipe)))
+    shards = round(parameters * optimizer_bytes(recipe))
     return shards, parameters * (bundle + (weights if stage < 3 else 0))
 
 
-def optimizer_bytes(recipe: Recipe) -> int:
-    """Of each parameter: Adam's two moments, and the fp32 weights that it updates.
+def optimizer_bytes(recipe: Recipe) -> float:
+    """Of each parameter: Adam's two moments or Muon's one, and the fp32 weights that they update.
 
     In fp32 those are the model's own at stage 0, and copies of a worker's share at the others.
     """
     own = recipe.training.precision == "fp32" and recipe.training.zero_stage == 0
-    return 8 if own else 12
+    return (8 if own else 12) - 4 * in_matrices(recipe)
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

@@ -16,16 +16,31 @@ LINEAR_UNTIL, LINEAR_END = 0.9, 0.1
 
 
 class OptimizerSettings(Settings):
-    """AdamW (Adam where `weight_decay` is 0), with warm-up and decay."""
+    """AdamW (Adam where `weight_decay` is 0) or Muon, with warm-up and decay."""
 
     lr: float = Field(1e-4, gt=0.0)
     """Learning rate at the end of the warm-up."""
 
+    matrices: Literal["adamw", "muon"] = "adamw"
+    """What moves the matrices inside the layers; everything else is always AdamW's. Muon takes
+    orthogonal steps, at ZeRO 0 in fp32 and at ZeRO 1 and 2."""
+
+    muon_lr: float | None = Field(None, gt=0.0)
+    """Muon's own learning rate, which rises and falls as `lr` does; None takes `lr`, since steps of
+    both are of one size."""
+
+    muon_momentum: float = Field(0.95, ge=0.0, lt=1.0)
+
     warmup_steps: int = Field(16_000, ge=1)
 
-    decay: Literal["inverse_sqrt", "linear"] = "inverse_sqrt"
-    """After the warm-up: with 1/sqrt(step) as ESM-1, or in a line to a tenth at 90% of the steps
-    and level from there as ESM-2."""
+    decay: Literal["inverse_sqrt", "linear", "stable"] = "inverse_sqrt"
+    """After the warm-up: with 1/sqrt(step) as ESM-1; in a line to a tenth at 90% of the steps and
+    level from there as ESM-2; or level until the cool-down, so that a run can be made longer from
+    where it was level last (`continue_from`)."""
+
+    cooldown: float = Field(0.2, ge=0.0, le=1.0)
+    """Share of the steps, the last ones, in which a `stable` rate falls in a line to 0 (Hägele et
+    al., NeurIPS 2024)."""
 
     beta1: float = Field(0.9, ge=0.0, lt=1.0)
     beta2: float = Field(0.999, ge=0.0, lt=1.0)
@@ -36,7 +51,12 @@ class OptimizerSettings(Settings):
     """Update all weights in one kernel of torch's."""
 
     clip_norm: float = Field(1.0, ge=0.0)
-    """Largest norm of the whole gradient; 0 never clips."""
+    """Largest norm of the whole gradient, before Muon makes steps of it; 0 never clips."""
+
+    @property
+    def muon_rate(self) -> float:
+        """Muon's learning rate at the end of the warm-up."""
+        return self.lr if self.muon_lr is None else self.muon_lr
 
 
 class TrainingSettings(Settings):
@@ -217,6 +237,10 @@ class EvaluationSettings(Settings):
     """Evaluations in a row without a lower held-out ECE after which the run ends; None runs all
     steps."""
 
+    until_ece_masked: float | None = Field(None, gt=1.0)
+    """Held-out ECE on `<mask>` at which the run ends, once an evaluation finds it or less; None
+    runs all steps. What a record is measured by (docs/records.md)."""
+
     seed: int = Field(7, ge=0, lt=2**63)
     """Fixes crops and masks, so that every evaluation asks for the same residues."""
 
@@ -256,6 +280,10 @@ class Recipe(Settings):
     init_from: str | None = None
     """Model folder, .pt file or run whose weights a new run starts from, of the shape in `model`;
     None draws fresh ones."""
+
+    continue_from: str | None = None
+    """Run or checkpoint that a new run goes on from with everything: weights, the optimizer's
+    state, the step and the place in the stream; None starts at step 0."""
 
     stream: StreamSettings = StreamSettings()
     model: AnyShape
@@ -299,9 +327,51 @@ class Recipe(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _muon_finds_whole_matrices(self) -> Recipe:
+        training = self.training
+        if self.optimizer.matrices != "muon":
+            return self
+        if self.model.family == "lstm":
+            raise ValueError("optimizer.matrices: muon is for transformers; use adamw")
+        if training.zero_stage == 3 or training.offload_optimizer:
+            raise ValueError(
+                "optimizer.matrices: muon gathers matrices that ZeRO 1 and 2 keep on the device; "
+                "use training.zero_stage 0, 1 or 2 without offload_optimizer"
+            )
+        if training.zero_stage == 0 and training.precision != "fp32":
+            raise ValueError(
+                f"optimizer.matrices: muon with {training.precision} needs training.zero_stage "
+                "1 or 2; at 0 it takes fp32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _starts_from_one_place(self) -> Recipe:
+        if self.init_from is not None and self.continue_from is not None:
+            raise ValueError("init_from and continue_from are two starts; give one of them")
+        return self
+
+    @property
+    def last_level_step(self) -> int | None:
+        """The last one before a `stable` rate falls, whose checkpoint stays; None for others."""
+        optimizer = self.optimizer
+        if optimizer.decay != "stable" or optimizer.cooldown == 0:
+            return None
+        return cooldown_begin(optimizer, self.training.steps)
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is due after a step, whatever else goes on."""
+        return step % self.checkpoint.every_steps == 0 or step == self.last_level_step
+
     def accumulation(self, workers: int) -> int:
         """Micro-batches each worker runs in a step, so that all rows find a slot."""
         return -(-self.stream.batch_rows // (workers * self.training.micro_batch_rows))
+
+
+def cooldown_begin(settings: OptimizerSettings, steps: int) -> int:
+    """The last step with the whole rate, of a run of so many steps with a `stable` one."""
+    return max(settings.warmup_steps, round(steps * (1 - settings.cooldown)))
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
@@ -311,5 +381,8 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
         return settings.lr * step / warmup
     if settings.decay == "inverse_sqrt":
         return settings.lr * (warmup / step) ** 0.5
+    if settings.decay == "stable":
+        level = cooldown_begin(settings, steps)
+        return settings.lr * min(1.0, (steps + 1 - step) / (steps + 1 - level))
     done = (step - warmup) / max(LINEAR_UNTIL * steps - warmup, 1)
     return settings.lr * (1 - (1 - LINEAR_END) * min(done, 1.0))

@@ -16,8 +16,10 @@ from raptide.training.planning.recipe import Recipe
 
 FIXED = {
     "init_from": "weights are only started from once",
+    "continue_from": "it was gone on from once",
     "model": "the checkpoint holds its weights",
     "stream": "its cursor is a place in that stream",
+    "optimizer.matrices": "AdamW and Muon keep different states",
     "optimizer.fused": "kernels keep Adam's state in different forms",
     "training.precision": "the optimizer's state is kept in its form",
     "training.zero_stage": "DeepSpeed does not convert between stages",
@@ -38,13 +40,21 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         share.model_copy(update={"path": str(Path(share.path).resolve())})
         for share in recipe.corpus
     )
-    start = None if recipe.init_from is None else str(Path(recipe.init_from).resolve())
+    init_from, continue_from = (
+        None if start is None else str(Path(start).resolve())
+        for start in (recipe.init_from, recipe.continue_from)
+    )
     evaluation = recipe.evaluation
     if evaluation.benchmark is not None:
         file = str(Path(evaluation.benchmark).resolve())
         evaluation = evaluation.model_copy(update={"benchmark": file})
     return recipe.model_copy(
-        update={"corpus": corpora, "init_from": start, "evaluation": evaluation}
+        update={
+            "corpus": corpora,
+            "init_from": init_from,
+            "continue_from": continue_from,
+            "evaluation": evaluation,
+        }
     )
 
 

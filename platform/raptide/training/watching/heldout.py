@@ -64,6 +64,9 @@ LENGTHS = (128, 256, 512)
 """Residues up to which a protein, or a crop of one, belongs to a bucket; the last is open."""
 
 
+MASKED = 0.15
+"""Share of the held-out residues that is asked for, whatever share a recipe trains on."""
+
 BenchValue = tuple[float, float, float, bool]
 """A number with the interval that it lies in, and whether higher is better."""
 
@@ -176,8 +179,11 @@ class Evaluations:
         """With one evaluation more that came to nothing."""
         return replace(self, failed=self.failed + 1)
 
-    def is_over(self, patience: int | None) -> bool:
-        """Whether the run should end, since its evaluations improve no more."""
+    def is_over(self, settings: EvaluationSettings) -> bool:
+        """Whether the run should end: it is where it was to come, or improves no more."""
+        patience, goal = settings.patience, settings.until_ece_masked
+        if goal is not None and self.last is not None and self.last.masked_only <= goal:
+            return True
         return patience is not None and self.since_best >= patience
 
 
@@ -187,7 +193,8 @@ def heldout_rows(plan: StreamPlan, settings: EvaluationSettings) -> PackedRows:
     Raises:
         CorpusError: a corpus holds nothing out.
     """
-    rows = plan.settings.model_copy(update={"sampling": "representatives"})
+    asked = {"sampling": "representatives", "mask_fraction": MASKED}
+    rows = plan.settings.model_copy(update=asked)
     alphabet = ALPHABETS[plan.alphabet]
     packed = []
     for source in plan.sources:

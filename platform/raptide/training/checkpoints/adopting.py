@@ -1,0 +1,101 @@
+"""A new run that goes on from a checkpoint of another."""
+
+from __future__ import annotations
+
+import errno
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from raptide.config import parse_settings
+from raptide.errors import CheckpointError
+from raptide.patience import patiently, reason_of, trouble
+from raptide.storage import copy_stream, is_uri, storage_of
+from raptide.training.checkpoints.checkpoint import (
+    TRANSFERS,
+    SavedCheckpoint,
+    newest_checkpoint,
+    open_checkpoint,
+    with_attempt,
+)
+from raptide.training.checkpoints.keeping import write_manifest
+from raptide.training.checkpoints.owned import FOLDER, RUN_INFO, Storage
+from raptide.training.planning.recipe import Recipe
+
+
+def find_checkpoint(start: str) -> SavedCheckpoint:
+    """The checkpoint that `continue_from` names: itself, or the newest one of a run.
+
+    Args:
+        start: a run's folder, or a checkpoint's folder or URI, which may leave out the attempt
+            (`step-00000200`).
+
+    Raises:
+        CheckpointError: there is none that counts.
+    """
+    saved = None
+    if not is_uri(start) and (Path(start) / RUN_INFO).is_file():
+        saved = newest_checkpoint(Storage.of_run(Path(start)))
+    else:
+        there = storage_of(start, "continue_from")
+        named = with_attempt(start, Storage(there.filesystem, there.path))
+        there = storage_of(named, "continue_from")
+        folder = PurePosixPath(there.path)
+        if FOLDER.fullmatch(folder.name):
+            saved = open_checkpoint(Storage(there.filesystem, str(folder.parent)), folder.name)
+    if saved is None:
+        raise CheckpointError(
+            f"continue_from: {start} is no run with a complete checkpoint and no such checkpoint; "
+            "name the folder of one, for example runs/demo/checkpoints/step-00000200."
+        )
+    return saved
+
+
+def refuse_to_adopt(saved: SavedCheckpoint, recipe: Recipe, fingerprint: dict[str, object]) -> None:
+    """Refuse a checkpoint that a new run's recipe does not fit.
+
+    Raises:
+        CheckpointError: names the first field that differs and may not.
+    """
+    before = parse_settings(Recipe, saved.manifest["recipe"], source=saved.uri)
+    kept = recipe.checkpoint.model_copy(update={"storage": before.checkpoint.storage})
+    starts = {"init_from": before.init_from, "continue_from": before.continue_from}
+    saved.refuse_other_run(fingerprint, recipe.model_copy(update={"checkpoint": kept, **starts}))
+    if saved.step >= recipe.training.steps:
+        raise CheckpointError(
+            f"{saved.uri} is of step {saved.step}, but training.steps is {recipe.training.steps}; "
+            "ask for more steps, or go on from an earlier checkpoint."
+        )
+
+
+def adopt(saved: SavedCheckpoint, storage: Storage, recipe: Recipe, run_id: str) -> None:
+    """Copy a checkpoint into a new run's storage, as if the run had saved it.
+
+    It counts once its manifest is there, which comes last: whoever ends before starts over.
+
+    Raises:
+        RaptideError: one of the storages fails, or a file arrives damaged again and again.
+    """
+
+    def copy(file: str) -> None:
+        source, target = (each.full(f"{saved.name}/{file}") for each in (saved.storage, storage))
+        storage.filesystem.create_dir(str(PurePosixPath(target).parent), recursive=True)
+        with (
+            saved.storage.filesystem.open_input_stream(source) as whence,
+            storage.filesystem.open_output_stream(target) as sink,
+        ):
+            if copy_stream(whence, sink) != saved.manifest["files"][file]:
+                raise OSError(errno.EIO, "arrived damaged", source)
+
+    try:
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            for _ in pool.map(lambda file: patiently(partial(copy, file)), saved.manifest["files"]):
+                pass
+    except OSError as error:
+        raise trouble(
+            error,
+            f"{saved.uri} cannot be copied to {storage.path} ({reason_of(error)}); see to that and "
+            "start the run again.",
+        ) from None
+    own = {"wandb_run_id": run_id, "recipe": recipe.model_dump(), "awaits_evaluation": False}
+    write_manifest(storage, saved.name, saved.manifest | own)

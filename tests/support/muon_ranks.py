@@ -1,0 +1,42 @@
+"""One of two ranks that train with Muon: `muon_ranks.py RANK FOLDER`.
+
+For every recipe in `recipes.json` three steps of the whole batch, saved after the second; writes
+the losses, the norms of the gradients, and from rank 0 all weights.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from muon_steps import saved_after, take_steps
+
+from raptide.config import parse_settings
+from raptide.training.engine import build_engine, full_state
+from raptide.training.planning.recipe import Recipe
+
+
+def main():
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    told = {}
+    for name, tree in json.loads((folder / "recipes.json").read_text()).items():
+        recipe = parse_settings(Recipe, tree, source=name)
+        engine = build_engine(recipe, 2, "cpu", None)
+        results = take_steps(engine, recipe, rank, 2, steps=2)
+        saved_after(engine, recipe, folder / name, workers=2)
+        results += take_steps(engine, recipe, rank, 2, steps=1, first=2)
+        told[name] = results
+        state = full_state(engine, recipe.training)
+        if rank == 0:
+            torch.save(state, folder / f"{name}.pt")
+    (folder / f"rank-{rank}.json").write_text(json.dumps(told))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

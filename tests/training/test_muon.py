@@ -1,0 +1,242 @@
+"""Muon: orthogonal steps for matrices, whoever holds them."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from muon_steps import RATE, saved_after, saved_in, take_steps
+
+from raptide.config import parse_settings
+from raptide.errors import ConfigError
+from raptide.model.families import is_matrix, make_model
+from raptide.training.engine import build_engine, full_state, load_state
+from raptide.training.muon import RMS, Partitions, muon_step
+from raptide.training.planning.recipe import Recipe
+
+TREE = {
+    "name": "x",
+    "corpus": "none",
+    "stream": {"row_tokens": 64, "crop_tokens": 64, "batch_rows": 4},
+    "model": {"layers": 2, "width": 40, "heads": 4, "ffn": 100},
+    "optimizer": {"matrices": "muon", "lr": RATE, "muon_lr": 2 * RATE, "weight_decay": 0.1},
+    "training": {"steps": 9, "micro_batch_rows": 1, "precision": "fp32", "zero_stage": 0},
+    "cluster": {"workers": 2, "device": "cpu"},
+}
+
+
+def with_settings(tree=TREE, **sections):
+    tree = copy.deepcopy(tree)
+    for section, changes in sections.items():
+        tree[section] |= changes
+    return tree
+
+
+def recipe_of(**sections):
+    return parse_settings(Recipe, with_settings(**sections), source="test")
+
+
+RUNS = {
+    **{f"{stage}-fp32": with_settings(training={"zero_stage": stage}) for stage in (0, 1, 2)},
+    "2-bf16": with_settings(training={"zero_stage": 2, "precision": "bf16"}),
+    "2-clipped": with_settings(training={"zero_stage": 2}, optimizer={"clip_norm": 0.01}),
+}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """The folder of what two ranks have done with each of the recipes."""
+    folder = tmp_path_factory.mktemp("muon")
+    (folder / "recipes.json").write_text(json.dumps(RUNS))
+    command = [sys.executable, str(ROOT / "tests/support/muon_ranks.py")]
+    ranks = [subprocess.Popen([*command, str(rank), str(folder)]) for rank in range(2)]
+    try:
+        assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return folder
+
+
+def alone(recipe, steps=3):
+    """What one rank comes to: losses and norms, and all weights."""
+    engine = build_engine(recipe, 1, "cpu", None)
+    results = take_steps(engine, recipe, 0, 1, steps=steps)
+    return results, full_state(engine, recipe.training)
+
+
+@pytest.mark.parametrize("shape", [(36, 36), (100, 36), (36, 100), (7, 64)])
+def test_a_step_is_orthogonal_and_of_the_size_of_adamws(shape):
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    step = muon_step(drawn.bfloat16()).float()
+    left, _, right = torch.linalg.svd(drawn, full_matrices=False)
+    inside = left.T @ step @ right.T / (RMS * max(shape) ** 0.5)
+    values = inside.diagonal()
+    assert 0.6 < values.min() <= values.max() < 1.4
+    assert (inside - values.diag()).abs().max() < 0.05
+    assert step.square().mean().sqrt() == pytest.approx(RMS, rel=0.2)
+
+
+@pytest.mark.parametrize("family", ["esm1", "esm1b", "esm2"])
+def test_what_has_tokens_on_one_side_is_no_matrix(family):
+    model = make_model(recipe_of(model={"family": family}).model)
+    found = {name for name, each in model.named_parameters() if is_matrix(name, each)}
+    inside = {"attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj"}
+    inside |= {"fc1", "fc2"}
+    assert found == {f"layers.{n}.{each}.weight" for n in range(2) for each in inside}
+
+
+def test_parts_hold_every_element_once():
+    rng = np.random.default_rng(5)
+    for ranks in (1, 2, 3, 7):
+        shapes = tuple(torch.Size(rng.integers(1, 9, 2).tolist()) for _ in range(12))
+        total = sum(shape.numel() for shape in shapes)
+        size = -(-total // ranks) + 1  # the last part ends in padding
+        whole = torch.arange(total)
+        found = []
+        for rank in range(ranks):
+            part = torch.full((size,), -1)
+            for lies, shape, here, which in Partitions(shapes, rank, None).of_rank(size):
+                assert whole[lies].view(shape).shape == shape
+                part[here] = whole[lies][which]
+            found.append(part)
+        held = torch.cat(found)
+        assert held[:total].tolist() == whole.tolist()
+        assert (held[total:] == -1).all()
+
+
+def test_groups_have_rates_of_their_own(on_cpu):
+    engine = build_engine(recipe_of(), 1, "cpu", None)
+    take_steps(engine, recipe_of(), 0, 1, steps=1)
+    assert [group["lr"] for group in engine.optimizer.param_groups] == [2 * RATE, RATE]
+
+
+def orthogonal_by_singular_values(direction):
+    """The iteration's polynomial, five times on each singular value, in float64."""
+    left, values, right = torch.linalg.svd(direction.double(), full_matrices=False)
+    values /= values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return left @ values.diag() @ right
+
+
+def test_a_step_moves_matrices_as_it_says(on_cpu):
+    """Against the definition: momentum, Nesterov, orthogonal, decay."""
+    recipe = recipe_of(optimizer={"clip_norm": 0.0})
+    engine = build_engine(recipe, 1, "cpu", None)
+    weights = engine.module.get_parameter("layers.1.fc1.weight")
+    before, gradients = weights.detach().double(), []
+    weights.register_post_accumulate_grad_hook(lambda each: gradients.append(each.grad.double()))
+    momentum, expected = torch.zeros_like(before), before
+    for step in range(2):
+        take_steps(engine, recipe, 0, 1, steps=1, first=step)
+        gradient = gradients[-1]  # of the last micro-batch, with those before
+        momentum = 0.95 * momentum + 0.05 * gradient
+        toward = orthogonal_by_singular_values(0.05 * gradient + 0.95 * momentum)
+        expected = expected * (1 - 2 * RATE * 0.1) - 2 * RATE * 0.2 * 10 * toward
+    moved, said = (weights.detach() - before), (expected - before)
+    assert (moved - said).norm() < 0.15 * said.norm(), "bfloat16 on the way"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_make_the_steps_of_one(two_ranks, on_cpu, name):
+    recipe = parse_settings(Recipe, RUNS[name], source=name)
+    results, state = alone(recipe)
+    told = [json.loads((two_ranks / f"rank-{rank}.json").read_text())[name] for rank in range(2)]
+    assert told[0] == told[1]
+    close = 2e-2 if "bf16" in name else 1e-3
+    np.testing.assert_allclose(told[0], results, rtol=close)
+    found = torch.load(two_ranks / f"{name}.pt")
+    assert_moved_alike(found, state, recipe.model, bf16="bf16" in name)
+
+
+def assert_moved_alike(found, expected, shape, *, bf16):
+    """Up to what rounding makes of steps whose size does not depend on the gradients'."""
+    share = 0.5 if bf16 else 0.1
+    fresh = dict(make_model(shape).initialise(1).named_parameters())
+    for name, weights in expected.items():
+        moved = (weights - fresh[name].detach()).norm()
+        assert (found[name] - weights).norm() < share * moved, name
+
+
+def test_all_stages_clip_gradients_and_not_steps(two_ranks, on_cpu):
+    """A hundredth of the gradients' norm leaves Muon's steps as they were."""
+    whole, clipped = (torch.load(two_ranks / f"{name}.pt") for name in ("2-fp32", "2-clipped"))
+    first = {"2-fp32": [], "2-clipped": []}
+    for name in first:
+        results, _ = alone(parse_settings(Recipe, RUNS[name], source=name), steps=1)
+        first[name] = results[0]
+    assert first["2-fp32"] == pytest.approx(first["2-clipped"]), "norms are of the gradients"
+    name = "layers.0.attention.q_proj.weight"
+    fresh = make_model(recipe_of().model).initialise(1).get_parameter(name).detach()
+    moved, when_clipped = (float((state[name] - fresh).norm()) for state in (whole, clipped))
+    assert when_clipped == pytest.approx(moved, rel=0.1)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_save_and_one_goes_on(two_ranks, on_cpu, name):
+    """At stage 0 as it is, else by DeepSpeed's conversion, which carries the momentum along."""
+    recipe = parse_settings(Recipe, RUNS[name], source=name)
+    saved = saved_in(two_ranks / name)
+    engine = build_engine(recipe, 1, "cpu", saved)
+    load_state(engine, saved, 1)
+    assert [group["of_rate"] for group in engine.optimizer.param_groups[:1]] == [2]
+    results = take_steps(engine, recipe, 0, 1, steps=1, first=2)
+    told = json.loads((two_ranks / "rank-0.json").read_text())[name]
+    close = 2e-2 if "bf16" in name else 1e-3
+    np.testing.assert_allclose(results, told[2:], rtol=close)
+    found, state = torch.load(two_ranks / f"{name}.pt"), full_state(engine, recipe.training)
+    assert_moved_alike(found, state, recipe.model, bf16="bf16" in name)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_one_goes_on_where_it_was(on_cpu, tmp_path, stage):
+    recipe = recipe_of(training={"zero_stage": stage})
+    engine = build_engine(recipe, 1, "cpu", None)
+    take_steps(engine, recipe, 0, 1, steps=2)
+    saved_after(engine, recipe, tmp_path, workers=1)
+    expected = take_steps(engine, recipe, 0, 1, steps=2, first=2)
+    saved = saved_in(tmp_path)
+    resumed = build_engine(recipe, 1, "cpu", saved)
+    load_state(resumed, saved, 1)
+    assert take_steps(resumed, recipe, 0, 1, steps=2, first=2) == expected
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_settings_are_those_of_the_recipe_it_goes_on_with(on_cpu, tmp_path, stage):
+    recipe = recipe_of(training={"zero_stage": stage})
+    engine = build_engine(recipe, 1, "cpu", None)
+    take_steps(engine, recipe, 0, 1, steps=1)
+    saved_after(engine, recipe, tmp_path, workers=1)
+    changes = {"muon_lr": 5 * RATE, "muon_momentum": 0.8, "weight_decay": 0.3, "beta1": 0.7}
+    changed = recipe_of(training={"zero_stage": stage}, optimizer=changes)
+    saved = saved_in(tmp_path)
+    resumed = build_engine(changed, 1, "cpu", saved)
+    load_state(resumed, saved, 1)
+    take_steps(resumed, changed, 0, 1, steps=1)
+    muon, adamw = resumed.optimizer.param_groups
+    assert (muon["lr"], muon["momentum"], muon["weight_decay"]) == (5 * RATE, 0.8, 0.3)
+    assert (adamw["lr"], tuple(adamw["betas"]), adamw["weight_decay"]) == (RATE, (0.7, 0.999), 0.3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"training": {"zero_stage": 3}}, "use training.zero_stage 0, 1 or 2"),
+        ({"training": {"zero_stage": 2, "offload_optimizer": True}}, "without offload_optimizer"),
+        ({"training": {"precision": "bf16"}}, "with bf16 needs training.zero_stage 1 or 2"),
+    ],
+)
+def test_what_muon_cannot_do_is_refused(changes, told):
+    with pytest.raises(ConfigError, match=told):
+        recipe_of(**changes)
+
+
+def test_an_lstm_is_refused():
+    tree = TREE | {"model": {"preset": "lstm_l2_300K"}}
+    with pytest.raises(ConfigError, match="muon is for transformers"):
+        parse_settings(Recipe, tree, source="test")
