@@ -64,6 +64,7 @@ REFUSED = {
     "training.precision": "bf16",
     "training.zero_stage": 1,
     "training.seed": 2,
+    "training.rotary_base": 1000.0,
     "checkpoint.storage": "file:///elsewhere",
     "evaluation.blocks": 2,
     "evaluation.seed": 8,

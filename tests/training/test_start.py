@@ -13,6 +13,8 @@ from transformers_shapes import esm_config
 from raptide.config import load_settings
 from raptide.errors import BundleError, ConfigError
 from raptide.model.formats.detect import read_weights, write_weights
+from raptide.model.formats.weights import Weights
+from raptide.model.packed import Packed
 from raptide.training.checkpoints.checkpoint import SavedCheckpoint
 from raptide.training.checkpoints.export import read_zero_weights
 from raptide.training.checkpoints.owned import Storage
@@ -46,6 +48,20 @@ def test_training_starts_from_the_weights_of_a_transformers_folder(
     with pytest.raises(ConfigError, match=r"has model\.layers 2, but the recipe asks for 3"):
         prepare_run(as_recipe(wrong), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_fresh_frequencies_have_the_base_of_the_recipe_and_reach_transformers(alone, tmp_path):
+    tree = {"name": "x", "corpus": "none", "stream": {"batch_rows": 2}, "model": SHAPE}
+    tree |= {"training": {"steps": 1, "micro_batch_rows": 1, "rotary_base": 500.0}}
+    recipe = as_recipe(tree | {"cluster": {"workers": 1}})
+    model = build_model(recipe, "cpu", None, {})
+    expected = 500.0 ** -(torch.arange(8) / 8)
+    torch.testing.assert_close(model.frequencies(), expected)
+    write_weights(tmp_path / "model", Weights.of(model))
+    theirs = EsmForMaskedLM.from_pretrained(tmp_path / "model", attn_implementation="sdpa").eval()
+    tokens = torch.tensor([[0, 5, 9, 13, 7, 4, 20, 2]])
+    ours = model.eval()(Packed(tokens[0], (8,)))
+    torch.testing.assert_close(theirs(tokens).logits[0], ours, rtol=1e-4, atol=1e-5)
 
 
 def test_training_starts_from_no_model_without_a_language_model_head(corpus, tmp_path):

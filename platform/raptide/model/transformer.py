@@ -162,7 +162,7 @@ class Esm(nn.Module):
             self.positions = nn.Embedding(FIRST_POSITION + settings.max_positions, width)
         if traits.positions == "rotary":
             # Not a buffer: casting the model to bf16 must leave the angles in fp32.
-            self.inv_freq = default_inv_freq(settings.head_width)
+            self.inv_freq = rotary_frequencies(settings.head_width)
         # Not a module: it is fitted after training and takes no part in it.
         self.contact_head: ContactHead | None = None
         # In training: keep each layer's input alone and compute the rest again on the way back.
@@ -338,9 +338,9 @@ def draw(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None
         parameter.normal_(0.0, 0.02, generator=generator)
 
 
-def default_inv_freq(head_width: int) -> torch.Tensor:
+def rotary_frequencies(head_width: int, base: float = ROTARY_BASE) -> torch.Tensor:
     """Rotary frequencies, [K / 2] fp32, in the arithmetic that transformers uses."""
-    return 1.0 / (ROTARY_BASE ** (torch.arange(0, head_width, 2).float() / head_width))
+    return 1.0 / (base ** (torch.arange(0, head_width, 2).float() / head_width))
 
 
 def rotate(x_THK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from raptide.model.config import ModelSettings
 from raptide.model.families import AnyModel, make_model
 from raptide.model.formats.detect import read_weights
+from raptide.model.transformer import rotary_frequencies
 from raptide.training.checkpoints.checkpoint import ZERO, ZERO_TAG, SavedCheckpoint, find_bundle
 from raptide.training.checkpoints.scratch import made_once
 from raptide.training.muon import MuonWithAdamW
@@ -86,13 +87,16 @@ def build_model(
             model.load_state_dict({name: each.float() for name, each in start.state.items()})
         if begins:
             _send(model.state_dict().values(), device)
-    if shape.rotary:
+    if isinstance(shape, ModelSettings) and shape.rotary:
         if saved is not None:  # DeepSpeed's files do not hold them
             model.inv_freq = saved.frequencies()
-        elif begins:
-            frequencies = model.frequencies() if start is None else start.frequencies().clone()
-            assert frequencies is not None
-            _send([frequencies], device)
+        else:
+            base = recipe.training.rotary_base
+            frequencies = rotary_frequencies(shape.head_width, base)
+            if start is not None:
+                frequencies = start.frequencies().clone()
+            if begins:
+                _send([frequencies], device)
             model.inv_freq = frequencies
     return model
 

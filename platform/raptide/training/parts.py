@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from raptide.model.config import ModelSettings
-from raptide.model.transformer import Esm, default_inv_freq, draw
+from raptide.model.transformer import Esm, draw, rotary_frequencies
 
 Values = Callable[[str, torch.Tensor], torch.Tensor]
 """What a parameter of that name, which has no memory yet, is to be; asked in the order of
@@ -50,7 +50,7 @@ def make_in_parts(
             zero.Init(module=module, config_dict_or_path=config, mem_efficient_linear=False)
     zero.Init(module=model, config_dict_or_path=config, mem_efficient_linear=False)
     if settings.rotary:
-        model.inv_freq = default_inv_freq(settings.head_width)
+        model.inv_freq = rotary_frequencies(settings.head_width)
     return model
 
 

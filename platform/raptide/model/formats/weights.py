@@ -20,7 +20,7 @@ from raptide.model.contacts import ContactHead
 from raptide.model.families import AnyModel, make_model
 from raptide.model.formats.names import CONTACT_HEAD, INV_FREQ, TIED_HEAD, Named, tensor_names
 from raptide.model.shapes import AnyShape
-from raptide.model.transformer import Esm, default_inv_freq
+from raptide.model.transformer import Esm, rotary_frequencies
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Weights:
         if self.inv_freq is not None:
             return self.inv_freq
         assert isinstance(self.settings, ModelSettings)
-        return default_inv_freq(self.settings.head_width)
+        return rotary_frequencies(self.settings.head_width)
 
 
 def place_tensors(named: Named) -> Weights:

@@ -102,6 +102,10 @@ class TrainingSettings(Settings):
     seed: int = Field(1, ge=0, lt=2**63)
     """Seeds the fresh weights."""
 
+    rotary_base: float = Field(10_000.0, gt=1.0)
+    """Base of the rotary frequencies that fresh weights get (ESM-2); larger ones turn more slowly.
+    Bundles hold the frequencies, and transformers takes them from there."""
+
     @model_validator(mode="after")
     def _options_fit_stage(self) -> TrainingSettings:
         if self.offload_optimizer and self.zero_stage == 0:

@@ -24,6 +24,7 @@ FIXED = {
     "training.precision": "the optimizer's state is kept in its form",
     "training.zero_stage": "DeepSpeed does not convert between stages",
     "training.seed": "it seeds fresh weights alone",
+    "training.rotary_base": "the checkpoint holds the frequencies",
     "checkpoint.storage": "the run's earlier checkpoints lie there",
     "evaluation.blocks": "earlier evaluations and the unigram baseline are of those",
     "evaluation.seed": "earlier evaluations and the unigram baseline are of that",
