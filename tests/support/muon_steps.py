@@ -14,24 +14,25 @@ from raptide.training.checkpoints.checkpoint import ZERO, ZERO_TAG, SavedCheckpo
 from raptide.training.checkpoints.owned import Storage
 from raptide.training.step import Stepper
 
-ROWS, CPU, RATE = 4, torch.device("cpu"), 1e-2
+CPU, RATE = torch.device("cpu"), 1e-2
 NAME = "step-00000002"
 
 
-def a_batch(seed):
+def a_batch(seed, rows):
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(4, 24, (ROWS, 64)).astype(np.uint8)
+    tokens = rng.integers(4, 24, (rows, 64)).astype(np.uint8)
     targets = np.where(rng.random(tokens.shape) < 0.2, tokens, ESM_33.pad).astype(np.uint8)
-    rows = PackedRows(tokens, targets, [np.array([40, 24], np.int32)] * ROWS)
-    return GlobalBatch(rows, np.zeros((ROWS, 3), np.int64), Cursor())
+    packed = PackedRows(tokens, targets, [np.array([40, 24], np.int32)] * rows)
+    return GlobalBatch(packed, np.zeros((rows, 3), np.int64), Cursor())
 
 
 def take_steps(engine, recipe, rank, workers, *, steps, first=0):
     """Loss and norm of each step; the batch of a step is the same however many ranks there are."""
     stepper, results = Stepper(engine, workers), []
-    bounds = share_bounds(ROWS, rank, workers, 1, recipe.accumulation(workers))
+    rows = recipe.stream.batch_rows
+    bounds = share_bounds(rows, rank, workers, 1, recipe.accumulation(workers))
     for seed in range(first, first + steps):
-        result = stepper.step(cut_share(bounds, ESM_33, CPU, a_batch(seed)), RATE)
+        result = stepper.step(cut_share(bounds, ESM_33, CPU, a_batch(seed, rows)), RATE)
         results.append([result.loss, result.grad_norm])
     return results
 

@@ -46,7 +46,8 @@ def test_a_longer_run_goes_on_as_if_it_had_always_been_longer(
     alone, corpus, short, uninterrupted, tmp_path, elsewhere
 ):
     tree = a_tree(corpus, 4 * EVERY)
-    tree["continue_from"] = str(short / "checkpoints" / "step-00000006")
+    start = short / "checkpoints" / "step-00000006"
+    tree["continue_from"] = start.as_uri() if elsewhere else str(start)
     if elsewhere:
         tree["checkpoint"]["storage"] = (tmp_path / "bucket").as_uri()
     recipe, run = as_recipe(tree, workers=1), tmp_path / "longer"

@@ -43,6 +43,8 @@ def recipe_of(**sections):
 RUNS = {
     **{f"{stage}-fp32": with_settings(training={"zero_stage": stage}) for stage in (0, 1, 2)},
     "2-bf16": with_settings(training={"zero_stage": 2, "precision": "bf16"}),
+    "0-one-row": with_settings(stream={"batch_rows": 1}),  # one rank has nothing to do
+    "2-one-row": with_settings(training={"zero_stage": 2}, stream={"batch_rows": 1}),
     "2-clipped": with_settings(training={"zero_stage": 2}, optimizer={"clip_norm": 0.01}),
 }
 

@@ -131,6 +131,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def _move_matrices(self, group: dict[str, Any]) -> None:
         for weights in group["params"]:
+            if weights.grad is None:  # as AdamW leaves out what no loss depends on
+                continue
             _move(weights, muon_step(self._direction(weights, group)), group)
 
     def _move_part(self, group: dict[str, Any], partitions: Partitions) -> None:

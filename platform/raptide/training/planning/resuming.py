@@ -12,6 +12,7 @@ from typing import Any
 
 from raptide.config import Settings
 from raptide.errors import CheckpointError
+from raptide.storage import is_uri
 from raptide.training.planning.recipe import Recipe
 
 FIXED = {
@@ -42,7 +43,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         for share in recipe.corpus
     )
     init_from, continue_from = (
-        None if start is None else str(Path(start).resolve())
+        start if start is None or is_uri(start) else str(Path(start).resolve())
         for start in (recipe.init_from, recipe.continue_from)
     )
     evaluation = recipe.evaluation
