@@ -102,6 +102,7 @@ def chaos_recipe(
     workers: tuple[int, int],
     *,
     anywhere: bool = False,
+    matrices: str = "adamw",
 ) -> Recipe:
     """A tiny model in fp32, whose steps say exactly what they trained on.
 
@@ -113,7 +114,7 @@ def chaos_recipe(
         "corpus": str(corpus.path),
         "stream": {"row_tokens": 512, "crop_tokens": 256, "batch_rows": 12, "seed": 3},
         "model": {"layers": 2, "width": 64, "heads": 4},
-        "optimizer": {"lr": 1e-3, "warmup_steps": 10},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 10, "matrices": matrices},
         "training": {
             "steps": steps,
             "micro_batch_rows": 3,
