@@ -246,13 +246,13 @@ def _print_summary(corpus: Corpus) -> None:
     print(
         as_called(
             "Train on it: python jobs/pretrain_model.py --config jobs/recipes/demo.yaml "
-            f"--output runs/mine {shlex.quote(f'corpus={corpus.path}')}"
+            f"--output runs/mine {shlex.quote(f'corpus={corpus.where}')}"
         )
     )
 
 
 def _print_counts(corpus: Corpus) -> None:
-    print(f"Corpus {corpus.path}, digest {corpus.digest[:16]}")
+    print(f"Corpus {corpus.where}, digest {corpus.digest[:16]}")
     for split in ("train", "heldout"):
         counts = corpus.manifest["counts"][split]
         print(

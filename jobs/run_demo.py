@@ -30,7 +30,7 @@ from commandline import as_called, called_as, job_parser, run_job
 from processes import free_port, no_orphans, run, running
 from raptide import Corpus, CorpusError, Engine, RaptideError
 from raptide.alphabet import decode_sequences
-from raptide.data.corpus import sha256_of_file
+from raptide.data.corpus_files import sha256_of_file
 from raptide.data.fasta_text import refuse_missing
 
 JOBS = Path(__file__).resolve().parent

@@ -34,6 +34,12 @@ Fill = Callable[[Path], None]
 """Writes files into the new, empty folder that it is given."""
 
 
+def cache_folder() -> Path:
+    """Where a node keeps what it has fetched or made."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "raptide"
+    return Path(os.environ.get(CACHE) or home).expanduser()
+
+
 class Shelf:
     """Folders of files by their digest, in a folder on this machine's file systems."""
 
@@ -43,8 +49,7 @@ class Shelf:
     @classmethod
     def of_node(cls) -> Shelf:
         """The shelf for models that all processes of a user share on this node."""
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "raptide"
-        folder = Path(os.environ.get(CACHE) or home).expanduser() / "models"
+        folder = cache_folder() / "models"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:

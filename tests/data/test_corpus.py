@@ -182,7 +182,7 @@ def stumbling_reads(monkeypatch, number, times):
         stumbling(pq.ParquetFile.read_row_group, number, times),
     )
     monkeypatch.setattr(pq.ParquetFile, "read", stumbling(pq.ParquetFile.read, number, times))
-    monkeypatch.setattr(Path, "read_text", stumbling(Path.read_text, number, times))
+    monkeypatch.setattr(Path, "read_bytes", stumbling(Path.read_bytes, number, times))
     digest = stumbling(hashlib.file_digest, number, times)
     monkeypatch.setattr(hashlib, "file_digest", digest)
 
@@ -208,7 +208,7 @@ def test_what_stumbles_on_is_no_damage_and_may_pass(built, monkeypatch, number):
     for action in (
         lambda: built.read_block(block),
         lambda: Corpus.open(built.path),
-        lambda: Corpus(built.path, built.manifest).blocks("train"),
+        lambda: Corpus(built.files, built.manifest).blocks("train"),
         built.verify,
     ):
         with pytest.raises(PassingTrouble, match="cannot be read") as caught:

@@ -228,7 +228,7 @@ def test_counts_are_kept_by_the_digest_of_what_was_counted(corpus, tmp_path, mon
     assert (KeptCounts(text, tmp_path).get().table == first.table).all()
     assert len(made) == 2, "a damaged file was believed"
 
-    moved = Corpus(corpus.path, corpus.manifest | {"digest": "f" * 64})
+    moved = Corpus(corpus.files, corpus.manifest | {"digest": "f" * 64})
     others = [
         CorpusText.of(corpus, "train", "all"),
         CorpusText.of(corpus, "heldout", "representatives"),

@@ -14,8 +14,8 @@ from raptide.data.corpus import (
     MANIFEST,
     Corpus,
     digest_of_blocks,
-    sha256_of_file,
 )
+from raptide.data.corpus_files import sha256_of_file
 
 BLOCKS, CLUSTERS, SEQUENCES = 95_000, 27_000_000, 250_000_000
 BLOCKS_A_SHARD = 250

@@ -38,7 +38,8 @@ from raptide.training.checkpoints.checkpoint import (
 from raptide.training.checkpoints.owned import Storage
 from raptide.training.checkpoints.saving import send_folder
 from raptide.training.engine import build_engine, load_state
-from raptide.training.planning.recipe import Recipe, learning_rate
+from raptide.training.planning.optimizer import learning_rate
+from raptide.training.planning.recipe import Recipe
 from raptide.training.trainer import prepare_run
 
 REFUSED = {

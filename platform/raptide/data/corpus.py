@@ -1,4 +1,4 @@
-"""A corpus on disk.
+"""A corpus on disk, or at a URI.
 
     corpora/x/
       manifest.json              what is in it, from what, and the digest; written last
@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,11 +30,12 @@ from typing import Any, Literal, overload
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from raptide.data.corpus_files import CorpusFiles
+from raptide.data.nearby import kept_nearby
 from raptide.errors import CorpusError
-from raptide.patience import patiently, unreadable
+from raptide.patience import unreadable
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -153,37 +154,54 @@ class Blocks(Sequence[dict[str, Any]]):
 class Corpus:
     """An opened corpus: its manifest and its block table; residues are read block by block."""
 
-    path: Path
+    files: CorpusFiles
     manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, path: str | Path) -> Corpus:
-        """Open a corpus folder.
+    def open(cls, where: str | Path) -> Corpus:
+        """Open a corpus folder, or one at a URI.
 
         Raises:
+            ConfigError: pyarrow knows no file system of that URI.
             CorpusError: there is no finished corpus, or it has another format version.
             RaptideError: the file system does not give it out.
         """
-        path = Path(path)
-        file = path / MANIFEST
+        files = CorpusFiles.at(where)
+        where, file = files.where, files.name(MANIFEST)
         try:
-            manifest = json.loads(patiently(file.read_text))
+            manifest = json.loads(files.content(MANIFEST))
         except (FileNotFoundError, NotADirectoryError):
             raise CorpusError(
-                f"{path} holds no finished corpus (no {MANIFEST}); build one with "
-                f"`python jobs/build_corpus.py --input FASTA --output {path}`."
+                f"{where} holds no finished corpus (no {MANIFEST}); build one with "
+                f"`python jobs/build_corpus.py --input FASTA --output {where}`."
             ) from None
         except OSError as error:
-            raise unreadable(str(file), error) from None
+            raise unreadable(file, error) from None
         except ValueError as error:
             raise CorpusError(f"{file} is damaged ({error}); build again.") from None
         version = manifest.get("format_version")
         if version != FORMAT_VERSION:
             raise CorpusError(
-                f"{path} has corpus format {version}, but this version reads {FORMAT_VERSION}; "
+                f"{where} has corpus format {version}, but this version reads {FORMAT_VERSION}; "
                 "build the corpus again."
             )
-        return cls(path, manifest)
+        return cls(files, manifest)
+
+    @property
+    def where(self) -> str:
+        """Its path as it was given, or its URI."""
+        return self.files.where
+
+    @property
+    def everywhere(self) -> str:
+        """The same from any working directory."""
+        return self.where if self.files.is_far else str(self.path.resolve())
+
+    @property
+    def path(self) -> Path:
+        """The folder of a corpus on this machine's file systems."""
+        assert not self.files.is_far, f"{self.where} is no path"
+        return Path(self.where)
 
     @property
     def digest(self) -> str:
@@ -194,7 +212,7 @@ class Corpus:
         return self._block_table([name for name in BLOCK_ROW.names if name != "sha256"])
 
     def _block_table(self, columns: list[str]) -> pa.Table:
-        return _read_parquet(self.path / BLOCK_TABLE, lambda file: file.read(columns))
+        return self.files.parquet(BLOCK_TABLE, lambda file: file.read(columns))
 
     def blocks(self, split: Split) -> Blocks:
         """The block table's rows of one split, in corpus order, without their hashes."""
@@ -218,12 +236,16 @@ class Corpus:
             CorpusError: the shard is missing or damaged.
             RaptideError: the file system does not give it out.
         """
-        group = block["row_group"]
-        return _read_parquet(
-            self.path / block["shard"],
-            lambda shard: shard.read_row_group(group, columns),
-            f", row group {group}",
-        )
+        shard, group = block["shard"], block["row_group"]
+
+        def read() -> pa.Table:
+            return self.files.parquet(
+                shard, lambda file: file.read_row_group(group, columns), f", row group {group}"
+            )
+
+        if not self.files.is_far:
+            return read()
+        return kept_nearby(f"{self.digest[:32]}-{shard}-{group}-{'-'.join(columns)}", read)
 
     def verify(self) -> None:
         """Compare the hash of every file with the manifest's, several files at once, and the digest
@@ -234,15 +256,15 @@ class Corpus:
             RaptideError: names the first that the file system does not give out.
         """
         names, expected = zip(*self._files(), strict=True)
-        files = [self.path / name for name in names]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            hashes = tqdm(pool.map(_hash_of, files), "verifying", len(files), disable=None)
+            found_all = pool.map(self.files.sha256, names)
+            hashes = tqdm(found_all, "verifying", len(names), disable=None)
             try:
-                for file, hoped, found in zip(files, expected, hashes, strict=True):
+                for name, hoped, found in zip(names, expected, hashes, strict=True):
                     if found != hoped:
                         raise CorpusError(
-                            f"{file} is damaged: expected sha256 {hoped}, found {found}; build "
-                            "again."
+                            f"{self.files.name(name)} is damaged: expected sha256 {hoped}, found "
+                            f"{found}; build again."
                         )
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -250,8 +272,8 @@ class Corpus:
         found = digest_of_blocks(Blocks(self._block_table(["split", "sha256"])))
         if found != self.digest:
             raise CorpusError(
-                f"{self.path / MANIFEST} is damaged: it says digest {self.digest}, but the blocks "
-                f"have {found}; build again."
+                f"{self.files.name(MANIFEST)} is damaged: it says digest {self.digest}, but the "
+                f"blocks have {found}; build again."
             )
 
     def _files(self) -> Iterator[tuple[str, str]]:
@@ -298,55 +320,3 @@ def _joined(strings: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     data = strings.buffers()[2]
     joined = np.frombuffer(data, np.uint8) if data else np.empty(0, np.uint8)
     return offsets.astype(np.int64) - offsets[0], joined[offsets[0] : offsets[-1]]
-
-
-def _hash_of(file: Path) -> str:
-    try:
-        return patiently(lambda: sha256_of_file(file))
-    except FileNotFoundError:
-        raise _missing(file) from None
-    except OSError as error:
-        raise unreadable(str(file), error) from None
-
-
-def _read_parquet(
-    file: Path, read: Callable[[pq.ParquetFile], pa.Table], place: str = ""
-) -> pa.Table:
-    """What is read in one of a corpus's files, opened anew where the file system stumbles.
-
-    Args:
-        place: in the file, for the error.
-
-    Raises:
-        CorpusError: the file is missing, or Parquet says that it is damaged.
-        RaptideError: the file system does not give it out.
-    """
-
-    def attempt() -> pa.Table:
-        try:
-            with pq.ParquetFile(file, page_checksum_verification=True) as opened:
-                return read(opened)
-        except (OSError, pa.ArrowInvalid, IndexError) as error:
-            if isinstance(error, OSError) and error.errno:  # Parquet's own have no number
-                raise
-            raise CorpusError(
-                f"{file}{place} cannot be read ({error}); the corpus is damaged, build it again."
-            ) from None
-
-    try:
-        return patiently(attempt)
-    except FileNotFoundError:
-        raise _missing(file) from None
-    except OSError as error:
-        raise unreadable(f"{file}{place}", error) from None
-
-
-def _missing(file: Path) -> CorpusError:
-    return CorpusError(
-        f"{file} is missing, which the corpus's manifest names; copy it again, or build again."
-    )
-
-
-def sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

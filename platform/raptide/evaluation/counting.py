@@ -17,7 +17,8 @@ import numpy as np
 import ray
 
 from raptide.cluster import local_cpus, ray_session
-from raptide.data.corpus import Corpus, Split, sha256_of_file
+from raptide.data.corpus import Corpus, Split
+from raptide.data.corpus_files import sha256_of_file
 from raptide.data.fasta import SOUND, ReadingRules, read_fasta
 from raptide.data.fasta_text import FastaPart, split_fasta
 from raptide.data.streaming.batch import StreamSettings
@@ -76,7 +77,7 @@ class CorpusText:
     def of(
         cls, corpus: Corpus, split: Split, sampling: Sampling, fraction: float = 1.0
     ) -> CorpusText:
-        source = Source(str(corpus.path.resolve()), corpus.digest)
+        source = Source(corpus.everywhere, corpus.digest)
         blocks = share_of_blocks(len(corpus.blocks(split)), fraction)
         return cls(source, split, sampling, blocks, fraction)
 

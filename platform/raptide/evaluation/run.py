@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from raptide.data.corpus import sha256_of_file
+from raptide.data.corpus_files import sha256_of_file
 from raptide.errors import InputError
 from raptide.evaluation.cache import Measured, Result, ResultCache, key_of
 from raptide.evaluation.compare import interval

@@ -56,7 +56,7 @@ def epoch_tokens(recipe: Recipe) -> float | None:
         corpora = [Corpus.open(share.path) for share in recipe.corpus]
     except CorpusError:
         return None
-    sources = tuple(Source(str(corpus.path), corpus.digest) for corpus in corpora)
+    sources = tuple(Source(corpus.everywhere, corpus.digest) for corpus in corpora)
     plan = StreamPlan(sources, recipe.stream, recipe.model.alphabet.name)
     return sum(epoch_size(plan, corpus).tokens for corpus in corpora)
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from raptide.model.families import is_matrix
-from raptide.training.planning.recipe import OptimizerSettings
+from raptide.training.planning.optimizer import OptimizerSettings
 
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 """Of the Newton-Schulz iteration (Jordan et al.): all singular values end up near 1."""

@@ -75,7 +75,7 @@ def prepare_run(
     corpora = [Corpus.open(share.path) for share in recipe.corpus]
     plan = StreamPlan(
         sources=tuple(
-            Source(str(corpus.path.resolve()), corpus.digest, share.weight)
+            Source(corpus.everywhere, corpus.digest, share.weight)
             for corpus, share in zip(corpora, recipe.corpus, strict=True)
         ),
         settings=recipe.stream,
@@ -100,8 +100,8 @@ def prepare_run(
     for corpus in corpora:
         if not plan.training_blocks(corpus):
             raise CorpusError(
-                f"{corpus.path} has no clusters to train on; build it again with more sequences or "
-                "a smaller --holdout-fraction."
+                f"{corpus.where} has no clusters to train on; build it again with more sequences "
+                "or a smaller --holdout-fraction."
             )
         corpus.verify()
     heldout_rows(plan, recipe.evaluation)

@@ -32,7 +32,8 @@ from raptide.training.checkpoints.saving import CheckpointWriter
 from raptide.training.checkpoints.scratch import scratch_folder
 from raptide.training.engine import build_engine, full_state, load_state
 from raptide.training.planning.estimate import saved_bytes
-from raptide.training.planning.recipe import Recipe, learning_rate
+from raptide.training.planning.optimizer import learning_rate
+from raptide.training.planning.recipe import Recipe
 from raptide.training.process import collect_garbage, garbage_by_hand
 from raptide.training.step import Stepper, StepResult
 from raptide.training.watching.audit import AuditWriter

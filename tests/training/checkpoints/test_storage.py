@@ -168,6 +168,10 @@ def test_no_storage_holds_keys_and_an_unknown_one_is_refused(corpus, tmp_path):
     with pytest.raises(ConfigError, match="must hold no keys") as caught:
         as_recipe(tree)
     assert "secret" not in str(caught.value)
+    for field in ("corpus", "continue_from"):
+        with pytest.raises(ConfigError, match="must hold no keys") as caught:
+            as_recipe(make_recipe(corpus) | {field: "s3://key:secret@bucket/x"})
+        assert "secret" not in str(caught.value)
     tree["checkpoint"]["storage"] = "tape://bucket/runs"
     with pytest.raises(ConfigError, match="give a URI such as s3://"):
         prepare_run(as_recipe(tree), tmp_path / "run")

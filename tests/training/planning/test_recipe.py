@@ -9,7 +9,8 @@ from raptide.config import load_settings, parse_settings
 from raptide.errors import ConfigError
 from raptide.training.planning.deepspeed_config import deepspeed_config
 from raptide.training.planning.estimate import worker_memory
-from raptide.training.planning.recipe import OptimizerSettings, Recipe, learning_rate
+from raptide.training.planning.optimizer import OptimizerSettings, learning_rate
+from raptide.training.planning.recipe import Recipe
 
 RECIPES = sorted((ROOT / "jobs/recipes").glob("*.yaml"))
 

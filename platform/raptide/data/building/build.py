@@ -35,7 +35,8 @@ from raptide.data.building.partial import PartialFolder, read_json
 from raptide.data.building.shards import BucketReport, write_bucket
 from raptide.data.building.shuffle import range_bucket, shuffle
 from raptide.data.building.survey import MEMBERS, Source, Survey, survey
-from raptide.data.corpus import FORMAT_VERSION, Corpus, sha256_of_file
+from raptide.data.corpus import FORMAT_VERSION, Corpus
+from raptide.data.corpus_files import sha256_of_file
 from raptide.data.fasta import ReadingRules, locate
 from raptide.data.fasta_text import FastaPart, split_fasta
 from raptide.errors import CorpusError, InputError, plain_errors

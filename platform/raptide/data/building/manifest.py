@@ -18,8 +18,8 @@ from raptide.data.corpus import (
     FORMAT_VERSION,
     MANIFEST,
     digest_of_blocks,
-    sha256_of_file,
 )
+from raptide.data.corpus_files import sha256_of_file
 from raptide.small_files import write_whole
 
 SPLITS = ("train", "heldout")

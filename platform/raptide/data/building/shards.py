@@ -28,8 +28,8 @@ from raptide.data.corpus import (
     Split,
     hash_rows,
     member_residues,
-    sha256_of_file,
 )
+from raptide.data.corpus_files import sha256_of_file
 
 
 class ShardReport(TypedDict):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raptide.bulk.units import Cutter, Records, Sizes, Survey, Unit, short_stretches
-from raptide.data.corpus import sha256_of_file
+from raptide.data.corpus_files import sha256_of_file
 from raptide.evaluation.subjects.items import Item
 
 ROWS = 1024

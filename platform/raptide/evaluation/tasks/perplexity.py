@@ -11,7 +11,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from raptide.alphabet import decode_sequences
-from raptide.data.corpus import MANIFEST, Corpus, sha256_of_file
+from raptide.data.corpus import MANIFEST, Corpus
+from raptide.data.corpus_files import sha256_of_file
 from raptide.data.fasta import ReadingRules
 from raptide.data.streaming.rows import Sampling
 from raptide.errors import CorpusError

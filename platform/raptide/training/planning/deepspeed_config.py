@@ -6,7 +6,8 @@ from typing import Any
 
 from raptide.errors import ConfigError
 from raptide.training.planning.estimate import bucket_elements, overlaps
-from raptide.training.planning.recipe import OptimizerSettings, Recipe
+from raptide.training.planning.optimizer import OptimizerSettings
+from raptide.training.planning.recipe import Recipe
 
 
 def deepspeed_config(

@@ -39,11 +39,10 @@ FREE = ("stream.lookahead_mb",)
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The same recipe from any working directory."""
     corpora = tuple(
-        share.model_copy(update={"path": str(Path(share.path).resolve())})
-        for share in recipe.corpus
+        share.model_copy(update={"path": _absolute(share.path)}) for share in recipe.corpus
     )
     init_from, continue_from = (
-        start if start is None or is_uri(start) else str(Path(start).resolve())
+        None if start is None else _absolute(start)
         for start in (recipe.init_from, recipe.continue_from)
     )
     evaluation = recipe.evaluation
@@ -65,6 +64,10 @@ def changed_fields(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     old, new = (dict(_fields(with_absolute_paths(recipe))) for recipe in (before, now))
     both = {name: (old.get(name), new.get(name)) for name in old | new}  # families have their own
     return {name: (there, here) for name, (there, here) in both.items() if there != here}
+
+
+def _absolute(path: str) -> str:
+    return path if is_uri(path) else str(Path(path).resolve())
 
 
 def _fields(settings: Settings, section: str = "") -> Iterator[tuple[str, Any]]:

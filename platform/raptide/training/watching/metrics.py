@@ -9,7 +9,8 @@ import torch
 
 from raptide.data.streaming.shares import BatchShare
 from raptide.training.planning.estimate import peak_flops, step_flops
-from raptide.training.planning.recipe import Recipe, learning_rate
+from raptide.training.planning.optimizer import learning_rate
+from raptide.training.planning.recipe import Recipe
 from raptide.training.step import StepResult
 
 

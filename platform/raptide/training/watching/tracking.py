@@ -89,7 +89,9 @@ class Tracker:
 
     def link_corpora(self, corpora: Sequence[Corpus]) -> None:
         for corpus in corpora:
-            uri = (corpus.path.resolve() / MANIFEST).as_uri()
+            uri = corpus.files.name(MANIFEST)
+            if not corpus.files.is_far:
+                uri = (corpus.path.resolve() / MANIFEST).as_uri()
             self.link("corpus", corpus.digest[:16], uri, **corpus_facts(corpus))
 
     def __enter__(self) -> Tracker:
