@@ -103,6 +103,25 @@ def test_a_start_that_is_none_is_named(corpus, short, tmp_path, start):
         prepare_run(as_recipe(tree), tmp_path / "run")
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("field", ["init_from", "continue_from"])
+def test_a_run_is_not_replaced_by_one_that_starts_from_it(
+    alone, corpus, short, tmp_path, field, elsewhere
+):
+    run = tmp_path / "run"
+    tree = a_tree(corpus, EVERY)
+    if elsewhere:
+        tree["checkpoint"]["storage"] = (tmp_path / "bucket").as_uri()
+    run_here(as_recipe(tree, workers=1), run)
+    saved = max(tmp_path.glob("bucket/*/step-*" if elsewhere else "run/checkpoints/step-*"))
+    longer = a_tree(corpus, 2 * EVERY + 1, checkpoint=tree["checkpoint"])
+    for start in (run, saved):
+        recipe = as_recipe(longer | {field: str(start)}, workers=1)
+        with pytest.raises(ConfigError, match=f"{field} lies in .*, which --replace would delete"):
+            prepare_run(recipe, run, replace=True)
+    prepare_run(as_recipe(longer | {field: str(short)}, workers=1), run, replace=True)
+
+
 def test_two_starts_are_one_too_many(corpus):
     with pytest.raises(ConfigError, match="are two starts; give one"):
         as_recipe(a_tree(corpus, 6) | {"init_from": "a", "continue_from": "b"})

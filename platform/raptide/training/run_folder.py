@@ -87,6 +87,31 @@ def refuse_folder(folder: Path, replace: bool) -> None:
         )
 
 
+def refuse_to_delete(folder: Path, start: str, field: str) -> None:
+    """A run is not replaced by one that starts from it.
+
+    Args:
+        start: a path, or one in the storage of the run's checkpoints.
+        field: of the recipe, which names it.
+
+    Raises:
+        ConfigError: it lies in what --replace would delete.
+    """
+    deleted = [folder.resolve()]
+    if (folder / RUN_INFO).exists():
+        deleted.append(Path(Storage.of_run(folder).path))
+    if any(Path(each).is_relative_to(place) for place in deleted for each in _both(start)):
+        raise ConfigError(
+            f"{field} lies in {folder}, which --replace would delete; choose another --output, or "
+            "copy it to another place first."
+        )
+
+
+def _both(start: str) -> tuple[str, str]:
+    """As it stands, as in a bucket, and as a path of this machine."""
+    return start, str(Path(start).resolve())
+
+
 def _holds_anything(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 

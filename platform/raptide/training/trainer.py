@@ -39,6 +39,7 @@ from raptide.training.run_folder import (
     delete_run,
     keep_recipe,
     refuse_folder,
+    refuse_to_delete,
 )
 from raptide.training.watching.heldout import heldout_rows, unigram_ece
 from raptide.training.watching.leaving import LEFT, saved_on_sigterm
@@ -67,7 +68,8 @@ def prepare_run(
 
     Raises:
         ConfigError: a new run's folder exists, or `replace` would delete something else; the
-            weights to start from have another shape; the storage is of no known kind.
+            weights to start from have another shape, or lie in what `replace` would delete; the
+            storage is of no known kind.
         BundleError: there are no weights to start from.
         CorpusError: the corpus is missing or damaged, or has nothing to train or evaluate on.
         CheckpointError: the run cannot go on with these settings, or has no good checkpoint.
@@ -93,10 +95,8 @@ def prepare_run(
         refuse_folder(folder, replace)
     if recipe.checkpoint.storage is not None:
         Storage.at(recipe.checkpoint.storage)
-    if recipe.init_from is not None and not resume:
-        _refuse_other_start(recipe, recipe.init_from)
-    if recipe.continue_from is not None and not resume:
-        refuse_to_adopt(find_checkpoint(recipe.continue_from), recipe, plan.fingerprint())
+    if not resume:
+        _refuse_start(recipe, plan, folder if replace else None)
     for corpus in corpora:
         if not plan.training_blocks(corpus):
             raise CorpusError(
@@ -225,6 +225,23 @@ def _fit(run: Run) -> None:
     mistake = ray.get(run.board.mistake.remote())
     if mistake is not None:
         raise mistake
+
+
+def _refuse_start(recipe: Recipe, plan: StreamPlan, deleted: Path | None) -> None:
+    """Refuse what a new run cannot start from.
+
+    Args:
+        deleted: the folder of a run that will be deleted.
+    """
+    if recipe.init_from is not None:
+        _refuse_other_start(recipe, recipe.init_from)
+        if deleted is not None:
+            refuse_to_delete(deleted, recipe.init_from, "init_from")
+    if recipe.continue_from is not None:
+        saved = find_checkpoint(recipe.continue_from)
+        refuse_to_adopt(saved, recipe, plan.fingerprint())
+        if deleted is not None:
+            refuse_to_delete(deleted, f"{saved.storage.path}/{saved.name}", "continue_from")
 
 
 def _refuse_other_start(recipe: Recipe, source: str) -> None:
