@@ -110,7 +110,8 @@ def test_the_last_checkpoints_of_a_run_are_averaged(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "told"), [(9, "keeps 4 complete checkpoints"), (1, "--average needs at least 2")]
+    ("number", "told"),
+    [(9, "keeps its last 4 checkpoints with a bundle"), (1, "--average needs at least 2")],
 )
 def test_too_few_checkpoints_are_said(whole, tmp_path, number, told):
     done = export(whole.folder, tmp_path / "averaged", "--average", number)

@@ -2,7 +2,8 @@
 
 Twice two steps from the same weights: once with an empty second micro-batch on rank 1, once with
 one that breaks inside in the first step. Writes what came of them, how far the weights are apart
-after the first, and how many passes the rank has made.
+after the first, and at the start from those of a whole model, and how many passes the rank has
+made.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from raptide.alphabet import ESM_33
 from raptide.config import parse_settings
 from raptide.data.streaming.batch import Cursor, GlobalBatch, PackedRows
+from raptide.model.families import make_model
 from raptide.training.batches import cut_share, empty_micro_batch, share_bounds
 from raptide.training.engine import build_engine, full_state
 from raptide.training.planning.recipe import Recipe
@@ -54,6 +56,7 @@ def a_share(rank):
 
 def train(recipe, rank, breaks):
     engine = build_engine(recipe, 2, "cpu", None)
+    start = full_state(engine, recipe.training)
     share, passes = a_share(rank), []
     if rank == 1 and not breaks:
         share = dataclasses.replace(share, micro=(share.micro[0], empty_micro_batch(ESM_33, CPU)))
@@ -67,7 +70,11 @@ def train(recipe, rank, breaks):
     first = dataclasses.asdict(stepper.step(share, 1e-2))
     state = full_state(engine, recipe.training)
     second = dataclasses.asdict(stepper.step(share, 1e-2))
-    return {"results": [first, second], "passes": len(passes)}, state
+    return {"results": [first, second], "passes": len(passes)}, start, state
+
+
+def distance(found, expected):
+    return max((float((found[n] - expected[n]).abs().max()) for n in found), default=0.0)
 
 
 def main():
@@ -77,10 +84,15 @@ def main():
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timeout)
     recipe = parse_settings(Recipe, TREE, source="two ranks")
-    empty, expected = train(recipe, rank, breaks=False)
-    broken, found = train(recipe, rank, breaks=True)
-    farthest = max((float((found[n] - expected[n]).abs().max()) for n in found), default=0.0)
-    told = {"empty": empty, "broken": broken, "farthest": farthest}
+    empty, start, expected = train(recipe, rank, breaks=False)
+    broken, _, found = train(recipe, rank, breaks=True)
+    drawn = make_model(recipe.model).initialise(recipe.training.seed).state_dict()
+    told = {
+        "empty": empty,
+        "broken": broken,
+        "farthest": distance(found, expected),
+        "farthest_at_start": distance(start, drawn),
+    }
     (folder / f"rank-{rank}.json").write_text(json.dumps(told))
     dist.destroy_process_group()
 

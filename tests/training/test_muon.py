@@ -144,6 +144,21 @@ def test_a_step_moves_matrices_as_it_says(on_cpu):
     assert (moved - said).norm() < 0.15 * said.norm(), "bfloat16 on the way"
 
 
+def test_gradients_that_are_zeros_move_no_matrix(on_cpu):
+    """What a step leaves of gradients that are no numbers; the momentum would go on for long."""
+    recipe = recipe_of()
+    engine = build_engine(recipe, 1, "cpu", None)
+    take_steps(engine, recipe, 0, 1, steps=2)
+    before = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
+    for parameter in engine.module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    engine.optimizer.step()
+    rate, decay = 2 * RATE, 0.1
+    for name, parameter in engine.module.named_parameters():
+        if is_matrix(name, parameter):
+            torch.testing.assert_close(parameter.detach(), before[name] * (1 - rate * decay))
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_make_the_steps_of_one(two_ranks, on_cpu, name):
     recipe = parse_settings(Recipe, RUNS[name], source=name)

@@ -22,7 +22,7 @@ def make_model(settings: AnyShape, *, with_head: bool = True) -> AnyModel:
 def is_matrix(name: str, parameter: torch.Tensor) -> bool:
     """Whether a transformer's parameter of that name is a matrix inside a layer.
 
-    Embeddings, positions and the head have tokens on one side, and are none.
+    Embeddings and positions have tokens on one side, and the head stands outside.
     """
     return name.startswith("layers.") and parameter.ndim == 2
 

@@ -37,6 +37,8 @@ def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoi
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Of use to inference on CPUs alone, and half a minute of compiling on every new machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Else a model that is made in parts takes this for the only rank there is.
+    deepspeed.init_distributed(dist_init_required=False)
     config = deepspeed_config(
         recipe,
         workers=workers,
@@ -89,7 +91,7 @@ def build_model(
             _send(model.state_dict().values(), device)
     if isinstance(shape, ModelSettings) and shape.rotary:
         if saved is not None:  # DeepSpeed's files do not hold them
-            model.inv_freq = saved.frequencies()
+            model.inv_freq = saved.frequencies().to(device)
         else:
             base = recipe.training.rotary_base
             frequencies = rotary_frequencies(shape.head_width, base)
@@ -97,7 +99,7 @@ def build_model(
                 frequencies = start.frequencies().clone()
             if begins:
                 _send([frequencies], device)
-            model.inv_freq = frequencies
+            model.inv_freq = frequencies.to(device)  # DeepSpeed moves no model that is in parts
     return model
 
 

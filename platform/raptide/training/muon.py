@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.optim._muon import _zeropower_via_newtonschulz
 
 from raptide.model.families import is_matrix
 from raptide.training.planning.optimizer import OptimizerSettings
@@ -41,6 +40,9 @@ def muon_step(direction: torch.Tensor) -> torch.Tensor:
     Returns [rows, columns] bfloat16 with singular values of RMS · sqrt(max(rows, columns)), within
     a third or so.
     """
+    # Private, and so asked for by those alone who use it.
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
     near = _zeropower_via_newtonschulz(direction, COEFFICIENTS, ITERATIONS, 1e-7)
     return near * (RMS * math.sqrt(max(direction.shape)))
 
@@ -133,7 +135,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for weights in group["params"]:
             if weights.grad is None:  # as AdamW leaves out what no loss depends on
                 continue
-            _move(weights, muon_step(self._direction(weights, group)), group)
+            # Gradients that are no numbers have become zeros: then nothing moves, though the
+            # momentum would, and by a whole step.
+            used = weights.grad.any().to(weights.dtype)
+            _move(weights, muon_step(self._direction(weights, group)) * used, group)
 
     def _move_part(self, group: dict[str, Any], partitions: Partitions) -> None:
         """Every rank sees all directions, and works on the matrices that it holds something of."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from raptide.model.config import ModelSettings
-from raptide.model.transformer import Esm, draw, rotary_frequencies
+from raptide.model.transformer import Esm, draw
 
 Values = Callable[[str, torch.Tensor], torch.Tensor]
 """What a parameter of that name, which has no memory yet, is to be; asked in the order of
@@ -33,6 +33,8 @@ def make_in_parts(
 ) -> Esm:
     """A model with rank 0's values, rounded to `dtype`, of which each rank keeps its part.
 
+    It has no rotary frequencies yet.
+
     Args:
         config: DeepSpeed's. torch.distributed must be up.
     """
@@ -49,8 +51,6 @@ def make_in_parts(
         if not is_whole:
             zero.Init(module=module, config_dict_or_path=config, mem_efficient_linear=False)
     zero.Init(module=model, config_dict_or_path=config, mem_efficient_linear=False)
-    if settings.rotary:
-        model.inv_freq = rotary_frequencies(settings.head_width)
     return model
 
 

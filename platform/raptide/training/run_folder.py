@@ -99,7 +99,8 @@ def refuse_to_delete(folder: Path, start: str, field: str) -> None:
     """
     deleted = [folder.resolve()]
     if (folder / RUN_INFO).exists():
-        deleted.append(Path(Storage.of_run(folder).path))
+        storage = Storage.of_run(folder)
+        deleted += [Path(storage.path), Path(storage.path).resolve()]  # it may be a link
     if any(Path(each).is_relative_to(place) for place in deleted for each in _both(start)):
         raise ConfigError(
             f"{field} lies in {folder}, which --replace would delete; choose another --output, or "

@@ -21,6 +21,7 @@ from raptide.model.formats.detect import read_weights
 from raptide.patience import reason_of
 from raptide.training.checkpoints.adopting import adopt, find_checkpoint, refuse_to_adopt
 from raptide.training.checkpoints.checkpoint import (
+    SavedCheckpoint,
     find_bundle,
     forget_ray_snapshot,
     has_finished_one,
@@ -135,6 +136,10 @@ def pretrain(
     ray.data.DataContext.get_current().enable_progress_bars = False
     device = choose_device(recipe, look_around())
     recipe = with_absolute_paths(recipe)
+    begun = not replace and (folder / RUN_INFO).exists()
+    source = None
+    if not (begun and has_finished_one(Storage.of_run(folder))):
+        source = _refuse_start(recipe, plan, folder if replace else None)
     if replace or not (folder / RUN_INFO).exists():
         baseline = unigram_ece(plan, heldout_rows(plan, recipe.evaluation))
         if replace:
@@ -144,10 +149,8 @@ def pretrain(
         (folder / RESULT).unlink(missing_ok=True)  # there again once all is done
         with without_ending("The run goes on, but its recipe was not written down"):
             keep_recipe(folder, recipe)
-        storage = Storage.of_run(folder)
-        if recipe.continue_from is not None and not has_finished_one(storage):
-            run_id = read_run_info(folder)["wandb_run_id"]
-            adopt(find_checkpoint(recipe.continue_from), storage, recipe, run_id)
+        if source is not None:
+            adopt(source, Storage.of_run(folder), recipe, read_run_info(folder)["wandb_run_id"])
         return _train(recipe, plan, folder, device, bench)
 
 
@@ -227,8 +230,8 @@ def _fit(run: Run) -> None:
         raise mistake
 
 
-def _refuse_start(recipe: Recipe, plan: StreamPlan, deleted: Path | None) -> None:
-    """Refuse what a new run cannot start from.
+def _refuse_start(recipe: Recipe, plan: StreamPlan, deleted: Path | None) -> SavedCheckpoint | None:
+    """Refuse what a new run cannot start from; the checkpoint that it goes on from, if any.
 
     Args:
         deleted: the folder of a run that will be deleted.
@@ -237,11 +240,13 @@ def _refuse_start(recipe: Recipe, plan: StreamPlan, deleted: Path | None) -> Non
         _refuse_other_start(recipe, recipe.init_from)
         if deleted is not None:
             refuse_to_delete(deleted, recipe.init_from, "init_from")
-    if recipe.continue_from is not None:
-        saved = find_checkpoint(recipe.continue_from)
-        refuse_to_adopt(saved, recipe, plan.fingerprint())
-        if deleted is not None:
-            refuse_to_delete(deleted, f"{saved.storage.path}/{saved.name}", "continue_from")
+    if recipe.continue_from is None:
+        return None
+    saved = find_checkpoint(recipe.continue_from)
+    refuse_to_adopt(saved, recipe, plan.fingerprint())
+    if deleted is not None:
+        refuse_to_delete(deleted, f"{saved.storage.path}/{saved.name}", "continue_from")
+    return saved
 
 
 def _refuse_other_start(recipe: Recipe, source: str) -> None:

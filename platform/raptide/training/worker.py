@@ -20,7 +20,7 @@ from raptide.data.streaming.batch import Cursor
 from raptide.data.streaming.feeder import BatchReader, FeederActor
 from raptide.data.streaming.shares import BatchShare
 from raptide.data.streaming.stream import StreamPlan
-from raptide.errors import CheckpointUnsaved
+from raptide.errors import CheckpointError, CheckpointUnsaved
 from raptide.model.formats.detect import write_weights
 from raptide.model.formats.weights import Weights
 from raptide.training.ahead import SharesAhead
@@ -155,7 +155,7 @@ class Worker:
             if last or self._save_at_once or recipe.saves_after(self._step):
                 beside = evaluate and recipe.evaluation.asynchronous
                 beside = beside and (not last or self._run.bench is not None)
-                bundle = last or evaluate or self._is_due_a_bundle
+                bundle = last or evaluate or recipe.checkpoint.bundles_after(self._step)
                 if last or not self._loss_watch.nonfinite_steps:
                     stall_s = self._save(share.batch.next_cursor, result.loss, beside, bundle)
             if last:
@@ -301,11 +301,6 @@ class Worker:
         for evaluation in evaluations or [{}]:
             self._tracker.log(self._step, metrics | evaluation)
 
-    @property
-    def _is_due_a_bundle(self) -> bool:
-        settings = self._recipe.checkpoint
-        return self._step // settings.every_steps % settings.bundle_every == 0
-
     def _save(self, cursor: Cursor, loss: float, evaluate_beside: bool, bundle: bool) -> float:
         """Save what this step has come to; the seconds that training stood still for it."""
         self._hang_watch.progress()
@@ -346,7 +341,7 @@ class Worker:
         scratch = scratch_folder(run.run_id, f"rank-{self._rank:05d}", empty=True)
         own, others = (saved_bytes(recipe, self._workers, rank) for rank in (self._rank, 1))
         needed = own + (workers_here - 1) * others  # rank 0 asks for what it writes besides
-        return CheckpointWriter(recipe, run.board, self._attempt, scratch, needed)
+        return CheckpointWriter(recipe.checkpoint, run.board, self._attempt, scratch, needed)
 
     def _prepare_evaluations(self, so_far: Evaluations) -> RunEvaluations:
         run, board = self._run, self._run.board if self._rank == 0 else None
@@ -363,6 +358,10 @@ class Worker:
         # out of one process; and as plain values: that process would import all of PyTorch.
         found = ray.put(newest and (newest.name, newest.manifest)) if self._rank == 0 else None
         found = ray.get(broadcast_from_rank_zero([found])[0])
+        if found is None and self._recipe.continue_from is not None:
+            raise CheckpointError(
+                f"The copy of {self._recipe.continue_from} is damaged; start over with --replace."
+            )
         if found is None:
             return None
         saved = SavedCheckpoint(storage, *found)

@@ -15,11 +15,11 @@ from raptide.training.checkpoints.checkpoint import (
     TRANSFERS,
     SavedCheckpoint,
     newest_checkpoint,
-    open_checkpoint,
+    verify,
     with_attempt,
 )
 from raptide.training.checkpoints.keeping import write_manifest
-from raptide.training.checkpoints.owned import FOLDER, RUN_INFO, Storage
+from raptide.training.checkpoints.owned import FOLDER, RUN_INFO, Storage, checkpoint_name
 from raptide.training.planning.recipe import Recipe
 
 
@@ -27,28 +27,38 @@ def find_checkpoint(start: str) -> SavedCheckpoint:
     """The checkpoint that `continue_from` names: itself, or the newest one of a run.
 
     Args:
-        start: a run's folder, or a checkpoint's folder or URI, which may leave out the attempt
-            (`step-00000200`).
+        start: a run's folder, or folder or URI of a checkpoint, which may leave out the attempt
+            (`step-00000200`), or of many.
 
     Raises:
         CheckpointError: there is none that counts.
     """
-    saved = None
     if not is_uri(start) and (Path(start) / RUN_INFO).is_file():
-        saved = newest_checkpoint(Storage.of_run(Path(start)))
+        storage = Storage.of_run(Path(start))
     else:
         there = storage_of(start, "continue_from")
         named = with_attempt(start, Storage(there.filesystem, there.path))
         there = storage_of(named, "continue_from")
         folder = PurePosixPath(there.path)
         if FOLDER.fullmatch(folder.name):
-            saved = open_checkpoint(Storage(there.filesystem, str(folder.parent)), folder.name)
+            return _named(start, Storage(there.filesystem, str(folder.parent)), folder.name)
+        storage = Storage(there.filesystem, there.path)
+    saved = newest_checkpoint(storage)
     if saved is None:
         raise CheckpointError(
-            f"continue_from: {start} is no run with a complete checkpoint and no such checkpoint; "
-            "name the folder of one, for example runs/demo/checkpoints/step-00000200."
+            f"continue_from: {start} holds no complete checkpoint; name a run, or the folder of a "
+            "checkpoint, for example runs/demo/checkpoints/step-00000200."
         )
     return saved
+
+
+def _named(start: str, storage: Storage, name: str) -> SavedCheckpoint:
+    manifest, problem = verify(storage, name)
+    if manifest is None:
+        raise CheckpointError(
+            f"continue_from: {start} is no complete checkpoint ({problem}); name another one."
+        )
+    return SavedCheckpoint(storage, name, manifest)
 
 
 def refuse_to_adopt(saved: SavedCheckpoint, recipe: Recipe, fingerprint: dict[str, object]) -> None:
@@ -77,8 +87,10 @@ def adopt(saved: SavedCheckpoint, storage: Storage, recipe: Recipe, run_id: str)
         RaptideError: one of the storages fails, or a file arrives damaged again and again.
     """
 
+    name = checkpoint_name(saved.step, None)  # no attempt of this run's has made it
+
     def copy(file: str) -> None:
-        source, target = (each.full(f"{saved.name}/{file}") for each in (saved.storage, storage))
+        source, target = saved.storage.full(f"{saved.name}/{file}"), storage.full(f"{name}/{file}")
         storage.filesystem.create_dir(str(PurePosixPath(target).parent), recursive=True)
         with (
             saved.storage.filesystem.open_input_stream(source) as whence,
@@ -95,7 +107,7 @@ def adopt(saved: SavedCheckpoint, storage: Storage, recipe: Recipe, run_id: str)
         raise trouble(
             error,
             f"{saved.uri} cannot be copied to {storage.path} ({reason_of(error)}); see to that and "
-            "start the run again.",
+            "give the command again, with --start-or-resume.",
         ) from None
     own = {"wandb_run_id": run_id, "recipe": recipe.model_dump(), "awaits_evaluation": False}
-    write_manifest(storage, saved.name, saved.manifest | own)
+    write_manifest(storage, name, saved.manifest | own)

@@ -189,7 +189,7 @@ def newest_checkpoint(
         RaptideError: the storage does not give one out.
     """
     for name in reversed(counted_names(storage)):
-        manifest, problem = _verify(storage, name, only)
+        manifest, problem = verify(storage, name, only)
         if manifest is None:
             skipped(f"Skipping checkpoint {name}: {problem}.")
         elif holds(manifest, only):
@@ -199,7 +199,7 @@ def newest_checkpoint(
 
 def open_checkpoint(storage: Storage, name: str, *, only: str = "") -> SavedCheckpoint | None:
     """The checkpoint of that name if it counts; arguments as for `newest_checkpoint`."""
-    manifest, _ = _verify(storage, name, only)
+    manifest, _ = verify(storage, name, only)
     return None if manifest is None else SavedCheckpoint(storage, name, manifest)
 
 
@@ -210,7 +210,7 @@ def verify_folder(folder: Path, *, only: str = "") -> dict[str, Any]:
         CheckpointError: a file is missing or damaged, or has another format version.
     """
     folder = folder.resolve()
-    manifest, problem = _verify(Storage.of(folder.parent), folder.name, only)
+    manifest, problem = verify(Storage.of(folder.parent), folder.name, only)
     if manifest is None:
         raise CheckpointError(f"{folder} is no complete checkpoint: {problem}; take another one.")
     return manifest
@@ -323,7 +323,7 @@ def holds(manifest: dict[str, Any], only: str) -> bool:
     return any(file.startswith(only) for file in manifest["files"])
 
 
-def _verify(storage: Storage, name: str, only: str) -> tuple[dict[str, Any] | None, str]:
+def verify(storage: Storage, name: str, only: str = "") -> tuple[dict[str, Any] | None, str]:
     """The manifest if the checkpoint counts, else None and what is wrong with it."""
     manifest, problem = read_manifest(storage, name)
     if manifest is None:

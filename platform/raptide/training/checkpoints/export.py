@@ -54,10 +54,11 @@ def read_average(run: Path, number: int) -> Weights:
         saved = open_checkpoint(storage, name, only=f"{MODEL}/") if len(taken) < number else None
         if saved is not None and holds(saved.manifest, f"{MODEL}/"):
             taken.append(saved)
-    if len(taken) < number:
+    keep = taken[0].manifest["recipe"]["checkpoint"]["keep"] if taken else 0
+    if min(len(taken), keep) < number:  # beyond these lie some of long ago
         raise CheckpointError(
-            f"{run} keeps {len(taken)} complete checkpoints with a bundle, but {number} are to be "
-            "averaged; average fewer, or train with a greater checkpoint.keep."
+            f"{run} keeps its last {min(len(taken), keep)} checkpoints with a bundle, but {number} "
+            "are to be averaged; average fewer, or train with a greater checkpoint.keep."
         )
     sums: dict[str, torch.Tensor] = {}
     for saved in reversed(taken):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from raptide.config import parse_settings
 from raptide.errors import RaptideError
 from raptide.training.checkpoints.checkpoint import MODEL, holds, read_manifest
 from raptide.training.checkpoints.owned import (
@@ -17,6 +18,7 @@ from raptide.training.checkpoints.owned import (
     checkpoint_step,
     counted_names,
 )
+from raptide.training.planning.recipe import Recipe
 
 
 def amend_manifest(storage: Storage, name: str, changes: dict[str, Any]) -> None:
@@ -44,21 +46,15 @@ def awaiting_evaluation(storage: Storage, last_step: int) -> list[str]:
 
 
 def prune(
-    storage: Storage,
-    newest: str,
-    keep: int,
-    keep_best: int,
-    spare: Collection[str] = (),
-    spare_step: int | None = None,
+    storage: Storage, newest: str, keep: int, keep_best: int, spare: Collection[str] = ()
 ) -> None:
     """Delete the checkpoints before `newest` that are neither among the newest nor the best, nor
-    the last one with a bundle.
+    the last one with a bundle, nor the last one before a rate falls.
 
     Those that do not count go, too.
 
     Args:
         spare: names that stay in any case.
-        spare_step: what was finished after that step does, too.
 
     Raises:
         RaptideError: the storage fails; what is left is deleted at the next call.
@@ -77,10 +73,24 @@ def prune(
     # A run is served and evaluated by the newest one that holds a bundle.
     bundled = [name for name in finished if holds(manifests[name], f"{MODEL}/")]
     best = [name for _, name in sorted(measured)[:keep_best]]
-    asked = [name for name in finished if checkpoint_step(name) == spare_step]
+    level = _last_level_ones(manifests)
     for name in earlier:
-        if name not in (*finished[-keep:], *bundled[-1:], *best, *spare, *asked):
+        if name not in (*finished[-keep:], *bundled[-1:], *best, *spare, *level):
             storage.delete(name)
+
+
+def _last_level_ones(manifests: dict[str, dict[str, Any]]) -> list[str]:
+    """The last checkpoint before the rate falls, of each length that a run was to have.
+
+    Args:
+        manifests: by name, oldest first.
+    """
+    last = {}
+    for name, manifest in manifests.items():
+        level = parse_settings(Recipe, manifest["recipe"], source=name).last_level_step
+        if level is not None and manifest["step"] <= level:
+            last[level] = name
+    return list(last.values())
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from raptide.training.checkpoints.checkpoint import (
 )
 from raptide.training.checkpoints.keeping import best_effort, prune, write_manifest
 from raptide.training.checkpoints.owned import Storage, checkpoint_name
-from raptide.training.planning.recipe import Recipe
+from raptide.training.planning.recipe import CheckpointSettings
 
 POLL_S = 0.1
 
@@ -51,7 +51,7 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        recipe: Recipe,
+        settings: CheckpointSettings,
         board: Any,
         attempt: Attempt,
         scratch: Path,
@@ -64,7 +64,7 @@ class CheckpointWriter:
             scratch: a folder of this rank's own.
             needed_bytes: free space in the scratch without which nothing is saved.
         """
-        self._recipe, self._board, self._attempt = recipe, board, attempt
+        self._settings, self._board, self._attempt = settings, board, attempt
         self._scratch = scratch
         self._needed_bytes = needed_bytes
         self._storage = Storage.of_ray_train()
@@ -208,11 +208,10 @@ class CheckpointWriter:
 
     def prune(self, newest: str) -> None:
         """Delete what the settings do not keep; not while a save is on its way."""
-        settings, spare = self._recipe.checkpoint, tuple(self.unevaluated)
-        level = self._recipe.last_level_step
+        settings, spare = self._settings, tuple(self.unevaluated)
         with best_effort(self._warn, "Old checkpoints were not deleted, and will be tried again"):
             self._refuse_others()
-            prune(self._storage, newest, settings.keep, settings.keep_best, spare, level)
+            prune(self._storage, newest, settings.keep, settings.keep_best, spare)
 
     def _fail(self, name: str, reason: str) -> None:
         """Leave no part of a checkpoint, and tell the user."""

@@ -46,8 +46,7 @@ def describe_run(recipe: Recipe, plan: StreamPlan) -> str:
         (
             "model",
             f"{model.family}, {model.layers} layers of {model.width}, "
-            f"{count_parameters(model):,} parameters, "
-            + (f"from {recipe.init_from}" if recipe.init_from else "fresh"),
+            f"{count_parameters(model):,} parameters, " + _describe_start(recipe),
         ),
         *_describe_corpora(plan, tokens),
         (
@@ -76,6 +75,12 @@ def describe_run(recipe: Recipe, plan: StreamPlan) -> str:
         ("DeepSpeed", f"ZeRO {training.zero_stage}, {training.precision}, its own check passed"),
     ]
     return "\n".join(f"  {name:12} {what}" for name, what in described)
+
+
+def _describe_start(recipe: Recipe) -> str:
+    if recipe.continue_from is not None:
+        return f"going on from {recipe.continue_from}, whose steps are done"
+    return f"from {recipe.init_from}" if recipe.init_from else "fresh"
 
 
 def _sizes(recipe: Recipe) -> list[int]:

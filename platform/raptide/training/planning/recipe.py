@@ -176,6 +176,10 @@ class CheckpointSettings(Settings):
     """Of the older ones that were evaluated when they were saved, so many with the lowest held-out
     ECE stay too."""
 
+    def bundles_after(self, step: int) -> bool:
+        """Whether the checkpoint of a step holds a bundle, whatever else it is for."""
+        return step // self.every_steps % self.bundle_every == 0
+
     _storage_holds_no_key = field_validator("storage")(without_key)
 
 

@@ -114,6 +114,9 @@ class Evaluations:
     since_best: int = 0
     """Evaluations since then."""
 
+    best_masked: float | None = None
+    """Lowest ECE on `<mask>` so far."""
+
     failed: int = 0
     """Evaluations beside the training that came to nothing."""
 
@@ -129,6 +132,7 @@ class Evaluations:
             step=manifest["heldout_step"],
             best=manifest["heldout_best"],
             since_best=manifest["heldout_since_best"],
+            best_masked=manifest.get("heldout_best_masked"),
             failed=manifest.get("heldout_failed", 0),
             bench_best=manifest.get("bench_best", {}),
         )
@@ -139,6 +143,7 @@ class Evaluations:
             "heldout_step": self.step,
             "heldout_best": self.best,
             "heldout_since_best": self.since_best,
+            "heldout_best_masked": self.best_masked,
             "heldout_failed": self.failed,
             "bench_best": self.bench_best,
         }
@@ -171,9 +176,11 @@ class Evaluations:
         return replace(self._after(ece, step), bench_best=best)
 
     def _after(self, ece: Ece, step: int) -> Evaluations:
+        masked = min(ece.masked_only, self.best_masked or math.inf)
+        now = replace(self, last=ece, step=step, best_masked=masked)
         if self.best is None or ece.all_chosen < self.best:
-            return replace(self, last=ece, step=step, best=ece.all_chosen, since_best=0)
-        return replace(self, last=ece, step=step, since_best=self.since_best + 1)
+            return replace(now, best=ece.all_chosen, since_best=0)
+        return replace(now, since_best=self.since_best + 1)
 
     def after_failure(self) -> Evaluations:
         """With one evaluation more that came to nothing."""
@@ -182,7 +189,7 @@ class Evaluations:
     def is_over(self, settings: EvaluationSettings) -> bool:
         """Whether the run should end: it is where it was to come, or improves no more."""
         patience, goal = settings.patience, settings.until_ece_masked
-        if goal is not None and self.last is not None and self.last.masked_only <= goal:
+        if goal is not None and self.best_masked is not None and self.best_masked <= goal:
             return True
         return patience is not None and self.since_best >= patience
 
