@@ -195,10 +195,10 @@ def test_a_link_to_the_storage_is_not_replaced_either(alone, corpus, tmp_path):
 def test_a_run_that_is_made_longer_keeps_what_was_level(alone, corpus, tmp_path):
     tree = a_tree(corpus, 2 * EVERY, checkpoint={"every_steps": 4, "keep": 1})
     run_here(as_recipe(tree, workers=1), tmp_path / "run")
-    tree["training"]["steps"] = 4 * EVERY
+    tree["training"]["steps"] = 5 * EVERY
     run_here(as_recipe(tree, workers=1), tmp_path / "run", resume=True)
     kept = sorted(path.name.split("-")[1] for path in (tmp_path / "run/checkpoints").glob("step-*"))
-    assert kept == ["00000006", "00000012", "00000024"]
+    assert kept == ["00000006", "00000015", "00000030"]
 
 
 def test_two_starts_are_one_too_many(corpus):
