@@ -29,3 +29,10 @@ def test_1024_ranks_meet(cluster, options):
         assert set(ray.get(calls, timeout=90)) == {"all"}
     finally:
         ray.kill(actor)
+
+
+def test_ray_train_keeps_no_list_of_checkpoints(whole):
+    """It would be written once after every save, and a storage that stumbles then ended the run."""
+    names = {path.name for path in (whole.folder / "checkpoints").iterdir()}
+    assert any(name.startswith("step-") for name in names)
+    assert "checkpoint_manager_snapshot.json" not in names

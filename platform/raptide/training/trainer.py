@@ -42,6 +42,7 @@ from raptide.training.run_folder import (
     refuse_folder,
     refuse_to_delete,
 )
+from raptide.training.snapshot import NoSnapshot
 from raptide.training.watching.heldout import heldout_rows, unigram_ece
 from raptide.training.watching.leaving import LEFT, saved_on_sigterm
 from raptide.training.watching.picture import draw_run
@@ -220,7 +221,7 @@ def _fit(run: Run) -> None:
             storage_path=str(Path(storage.path).parent),
             storage_filesystem=storage.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[RoomForAll()],
+            callbacks=[RoomForAll(), NoSnapshot()],
         ),
     )
     with plain_errors():
