@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import checkout  # noqa: F401
@@ -43,25 +44,27 @@ def main() -> int:
     parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=2)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument(
-        "--stumbles", type=int, default=20, help="of 1,000 calls to the file system, so many fail"
+        "--stumbles",
+        type=int,
+        default=20,
+        help="of 1,000 calls to the file system, so many fail; 0 leaves out W&B and outages, too",
     )
     args = parse(parser, QUICK)
     need_packages("pyhmmer")
     need_room(ROOM_GB)
     with Report("pretrain_chaos", args, PACKAGES, print_report) as report:
-        os.environ |= UNREACHABLE
         from moving_cluster import moving_cluster
         from stumbling import stumbling
         from wild_run import CORPUS, STORAGE, wreak_havoc
 
-        with tempfile.TemporaryDirectory() as made:
-            scratch = Path(made)
-            folders = [scratch / CORPUS, scratch / STORAGE]
-            with (
-                stumbling(scratch, folders, args.stumbles) as stumbles,
-                moving_cluster(2) as cluster,
-            ):
-                wreak_havoc(cluster, scratch, args, report, stumbles)
+        with ExitStack() as stack:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            stumbles = None
+            if args.stumbles:
+                os.environ |= UNREACHABLE
+                folders = [scratch / CORPUS, scratch / STORAGE]
+                stumbles = stack.enter_context(stumbling(scratch, folders, args.stumbles))
+            wreak_havoc(stack.enter_context(moving_cluster(2)), scratch, args, report, stumbles)
     return 0 if report["audit_equal"] and report["loss_max_abs_diff"] < 1e-4 else 1
 
 
