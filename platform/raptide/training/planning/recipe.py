@@ -208,7 +208,7 @@ class EvaluationSettings(Settings):
 
     until_ece_masked: float | None = Field(None, gt=1.0)
     """Held-out ECE on `<mask>` at which the run ends, once an evaluation finds it or less; None
-    runs all steps. What a record is measured by (docs/records.md)."""
+    runs all steps."""
 
     seed: int = Field(7, ge=0, lt=2**63)
     """Fixes crops and masks, so that every evaluation asks for the same residues."""
