@@ -97,7 +97,8 @@ def _update_bytes(recipe: Recipe, elements: float) -> float:
         sent = stored * min(elements, FLAT_ELEMENTS)
         return stored * elements + max(sent, 4 * elements if rounded else 0)
     put_together = stored if rounded and recipe.training.zero_stage < 3 else 0
-    directions = 2 * in_matrices(recipe) * count_parameters(recipe.model)  # of all ranks, in bf16
+    # Muon's in bf16: of all ranks, the worker's own, and those once more while they are sent.
+    directions = 2 * in_matrices(recipe) * (count_parameters(recipe.model) + 2 * elements)
     return (stored + put_together + 4) * elements + directions
 
 
