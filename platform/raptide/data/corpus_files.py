@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,8 @@ import pyarrow.parquet as pq
 from raptide.errors import CorpusError
 from raptide.patience import patiently, unreadable
 from raptide.storage import CHUNK, Storage, below, is_uri
+
+Found = TypeVar("Found")
 
 
 @contextmanager
@@ -59,7 +62,7 @@ class CorpusFiles:
     """A folder with a corpus."""
 
     where: str
-    """Its absolute path, or its URI."""
+    """Its path as it was given, or its URI."""
 
     @classmethod
     def at(cls, where: str | Path) -> CorpusFiles:
@@ -108,7 +111,6 @@ class CorpusFiles:
             CorpusError: the file is missing, or Parquet says that it is damaged.
             RaptideError: the file system does not give it out.
         """
-        name = f"{self.name(file)}{place}"
 
         def attempt() -> pa.Table:
             try:
@@ -119,15 +121,11 @@ class CorpusFiles:
                 if isinstance(error, OSError) and error.errno:  # Parquet's own have no number
                     raise
                 raise CorpusError(
-                    f"{name} cannot be read ({error}); the corpus is damaged, build it again."
+                    f"{self.name(file)}{place} cannot be read ({error}); the corpus is damaged, "
+                    "build it again."
                 ) from None
 
-        try:
-            return patiently(attempt)
-        except FileNotFoundError:
-            raise self._missing(file) from None
-        except OSError as error:
-            raise unreadable(name, error) from None
+        return self._surely(attempt, file, place)
 
     def sha256(self, file: str) -> str:
         """
@@ -135,13 +133,19 @@ class CorpusFiles:
             CorpusError: there is no such file.
             RaptideError: the file system does not give it out.
         """
+        return self._surely(lambda: self._digest(file), file)
 
+    def _surely(self, action: Callable[[], Found], file: str, place: str = "") -> Found:
+        """What an action on a file gives, or an error that names the file."""
         try:
-            return patiently(lambda: self._digest(file))
+            return patiently(action)
         except FileNotFoundError:
-            raise self._missing(file) from None
+            raise CorpusError(
+                f"{self.name(file)} is missing, which the corpus's manifest names; copy it again, "
+                "or build again."
+            ) from None
         except OSError as error:
-            raise unreadable(self.name(file), error) from None
+            raise unreadable(f"{self.name(file)}{place}", error) from None
 
     def _digest(self, file: str) -> str:
         if not self.is_far:
@@ -156,12 +160,6 @@ class CorpusFiles:
         with numbered():
             opened = self._storage.filesystem.open_input_file(self._storage.full(file))
         return FarFile(opened)
-
-    def _missing(self, file: str) -> CorpusError:
-        return CorpusError(
-            f"{self.name(file)} is missing, which the corpus's manifest names; copy it again, or "
-            "build again."
-        )
 
 
 def sha256_of_file(path: Path) -> str:

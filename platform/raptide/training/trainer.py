@@ -140,7 +140,7 @@ def pretrain(
     begun = not replace and (folder / RUN_INFO).exists()
     source = None
     if not (begun and has_finished_one(Storage.of_run(folder))):
-        source = _refuse_start(recipe, plan, folder if replace else None)
+        source = _find_source(recipe, plan)
     if replace or not (folder / RUN_INFO).exists():
         baseline = unigram_ece(plan, heldout_rows(plan, recipe.evaluation))
         if replace:
@@ -231,22 +231,29 @@ def _fit(run: Run) -> None:
         raise mistake
 
 
-def _refuse_start(recipe: Recipe, plan: StreamPlan, deleted: Path | None) -> SavedCheckpoint | None:
-    """Refuse what a new run cannot start from; the checkpoint that it goes on from, if any.
+def _refuse_start(recipe: Recipe, plan: StreamPlan, deleted: Path | None) -> None:
+    """Refuse what a new run cannot start from.
 
     Args:
         deleted: the folder of a run that will be deleted.
     """
+    source = _find_source(recipe, plan)
     if recipe.init_from is not None:
         _refuse_other_start(recipe, recipe.init_from)
-        if deleted is not None:
-            refuse_to_delete(deleted, recipe.init_from, "init_from")
+    if deleted is None:
+        return
+    if recipe.init_from is not None:
+        refuse_to_delete(deleted, recipe.init_from, "init_from")
+    if source is not None:
+        refuse_to_delete(deleted, f"{source.storage.path}/{source.name}", "continue_from")
+
+
+def _find_source(recipe: Recipe, plan: StreamPlan) -> SavedCheckpoint | None:
+    """The checkpoint that a new run goes on from, if it goes on from one."""
     if recipe.continue_from is None:
         return None
     saved = find_checkpoint(recipe.continue_from)
     refuse_to_adopt(saved, recipe, plan.fingerprint())
-    if deleted is not None:
-        refuse_to_delete(deleted, f"{saved.storage.path}/{saved.name}", "continue_from")
     return saved
 
 
