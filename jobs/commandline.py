@@ -15,7 +15,8 @@ from typing import Any
 
 from raptide.__main__ import short_name
 from raptide.data.fasta import ReadingRules
-from raptide.errors import ConfigError, RaptideError
+from raptide.errors import ConfigError, RaptideError, find_os_error
+from raptide.patience import reason_of
 
 
 class JobParser(argparse.ArgumentParser):
@@ -186,7 +187,8 @@ def refuse_output(path: Path, option: str) -> None:
 
 
 def run_job(main: Callable[[], None]) -> None:
-    """Run a job: a Raptide error is one line on stderr; SIGTERM and hang-up clean up as Ctrl-C."""
+    """Run a job: a Raptide error is one line on stderr, and so is what a file system refuses;
+    SIGTERM and hang-up clean up as Ctrl-C."""
     # SIGINT too: where a script starts a job with `&`, it would be ignored, also by the children.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
@@ -198,6 +200,16 @@ def run_job(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if (refused := find_os_error(error)) is None:
+            raise
+        place = f" at {refused.filename}" if refused.filename else ""
+        print(
+            f"error: The system refused{place} ({reason_of(refused)}); see to that, and give the "
+            "command again.",
+            file=sys.stderr,
+        )
+        sys.exit(RaptideError.exit_code)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

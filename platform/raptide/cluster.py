@@ -46,6 +46,8 @@ def ray_session(*, num_cpus: int, verbose: bool = False) -> Iterator[None]:
         logging.getLogger(name).setLevel(level)
     # Ray Data logs every failed task as an error; ours reach the user as one sentence instead.
     logging.getLogger("ray.data").setLevel(level if verbose else logging.CRITICAL)
+    if not verbose:  # or Ray prints a traceback for each of the tasks that failed with the first
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     ray.data.DataContext.get_current().enable_progress_bars = verbose or sys.stderr.isatty()
     # Ray Train asks the dashboard, which a local Ray does not start, for its state every second.
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")

@@ -105,23 +105,37 @@ class OutOfMemory(RaptideError):
     """A worker ran out of memory."""
 
 
-def find_raptide_error(error: BaseException | None) -> RaptideError | None:
-    """The Raptide error behind what Ray raises for a failed task or worker, or None.
+def behind(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it was raised for, nearest first.
 
-    Ray keeps the original under `.cause` (tasks) or `.worker_failures` (training); from Ray Data it
-    comes only out of functions that are generators, with advice of Ray's appended. Our messages
-    are one line, so that is cut off again.
+    Ray keeps the original under `.cause` (tasks) or `.worker_failures` (training).
     """
     pending = [error]
     while pending:
         current = pending.pop(0)
-        if current is None:
-            continue
-        failures = getattr(current, "worker_failures", None) or {}
-        inner = [getattr(current, "cause", None), *failures.values()]
-        if isinstance(current, RaptideError) and inner == [None]:
-            return type(current)(str(current).split("\n")[0])
-        pending += [*inner, current.__cause__]
+        if current is not None:
+            yield current
+            failures = getattr(current, "worker_failures", None) or {}
+            pending += [getattr(current, "cause", None), *failures.values(), current.__cause__]
+
+
+def find_raptide_error(error: BaseException | None) -> RaptideError | None:
+    """The Raptide error behind what Ray raises for a failed task or worker, or None.
+
+    From Ray Data it comes only out of functions that are generators, with advice of Ray's appended.
+    Our messages are one line, so that is cut off again.
+    """
+    for found in behind(error):
+        if isinstance(found, RaptideError) and getattr(found, "cause", None) is None:
+            return type(found)(str(found).split("\n")[0])
+    return None
+
+
+def find_os_error(error: BaseException | None) -> OSError | None:
+    """What a file system or a network has complained of behind an error, with a number; or None."""
+    for found in behind(error):
+        if isinstance(found, OSError) and found.errno:
+            return found
     return None
 
 

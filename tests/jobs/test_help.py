@@ -1,6 +1,9 @@
 """The help of every job, and what is said to those who mistype."""
 
+import os
 import re
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -104,3 +107,29 @@ def test_recipes_and_benchmarks_that_come_along_are_called_by_name(tmp_path):
     assert found == ROOT / "jobs/recipes/demo.yaml"
     done = job_in_process("pretrain_model.py", "--config", "dmeo", cwd=tmp_path)
     assert "There is no file dmeo; did you mean demo?" in done.stderr
+
+
+REFUSED = """
+import errno
+from commandline import run_job
+
+def main():
+    try:
+        open("/proc/self/mem/x")
+    except OSError as error:
+        raise RuntimeError("a task failed") from error
+
+run_job(main)
+"""
+
+
+def test_what_the_system_refuses_is_one_sentence():
+    path = os.pathsep.join([str(ROOT / "jobs"), os.environ["PYTHONPATH"]])
+    environment = os.environ | {"PYTHONPATH": path}
+    command = [sys.executable, "-c", REFUSED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: The system refused at /proc/self/mem/x (Not a directory); see to that, and give "
+        "the command again.\n"
+    )

@@ -1,5 +1,6 @@
 """A build at scale, made small: many parts, many buckets, interruptions, giant clusters."""
 
+import errno
 import os
 import random
 import signal
@@ -23,7 +24,7 @@ from raptide.data.building.cleaning import CleaningSettings
 from raptide.data.corpus import Corpus
 from raptide.data.fasta_text import split_fasta
 from raptide.data.streaming.rows import draw_members
-from raptide.errors import CorpusError, FastaError
+from raptide.errors import CorpusError, FastaError, PassingTrouble, RaptideError
 
 LETTERS = "LAGVSERTIDPKQNFYMHWC"
 SETTINGS = BuildSettings(
@@ -168,6 +169,41 @@ def test_a_partial_build_of_other_files_or_settings_is_not_gone_on_with(text, tm
     assert (tmp_path / "corpus.partial").is_dir()
     build(holdout_fraction=0.5)
     assert not any("Going on" in line for line in lines)
+
+
+@pytest.mark.usefixtures("small_scale")
+def test_a_full_disk_is_said_in_one_sentence_and_a_stumble_is_not(
+    expected, text, tmp_path, monkeypatch
+):
+    """Ray wraps what a task raises, without its number."""
+    (tmp_path / "a.fasta").write_text("".join(text))
+    write_bucket = build_module.write_bucket
+
+    def refuse(bucket, *args, **kwargs):
+        if bucket >= 3:
+            raise OSError(errno.ENOSPC, "Error writing bytes to file")
+        return write_bucket(bucket, *args, **kwargs)
+
+    def stumble(bucket, *args, **kwargs):
+        stumbled = tmp_path / f"{bucket}.stumbled"
+        if not stumbled.exists():
+            stumbled.touch()
+            raise OSError(errno.EIO, "the network drive is away")
+        return write_bucket(bucket, *args, **kwargs)
+
+    def build(say):
+        return build_corpus([tmp_path / "a.fasta"], tmp_path / "corpus", SETTINGS, say=say)
+
+    monkeypatch.setattr(build_module, "write_bucket", refuse)
+    with pytest.raises(RaptideError, match=r"broke off \(No space left on device\)") as caught:
+        build(print)
+    assert str(tmp_path / "corpus.partial") in str(caught.value)
+    assert not isinstance(caught.value, PassingTrouble)
+    monkeypatch.setattr(build_module, "write_bucket", stumble)
+    lines = []
+    assert build(lines.append).digest == expected.digest
+    assert any("Going on" in line for line in lines)
+    assert not any("Pass 1" in line for line in lines)
 
 
 @pytest.mark.usefixtures("small_scale")

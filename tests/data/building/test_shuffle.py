@@ -1,5 +1,7 @@
 """Rows by bucket, with few objects for the driver to hold."""
 
+import time
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -87,6 +89,27 @@ def test_an_error_is_raised_as_itself_and_starts_no_more_tasks(objects):
     with pytest.raises(CorpusError, match=r"^no bucket will do\."), plain_errors():
         shuffle(some_rows(), 60, place, refuse)
     assert 0 < objects.count(2) < 60
+
+
+def test_of_tasks_that_fail_together_none_outlives_the_error(cluster, tmp_path):
+    """Nor does the driver die, as it did where they were cancelled while they ended."""
+
+    def refuse(bucket, table):
+        (tmp_path / f"{bucket}.begun").touch()
+        time.sleep(0.002 * (bucket % 7))
+        (tmp_path / f"{bucket}.ended").touch()
+        raise CorpusError("the disk is full.")
+
+    def place(table):
+        return range_bucket(table["hash"], 60)
+
+    for _ in range(10):
+        with pytest.raises(CorpusError, match=r"^the disk is full\."), plain_errors():
+            shuffle(some_rows(), 60, place, refuse)
+        begun, ended = (
+            {each.stem for each in tmp_path.glob(f"*.{end}")} for end in ("begun", "ended")
+        )
+        assert begun == ended
 
 
 @pytest.mark.parametrize("buckets", [1, 3, 100])

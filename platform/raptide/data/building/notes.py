@@ -8,6 +8,7 @@ holds those of the whole input.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raptide.patience import patiently
 from raptide.small_files import made_whole
 
 PART_BITS = 32
@@ -52,8 +54,8 @@ class Notes:
         cuts = [0, *(np.flatnonzero(np.diff(chunks)) + 1).tolist(), len(chunks)]
         for start, end in pairwise(cuts):
             if end > start:
-                with made_whole(self._file(int(chunks[start]))) as file:
-                    pq.write_table(table.slice(start, end - start), file)
+                notes = table.slice(start, end - start)
+                patiently(partial(_write, self._file(int(chunks[start])), notes))
 
     def read(self, first: int, count: int) -> Iterator[pa.Table]:
         """The notes of records `first` to `first + count - 1`, by number."""
@@ -69,3 +71,8 @@ class Notes:
 
     def _file(self, chunk: int) -> Path:
         return self._folder / f"{self._kind}-{chunk:012x}.parquet"
+
+
+def _write(file: Path, notes: pa.Table) -> None:
+    with made_whole(file) as new:
+        pq.write_table(notes, new)

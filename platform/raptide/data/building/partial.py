@@ -20,13 +20,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from raptide.attempts import ATTEMPTS, Attempts
 from raptide.data.building.shards import BucketReport
-from raptide.errors import RaptideError, Superseded
-from raptide.patience import patiently, unreadable
+from raptide.errors import RaptideError, Superseded, find_os_error
+from raptide.patience import patiently, reason_of, trouble, unreadable
 from raptide.small_files import write_whole
 from raptide.storage import PARTIAL, Storage
 
@@ -76,18 +77,28 @@ class PartialFolder:
 
     @contextmanager
     def explaining_errors(self) -> Iterator[None]:
-        """Within the block, what goes wrong because another build has taken over is told as that.
+        """Within the block, what goes wrong because another build has taken over is told as that,
+        and what the file system refuses in one sentence.
 
         Raises:
             Superseded: another build owns the folder.
+            StorageStumbled: the file system failed again and again.
+            RaptideError: it always will.
         """
         try:
             yield
         except Superseded:
             raise
-        except Exception:
+        except Exception as error:
             self.refuse_others()
-            raise
+            refused = None if isinstance(error, RaptideError) else find_os_error(error)
+            if refused is None:
+                raise
+            raise trouble(
+                refused,
+                f"The build in {self.path} broke off ({reason_of(refused)}); see to its file "
+                "system, and give the command again: it goes on where it was.",
+            ) from None
 
     def write_bucket(self, bucket: int, write: Callable[[Path], BucketReport]) -> None:
         """Add a bucket's shards, and then its report.
@@ -97,7 +108,11 @@ class PartialFolder:
 
         Raises:
             Superseded: another build owns the folder.
+            OSError: the file system refuses for good, or again and again.
         """
+        patiently(partial(self._write_bucket, bucket, write))
+
+    def _write_bucket(self, bucket: int, write: Callable[[Path], BucketReport]) -> None:
         drafts = Path(tempfile.mkdtemp(prefix=DRAFTS, dir=self.path))
         try:
             report = write(drafts)

@@ -126,7 +126,10 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[ray.ObjectRef]]:
 
 
 def _in_turn(tasks: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    """Start tasks as others end; those of a failed one's company are told to stop.
+    """Start tasks as others end; once one has failed, those that are under way are awaited.
+
+    They are not cancelled: where a task ends while Ray cancels it, Ray 2.60 aborts the driver
+    ("Tried to complete task that was not pending"), and tasks of one kind fail together.
 
     Args:
         tasks: starts one at each step, and gives the reference of a small result and whatever
@@ -148,9 +151,10 @@ def _in_turn(tasks: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
                 yield next_ended()
         while running:
             yield next_ended()
-    finally:
-        for task in running:
-            ray.cancel(task)
+    except Exception:
+        if running:
+            ray.wait(list(running), num_returns=len(running))
+        raise
 
 
 def _most_at_once() -> int:
