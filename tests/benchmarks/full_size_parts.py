@@ -7,7 +7,6 @@ import json
 import resource
 import statistics
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +56,10 @@ def plan_of(corpus: Corpus, batch_rows: int) -> StreamPlan:
 class ReadyFeeder(Feeder):
     """A feeder that cuts batches without end out of packed rows that it has in memory."""
 
-    def __init__(self, tables: list[pa.Table], shares: Sequence[tuple[int, int]]) -> None:
-        super().__init__(None, Cursor(), 0, shares)  # type: ignore[arg-type]
-        self._batches = cut_batches(itertools.cycle(tables), BATCH_ROWS, ROW_TOKENS)
+    def __init__(self, tables: list[pa.Table], readers: int) -> None:
+        super().__init__(None, Cursor(), 0, readers)  # type: ignore[arg-type]
+        sizes = itertools.repeat(BATCH_ROWS)
+        self._batches = cut_batches(itertools.cycle(tables), sizes, ROW_TOKENS)
 
     def used(self) -> tuple[float, int]:
         """Seconds of processor time, and bytes of memory at most."""
@@ -117,9 +117,7 @@ def measure_feeder(corpus: Corpus) -> dict[str, Any]:
         if rows > 2 * BATCH_ROWS:
             break
     began, tokens = time.process_time(), 0
-    for batch in itertools.islice(
-        cut_batches(itertools.cycle(tables), BATCH_ROWS, ROW_TOKENS), 200
-    ):
+    for batch in cut_batches(itertools.cycle(tables), [BATCH_ROWS] * 200, ROW_TOKENS):
         tokens += batch.counted().num_tokens
     cut = {"tokens_per_core_s": tokens / (time.process_time() - began)}
     return cut | {str(readers): hand_out(tables, readers) for readers in READERS}
@@ -127,9 +125,7 @@ def measure_feeder(corpus: Corpus) -> dict[str, Any]:
 
 def hand_out(tables: list[pa.Table], readers: int) -> dict[str, float]:
     """What the feeder gives to so many readers, and what it takes for that."""
-    each = BATCH_ROWS // readers
-    shares = [(rank * each, (rank + 1) * each) for rank in range(readers)]
-    feeder = ray.remote(**ACTOR)(ReadyFeeder).remote(tables, shares)
+    feeder = ray.remote(**ACTOR)(ReadyFeeder).remote(tables, readers)
     per_process = readers // PROCESSES
     starts = range(0, readers, per_process)
     processes = [Readers.remote(feeder, range(s, s + per_process)) for s in starts]
@@ -179,7 +175,7 @@ def measure_blocks(scratch: Path, small: Corpus) -> tuple[Corpus, dict[str, floa
     found["bytes_a_block"] = opened.blocks[0].nbytes / BLOCKS
     timed("count", lambda: [_count_block(plan, 0, place) for place in range(8)])
     found["count_core_s"] = found.pop("count_s") / 8 * MOST_BLOCKS
-    feeder = FeederActor.remote(plan, Cursor(), STEPS_TO_COME, [(0, BATCH_ROWS)])
+    feeder = FeederActor.remote(plan, Cursor(), STEPS_TO_COME, 1)
     timed("first_batch", lambda: unpack_shares(ray.get(feeder.fetch.remote(0, 0, 1))))
     found["driver_bytes"] = process.memory_info().rss - before
     ray.kill(feeder)
@@ -216,7 +212,7 @@ def measure_ranks(scratch: Path, corpus: Corpus, ranks: int = 1024) -> dict[str,
     found["manifest_by_reference_s"] = meet([reference], ranks)
     plan = plan_of(corpus, BATCH_ROWS)
     table = _to_table(prepare_rows(plan, 0, 0), 0, 0)
-    batch = next(cut_batches(iter([table]), 2, ROW_TOKENS))
+    batch = next(cut_batches(iter([table]), [2], ROW_TOKENS))
     (share,) = unpack_shares(pack_shares([batch], 0, 2))
     return found | measure_audit(scratch, share, ranks)
 

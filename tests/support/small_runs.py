@@ -8,6 +8,8 @@ from raptide.training.trainer import prepare_run, pretrain
 
 STEPS = 24
 EVERY = 6
+ROWS = 4 + 4 + 5 + 6 + 7 + 7 + 8 + 9 + 16 * 10
+"""Of all steps: a batch grows from 4 to 10 rows in the first 8."""
 
 
 def make_recipe(corpus, *, tracked=False, **training):
@@ -18,7 +20,14 @@ def make_recipe(corpus, *, tracked=False, **training):
     tree = {
         "name": "test",
         "corpus": str(corpus.path),
-        "stream": {"row_tokens": 256, "crop_tokens": 128, "batch_rows": 10, "seed": 3},
+        "stream": {
+            "row_tokens": 256,
+            "crop_tokens": 128,
+            "batch_rows": 10,
+            "seed": 3,
+            "first_batch_rows": 4,
+            "batch_warmup_steps": 8,  # so whatever happens meets growth
+        },
         "model": {"layers": 2, "width": 64, "heads": 4},
         "optimizer": {"lr": 1e-3, "warmup_steps": 10},
         "training": {

@@ -47,6 +47,8 @@ REFUSED = {
     "stream.row_tokens": 512,
     "stream.crop_tokens": 64,
     "stream.batch_rows": 8,
+    "stream.first_batch_rows": 3,
+    "stream.batch_warmup_steps": 9,
     "stream.fraction": 0.5,
     "stream.seed": 4,
     "stream.sampling": "all",

@@ -15,6 +15,7 @@ from lone_worker import run_here
 from offline_wandb import read_runs
 from small_runs import (
     EVERY,
+    ROWS,
     STEPS,
     as_recipe,
     evaluations,
@@ -68,8 +69,8 @@ def test_the_model_learns_and_the_baselines_are_sane(whole):
 
 def test_each_packed_row_is_used_once(whole):
     ids = [row[:3] for _, rows in audited_steps(whole.folder) for row in rows]
-    assert len(ids) == len(set(ids)) == STEPS * 10
-    assert (whole.audit.steps, whole.audit.rows) == (STEPS, STEPS * 10)
+    assert len(ids) == len(set(ids)) == ROWS
+    assert (whole.audit.steps, whole.audit.rows) == (STEPS, ROWS)
     assert (whole.audit.attempts, whole.audit.redone_steps) == (1, 0)
     assert json.loads((whole.folder / "audit.json").read_text()) == asdict(whole.audit)
 

@@ -34,7 +34,7 @@ class Cost:
 
 def cost_of(recipe: Recipe, worker_tflops: float | None) -> Cost:
     """What a run takes, at the speed of one worker in 10^12 operations a second."""
-    tokens = recipe.training.steps * recipe.stream.batch_rows * recipe.stream.row_tokens
+    tokens = recipe.stream.rows_before(recipe.training.steps) * recipe.stream.row_tokens
     flops = flops_of(recipe, tokens)
     hours = flops / (worker_tflops * 1e12) / HOUR_S if worker_tflops else None
     epoch = epoch_tokens(recipe)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from raptide.alphabet import Alphabet
 from raptide.data.streaming.batch import PackedRows
-from raptide.data.streaming.shares import BatchShare
+from raptide.data.streaming.shares import BatchShare, rows_of_rank
 from raptide.model.packed import Packed, Targets
 from raptide.training.planning.recipe import Recipe
 
@@ -53,35 +53,25 @@ def share_bounds(
 ) -> list[tuple[int, int]]:
     """First and last row (exclusive) of each of a rank's micro-batches, [accumulation].
 
-    Each rank takes a contiguous run of slots; slots beyond `num_rows` are empty.
+    Each rank takes a contiguous run of rows; its last micro-batches may be empty.
     """
-    assert workers * micro_rows * accumulation >= num_rows, "some rows would find no slot"
-    first = rank * micro_rows * accumulation
+    first, last = rows_of_rank(num_rows, rank, workers)
+    assert last - first <= micro_rows * accumulation, "some rows would find no micro-batch"
     starts = range(first, first + micro_rows * accumulation, micro_rows)
-    return [(min(s, num_rows), min(s + micro_rows, num_rows)) for s in starts]
+    return [(min(s, last), min(s + micro_rows, last)) for s in starts]
 
 
-def bounds_of_rank(recipe: Recipe, rank: int, workers: int) -> list[tuple[int, int]]:
-    """The same for a rank of a recipe's run."""
-    micro_rows = recipe.training.micro_batch_rows
-    accumulation = recipe.accumulation(workers)
-    return share_bounds(recipe.stream.batch_rows, rank, workers, micro_rows, accumulation)
+def share_cutter(
+    recipe: Recipe, workers: int, device: torch.device
+) -> Callable[[BatchShare], Share]:
+    """How a worker cuts up its own rows; while batches grow, its last micro-batches are empty."""
+    micro_rows, accumulation = recipe.training.micro_batch_rows, recipe.accumulation(workers)
 
+    def cut(batch: BatchShare) -> Share:
+        bounds = share_bounds(len(batch.row_ids), 0, 1, micro_rows, accumulation)
+        return cut_share(bounds, recipe.model.alphabet, device, batch)
 
-def rows_of(bounds: list[tuple[int, int]]) -> tuple[int, int]:
-    """First and last row (exclusive) of a rank's micro-batches, which lie one after the other."""
-    return bounds[0][0], bounds[-1][1]
-
-
-def rows_of_ranks(recipe: Recipe, workers: int) -> list[tuple[int, int]]:
-    """The same of every rank of a recipe's run."""
-    return [rows_of(bounds_of_rank(recipe, rank, workers)) for rank in range(workers)]
-
-
-def within_share(bounds: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same micro-batches, counted from the rank's first row."""
-    begins, _ = rows_of(bounds)
-    return [(first - begins, last - begins) for first, last in bounds]
+    return cut
 
 
 def cut_share(

@@ -13,7 +13,6 @@ import ray
 import ray.train
 from ray.train.collective import broadcast_from_rank_zero
 
-from raptide.alphabet import ALPHABETS
 from raptide.attempts import Attempt
 from raptide.cluster import on_this_node
 from raptide.data.streaming.batch import Cursor
@@ -24,7 +23,7 @@ from raptide.errors import CheckpointError, CheckpointUnsaved
 from raptide.model.formats.detect import write_weights
 from raptide.model.formats.weights import Weights
 from raptide.training.ahead import SharesAhead
-from raptide.training.batches import Share, bounds_of_rank, cut_share, rows_of_ranks, within_share
+from raptide.training.batches import Share, share_cutter
 from raptide.training.checkpoints.checkpoint import MODEL, SavedCheckpoint, newest_checkpoint
 from raptide.training.checkpoints.keeping import best_effort
 from raptide.training.checkpoints.owned import Storage
@@ -103,8 +102,7 @@ class Worker:
         self._tracker = self._start_tracking(stack)
         self._stepper = Stepper(self._engine, self._workers)
         self._board_watch = BoardWatch(run.board, self._rank, attempt.number)
-        bounds = within_share(bounds_of_rank(self._recipe, self._rank, self._workers))
-        cut = partial(cut_share, bounds, ALPHABETS[run.plan.alphabet], self._engine.device)
+        cut = share_cutter(self._recipe, self._workers, self._engine.device)
         self._shares = SharesAhead(reader.shares(self._steps_left), cut, self._engine.device)
         stack.callback(self._shares.close)
         self._audit = None
@@ -373,9 +371,8 @@ class Worker:
         feeder = None
         if self._rank == 0:
             here = FeederActor.options(scheduling_strategy=on_this_node())
-            shares = rows_of_ranks(self._recipe, self._workers)
-            blind = self._recipe.model.blind
-            feeder = here.remote(self._run.plan, cursor, self._steps_left, shares, blind=blind)
+            how = {"first": self._step, "blind": self._recipe.model.blind}
+            feeder = here.remote(self._run.plan, cursor, self._steps_left, self._workers, **how)
         self._feeder = broadcast_from_rank_zero(feeder)  # kept: a feeder nobody holds is ended
         return BatchReader(self._feeder, self._rank, self._recipe.cluster.data_timeout_s)
 

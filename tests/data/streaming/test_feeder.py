@@ -14,7 +14,7 @@ from raptide.data.streaming.batch import Cursor, GlobalBatch, PackedRows
 from raptide.data.streaming.feeder import MOST_A_CALL, MOST_HELD, BatchReader, Feeder
 from raptide.data.streaming.shares import unpack_shares
 from raptide.errors import CorpusError, StreamStalled
-from raptide.training.batches import micro_batches, rows_of, share_bounds, within_share
+from raptide.training.batches import micro_batches, share_bounds
 from raptide.training.watching.audit import AuditWriter, read_audit
 
 CPU = torch.device("cpu")
@@ -44,19 +44,14 @@ def some_batches(count, rows, row_tokens=32):
 class Ready(Feeder):
     """A feeder whose batches are there, or anything else that can be iterated over."""
 
-    def __init__(self, batches, shares, **options):
-        super().__init__(None, Cursor(), 0, shares, **options)
+    def __init__(self, batches, readers, **options):
+        super().__init__(None, Cursor(), 0, readers, **options)
         self._batches = iter(batches)
-
-
-def even_shares(rows, readers):
-    each = rows // readers
-    return [(rank * each, (rank + 1) * each) for rank in range(readers)]
 
 
 def test_readers_of_a_blind_model_are_asked_for_all_residues_of_the_whole_batch():
     (batch,) = some_batches(1, 8)
-    feeder = Ready([batch], even_shares(8, 4), blind=True)
+    feeder = Ready([batch], 4, blind=True)
     asked = 0
     for rank in range(4):
         (share,) = unpack_shares(feeder.fetch(rank, 0, 1))
@@ -70,13 +65,13 @@ def test_readers_of_a_blind_model_are_asked_for_all_residues_of_the_whole_batch(
 
 @pytest.mark.parametrize(("rows", "workers", "micro_rows"), [(2048, 1024, 1), (700, 1024, 1)])
 def test_1024_readers_get_what_each_cut_of_the_whole_batch_before(rows, workers, micro_rows):
-    """With fewer rows than ranks, the last ranks have none."""
+    """With fewer rows than ranks, some ranks have none."""
     accumulation = -(-rows // (workers * micro_rows))
     bounds = [
         share_bounds(rows, rank, workers, micro_rows, accumulation) for rank in range(workers)
     ]
     batches = some_batches(2, rows)
-    feeder = Ready(batches, [rows_of(each) for each in bounds])
+    feeder = Ready(batches, workers)
     ids = [[], []]
     for rank, own in enumerate(bounds):
         shares = unpack_shares(feeder.fetch(rank, 0, 2))
@@ -85,7 +80,12 @@ def test_1024_readers_get_what_each_cut_of_the_whole_batch_before(rows, workers,
                 assert getattr(share, name) == getattr(batch, name)
             assert share.next_cursor == batch.next_cursor
             seen += share.row_ids.tolist()
-            now = micro_batches(share.rows, within_share(own), ESM_33, CPU)
+            now = micro_batches(
+                share.rows,
+                [(first - own[0][0], last - own[0][0]) for first, last in own],
+                ESM_33,
+                CPU,
+            )
             before = micro_batches(batch.rows, own, ESM_33, CPU)
             for found, expected in zip(now, before, strict=True):
                 assert found.packed.lengths == expected.packed.lengths
@@ -102,7 +102,7 @@ def test_the_audit_does_not_depend_on_how_many_take_the_shares(tmp_path):
     for readers in (1, 2, 64):
         run = tmp_path / str(readers)
         run.mkdir()
-        feeder = Ready(batches, even_shares(64, readers))
+        feeder = Ready(batches, readers)
         for rank in range(readers):
             writer = AuditWriter(run, rank, 1, print)
             for step, share in enumerate(unpack_shares(feeder.fetch(rank, 0, 3))):
@@ -116,7 +116,7 @@ def test_the_audit_does_not_depend_on_how_many_take_the_shares(tmp_path):
 
 def test_a_reader_is_sent_its_own_rows_and_little_else():
     rows, row_tokens, readers = 64, 1024, 32
-    feeder = Ready(some_batches(4, rows, row_tokens), even_shares(rows, readers))
+    feeder = Ready(some_batches(4, rows, row_tokens), readers)
     one = 2 * row_tokens * rows // readers  # tokens and targets
     assert one < len(feeder.fetch(0, 0, 1)) < 1.1 * one
     assert 3 * one < len(feeder.fetch(0, 1, 3)) < 3.2 * one
@@ -131,7 +131,7 @@ def test_what_one_slow_reader_leaves_is_bounded_and_the_others_wait():
             produced.append(1)
             yield batch
 
-    feeder = Ready(endless(), even_shares(6, 3))
+    feeder = Ready(endless(), 3)
     taken = [0, 0, 0]
 
     def ask(rank):
@@ -155,7 +155,7 @@ def test_calls_that_come_in_several_threads_get_what_is_theirs():
             time.sleep(0.002)
             yield batch
 
-    feeder = Ready(slow(), even_shares(64, 32))
+    feeder = Ready(slow(), 32)
 
     def read(rank):
         ids = []
@@ -172,7 +172,7 @@ def test_calls_that_come_in_several_threads_get_what_is_theirs():
 
 @pytest.mark.parametrize("asked", [0, 1, 3])
 def test_a_reader_that_asks_twice_or_out_of_order_is_told(asked):
-    feeder = Ready(some_batches(5, 4), even_shares(4, 2))
+    feeder = Ready(some_batches(5, 4), 2)
     feeder.fetch(1, 0, 2)
     with pytest.raises(AssertionError, match=rf"rank 1 asks for batch {asked}, but 2 is next"):
         feeder.fetch(1, asked, 1)
@@ -183,7 +183,7 @@ def test_an_answer_does_not_wait_for_what_does_not_come_soon(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(module, "GATHER_S", 2.5)
-    feeder = Ready(some_batches(9, 4), even_shares(4, 1))
+    feeder = Ready(some_batches(9, 4), 1)
     assert len(unpack_shares(feeder.fetch(0, 0, 9))) == 3
 
 
@@ -210,7 +210,7 @@ def answered(monkeypatch):
 
 def test_a_reader_has_one_call_on_its_way_and_asks_for_more_and_more(answered):
     batches = some_batches(40, 4)
-    handle = Handle(Ready(batches, even_shares(4, 1)))
+    handle = Handle(Ready(batches, 1))
     shares = BatchReader(handle, 0, 60.0).shares(40)
     assert next(shares).row_ids.tolist() == batches[0].row_ids.tolist()
     assert handle.calls == [(0, 0, 1), (0, 1, 2)]
@@ -220,7 +220,7 @@ def test_a_reader_has_one_call_on_its_way_and_asks_for_more_and_more(answered):
 
 
 def test_large_shares_come_one_by_one(answered):
-    handle = Handle(Ready(some_batches(4, 64, 1024), even_shares(64, 1)))
+    handle = Handle(Ready(some_batches(4, 64, 1024), 1))
     assert len(list(BatchReader(handle, 0, 60.0).shares(4))) == 4
     assert [most for _, _, most in handle.calls] == [1, 1, 1, 1]
 
@@ -229,7 +229,7 @@ def test_readers_that_train_in_step_are_never_too_far_ahead(answered, monkeypatc
     """None is more than a step and three shares on their way ahead of the last."""
     monkeypatch.setattr(module.time, "sleep", lambda _: pytest.fail("a reader was kept waiting"))
     draw = random.Random(3)
-    feeder = Ready(some_batches(200, 8), even_shares(8, 4))
+    feeder = Ready(some_batches(200, 8), 4)
     handle = Handle(feeder, answers_late=lambda: draw.random() < 0.5)
     readers = [BatchReader(handle, rank, 60.0).shares(200) for rank in range(4)]
     taken = [0] * 4
@@ -241,7 +241,7 @@ def test_readers_that_train_in_step_are_never_too_far_ahead(answered, monkeypatc
 
 
 def test_a_reader_too_far_ahead_goes_on_once_the_last_one_does(answered, monkeypatch):
-    feeder = Ready(some_batches(60, 4), even_shares(4, 2))
+    feeder = Ready(some_batches(60, 4), 2)
     ahead = BatchReader(Handle(feeder), 0, 60.0).shares(60)
     behind = BatchReader(Handle(feeder), 1, 60.0).shares(60)
     slept = []
@@ -254,7 +254,7 @@ def test_a_reader_that_waits_too_long_for_another_says_for_which_batch(answered,
     clock = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(module.time, "sleep", lambda _: clock.__setitem__(0, clock[0] + 1.0))
-    feeder = Ready(some_batches(60, 4), even_shares(4, 2))
+    feeder = Ready(some_batches(60, 4), 2)
     with pytest.raises(StreamStalled, match=r"Rank 0 waited 60 s for a rank that .* batch 0;"):
         list(BatchReader(Handle(feeder), 0, 60.0).shares(60))
     assert feeder._produced == MOST_HELD
@@ -265,7 +265,7 @@ def test_an_error_comes_in_place_of_its_batch_whatever_is_asked_for():
         yield from some_batches(3, 4)
         raise CorpusError("row group 7 is damaged.")
 
-    feeder = Ready(broken_off(), even_shares(4, 2))
+    feeder = Ready(broken_off(), 2)
     for rank in (0, 1):
         assert len(unpack_shares(feeder.fetch(rank, 0, 8))) == 3
         for _ in range(2):

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import time
 from itertools import islice
@@ -18,7 +19,7 @@ from raptide.data.streaming.stream import (
     prepare_rows,
 )
 from raptide.errors import CorpusError
-from raptide.training.batches import rows_of, share_bounds
+from raptide.training.batches import share_bounds
 
 SETTINGS = StreamSettings(row_tokens=512, crop_tokens=256, batch_rows=24, seed=5)
 
@@ -87,11 +88,45 @@ def test_any_cursor_goes_on_with_the_very_next_batch(plan, batches):
         assert [digest(b) for b in resumed] == [digest(b) for b in batches[index + 1 : index + 4]]
 
 
+GROWING = SETTINGS.model_copy(update={"first_batch_rows": 5, "batch_warmup_steps": 4})
+
+
+def test_growing_batches_are_the_same_rows_cut_otherwise(plan, batches):
+    """Whole, from any batch on, and through a feeder, whose answers hold equal batches."""
+    growing = dataclasses.replace(plan, settings=GROWING)
+    sizes = [5, 9, 14, 19, 24, 24, 24]
+    assert [GROWING.rows_at(number) for number in range(7)] == sizes
+    assert [GROWING.rows_before(number) for number in (0, 1, 3, 4, 7)] == [0, 5, 28, 47, 119]
+    found = list(global_batches(growing, Cursor(), 7))
+    assert [len(batch.row_ids) for batch in found] == sizes
+    same = [row for batch in batches[:5] for row in batch.row_ids.tolist()]
+    assert [row for batch in found for row in batch.row_ids.tolist()] == same[: sum(sizes)]
+    for first in (1, 3, 5):
+        cursor = found[first - 1].next_cursor
+        resumed = global_batches(growing, cursor, 7 - first, first=first)
+        assert [digest(batch) for batch in resumed] == [digest(batch) for batch in found[first:]]
+    feeder = FeederActor.remote(growing, found[0].next_cursor, 6, 3, first=1)
+    readers = [BatchReader(feeder, rank, 60.0).shares(6) for rank in range(3)]
+    for expected in found[1:]:
+        shares = [next(reader) for reader in readers]
+        assert digest(joined(shares)) == digest(expected)
+        rows = [len(share.row_ids) for share in shares]
+        assert max(rows) - min(rows) <= 1
+
+
+def test_growth_is_part_of_what_fixes_a_stream_and_its_absence_is_not(plan):
+    """Checkpoints of runs that are older than these settings go on."""
+    assert not {"first_batch_rows", "batch_warmup_steps"} & plan.fingerprint().keys()
+    growing = dataclasses.replace(plan, settings=GROWING).fingerprint()
+    told = describe_difference(plan.fingerprint(), growing)
+    assert told == "first_batch_rows: None -> 5"
+
+
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_workers_change_nothing_in_a_global_batch(plan, batches, workers):
     accumulation = -(-24 // (5 * workers))
     bounds = [share_bounds(24, rank, workers, 5, accumulation) for rank in range(workers)]
-    feeder = FeederActor.remote(plan, Cursor(), 5, [rows_of(each) for each in bounds])
+    feeder = FeederActor.remote(plan, Cursor(), 5, workers)
     readers = [BatchReader(feeder, rank, 60.0).shares(5) for rank in range(workers)]
     for expected in batches[:5]:
         shares = [next(reader) for reader in readers]
@@ -166,14 +201,15 @@ def test_the_batches_before_an_error_come_to_every_reader(cluster, batches):
         raise CorpusError("shard, row group 7 is damaged.")
 
     class BreaksOff(Feeder):
-        def __init__(self, shares):
-            super().__init__(None, Cursor(), 0, shares)
+        def __init__(self):
+            super().__init__(None, Cursor(), 0, 2)
             self._batches = broken_off()
 
-    feeder = ray.remote(**ACTOR)(BreaksOff).remote([(0, 24), (0, 24)])
-    for rank in range(2):
-        reader = BatchReader(feeder, rank, 60.0).shares(100)
-        assert [digest(batch) for batch in islice(reader, 6)] == [digest(b) for b in batches[:6]]
+    feeder = ray.remote(**ACTOR)(BreaksOff).remote()
+    readers = [BatchReader(feeder, rank, 60.0).shares(100) for rank in range(2)]
+    for batch in batches[:6]:
+        assert digest(joined([next(reader) for reader in readers])) == digest(batch)
+    for reader in readers:
         with pytest.raises(CorpusError, match="row group 7"):
             next(reader)
 
@@ -186,7 +222,7 @@ def test_a_damaged_block_stops_the_stream_with_its_name(corpus, tmp_path):
     shard = copy / corpus.manifest["shards"][0]["name"]
     shard.write_bytes(shard.read_bytes()[:5000])
     plan = StreamPlan((Source(str(copy), corpus.digest),), SETTINGS, "esm-33")
-    feeder = FeederActor.remote(plan, Cursor(), 3, [(0, 12), (12, 24)])
+    feeder = FeederActor.remote(plan, Cursor(), 3, 2)
     for rank in range(2):  # every reader is told the same
         with pytest.raises(CorpusError, match=f"{shard.name}, row group") as caught:
             list(islice(BatchReader(feeder, rank, 60.0).shares(3), 3))

@@ -13,6 +13,7 @@ from raptide.training.planning.optimizer import OptimizerSettings, learning_rate
 from raptide.training.planning.recipe import Recipe
 
 RECIPES = sorted((ROOT / "jobs/recipes").glob("*.yaml"))
+RECIPES.append(ROOT / "jobs/recipes/beyond/record.yaml")  # others there are studies
 
 
 class DataParallel:
@@ -72,6 +73,12 @@ def test_the_papers_batch_is_131072_tokens_on_128_gpus():
     [
         ("training.zero_stage=4", "zero_stage"),
         ("stream.crop_tokens=4096", "crop_tokens .4096. must be at most row_tokens"),
+        ("stream.first_batch_rows=2", "say together how batches grow; give both"),
+        ("stream.batch_warmup_steps=9", "say together how batches grow; give both"),
+        (
+            "stream.first_batch_rows=9 stream.batch_warmup_steps=9",
+            r"first_batch_rows .9. must be at most batch_rows .8.",
+        ),
         ("training.offload_parameters=true", "offload_parameters needs zero_stage 3"),
         ("training.compile=true training.zero_stage=3", "compile needs zero_stage 0, 1 or 2"),
         ("model.heads=7", "must be an even multiple of heads"),

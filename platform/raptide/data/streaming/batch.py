@@ -52,6 +52,12 @@ class StreamSettings(RowSettings):
     batch_rows: int = Field(128, ge=1)
     """Packed rows in a global batch, over all workers."""
 
+    first_batch_rows: int | None = Field(None, ge=1)
+    """Packed rows in the first one, where batches grow; at most `batch_rows`."""
+
+    batch_warmup_steps: int = Field(0, ge=0)
+    """Steps over which they grow, along a line; 0 takes `batch_rows` from the first step on."""
+
     fraction: float = Field(1.0, gt=0.0, le=1.0)
     """Share of the training blocks in use; subsets nest, since the order is a hash."""
 
@@ -60,6 +66,31 @@ class StreamSettings(RowSettings):
 
     lookahead_mb: int = Field(256, ge=16)
     """Object-store memory, in MB, that rows prepared ahead may take; changes no batch."""
+
+    @model_validator(mode="after")
+    def _batches_grow(self) -> StreamSettings:
+        first = self.first_batch_rows
+        if (first is None) != (self.batch_warmup_steps == 0):
+            raise ValueError(
+                "first_batch_rows and batch_warmup_steps say together how batches grow; give both"
+            )
+        if first is not None and first > self.batch_rows:
+            raise ValueError(
+                f"first_batch_rows ({first}) must be at most batch_rows ({self.batch_rows})"
+            )
+        return self
+
+    def rows_at(self, number: int) -> int:
+        """Packed rows in one global batch; the first one's number is 0."""
+        if self.first_batch_rows is None or number >= self.batch_warmup_steps:
+            return self.batch_rows
+        grown = (self.batch_rows - self.first_batch_rows) * number // self.batch_warmup_steps
+        return self.first_batch_rows + grown
+
+    def rows_before(self, number: int) -> int:
+        """Packed rows in all global batches before one."""
+        growing = min(number, self.batch_warmup_steps)
+        return sum(map(self.rows_at, range(growing))) + (number - growing) * self.batch_rows
 
 
 @dataclass(frozen=True)
@@ -100,7 +131,7 @@ class Cursor:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """`batch_rows` packed rows and the cursor behind them."""
+    """A step's packed rows and the cursor behind them."""
 
     rows: PackedRows
     row_ids: np.ndarray

@@ -10,15 +10,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError
 
 from raptide.data.streaming.batch import Cursor, GlobalBatch
-from raptide.data.streaming.shares import BatchShare, pack_shares, unpack_shares
+from raptide.data.streaming.shares import BatchShare, pack_shares, rows_of_rank, unpack_shares
 from raptide.data.streaming.stream import StreamPlan, global_batches
 from raptide.errors import StreamStalled, plain_errors
 
@@ -48,6 +49,10 @@ class _Held:
     readers: int
     """That have not taken their share yet."""
 
+    @property
+    def num_rows(self) -> int:
+        return len(self.batch.row_ids)
+
 
 class Feeder:
     """Serves `count` batches from a cursor on, cut up among readers."""
@@ -57,20 +62,21 @@ class Feeder:
         plan: StreamPlan,
         cursor: Cursor,
         count: int,
-        shares: Sequence[tuple[int, int]],
+        readers: int,
         *,
+        first: int = 0,
         blind: bool = False,
     ) -> None:
         """
         Args:
-            shares: first and last row (exclusive) of each reader's share of a batch.
+            first: the number of the first batch in the whole stream.
             blind: the model does not see what it predicts, so it is shown and asked everything.
         """
         self._lock = threading.Lock()
         self._blind = blind
-        self._batches = global_batches(plan, cursor, count)
-        self._shares = shares
-        self._taken = [0] * len(shares)
+        self._batches = global_batches(plan, cursor, count, first=first)
+        self._readers = readers
+        self._taken = [0] * readers
         self._held: deque[_Held] = deque()
         self._produced = 0
         self._failure: Exception | None = None
@@ -94,8 +100,11 @@ class Feeder:
         self._produce(first, end)
         end = min(end, self._produced)
         held = [self._held[index - oldest] for index in range(first, end)]
-        packed = pack_shares([each.batch for each in held], *self._shares[reader])
-        self._taken[reader] = end
+        rows = held[0].num_rows  # where batches grow, only as many as are equally large
+        held = list(takewhile(lambda each: each.num_rows == rows, held))
+        bounds = rows_of_rank(rows, reader, self._readers)
+        packed = pack_shares([each.batch for each in held], *bounds)
+        self._taken[reader] = first + len(held)
         for each in held:
             each.readers -= 1
         while self._held and not self._held[0].readers:
@@ -115,7 +124,7 @@ class Feeder:
             except Exception as error:
                 self._failure = error
                 break
-            self._held.append(_Held(batch, len(self._shares)))
+            self._held.append(_Held(batch, self._readers))
             self._produced += 1
         if self._produced <= first:
             assert self._failure is not None

@@ -30,6 +30,11 @@ class BatchShare:
     squared_lengths: float
 
 
+def rows_of_rank(rows: int, rank: int, ranks: int) -> tuple[int, int]:
+    """First and last row (exclusive) of a rank's share of a batch: as even as can be."""
+    return rows * rank // ranks, rows * (rank + 1) // ranks
+
+
 def pack_shares(batches: Sequence[GlobalBatch], first: int, last: int) -> bytes:
     """Rows `first` to `last` (exclusive) of each of B batches, all of them equally large.
 

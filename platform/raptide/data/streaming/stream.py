@@ -2,8 +2,9 @@
 
     blocks in epoch order ─ Ray Data: read, pack ─> packed rows in order ─ cut ─> global batches
 
-A global batch is `batch_rows` packed rows. Which rows, and what is in them, is a pure function of
-the stream's fingerprint and a cursor; workers, data tasks and restarts change nothing.
+A global batch is `batch_rows` packed rows, or fewer while batches grow. Which rows, and what is in
+them, is a pure function of the stream's fingerprint, a cursor and the batch's number; workers, data
+tasks and restarts change nothing.
 
 Where several corpora are mixed (mixture.py), a round of places stands for an epoch.
 """
@@ -15,10 +16,10 @@ import json
 import logging
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,10 @@ class StreamPlan:
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the run before."""
-        settings = self.settings.model_dump(exclude={"lookahead_mb"})
+        excluded = {"lookahead_mb"}
+        if not self.settings.batch_warmup_steps:  # as runs have it that are older than these
+            excluded |= {"first_batch_rows", "batch_warmup_steps"}
+        settings = self.settings.model_dump(exclude=excluded)
         mixed = {"mixture": self._mixture} if len(self.sources) > 1 else {}
         return {
             "stream_version": STREAM_VERSION,
@@ -123,24 +127,35 @@ def share_of_blocks(blocks: int, fraction: float) -> int:
     return math.ceil(fraction * blocks - 1e-9)
 
 
-def global_batches(plan: StreamPlan, cursor: Cursor, count: int) -> Iterator[GlobalBatch]:
-    """The next `count` global batches from `cursor` on. Ray must be running."""
-    size, row_tokens = plan.settings.batch_rows, plan.settings.row_tokens
-    tables = _packed_tables(plan, cursor, count * size * row_tokens)
-    yield from islice(cut_batches(_drop_rows_before(cursor, tables), size, row_tokens), count)
+def global_batches(
+    plan: StreamPlan, cursor: Cursor, count: int, *, first: int = 0
+) -> Iterator[GlobalBatch]:
+    """The next `count` global batches from `cursor` on. Ray must be running.
+
+    Args:
+        first: the number of the first one, which is that of those before the cursor.
+    """
+    settings, end = plan.settings, first + count
+    rows = settings.rows_before(end) - settings.rows_before(first)
+    tables = _drop_rows_before(cursor, _packed_tables(plan, cursor, rows * settings.row_tokens))
+    yield from cut_batches(tables, map(settings.rows_at, range(first, end)), settings.row_tokens)
 
 
-def cut_batches(tables: Iterator[pa.Table], size: int, row_tokens: int) -> Iterator[GlobalBatch]:
-    """Batches of `size` packed rows, one after the other, out of tables of any lengths."""
+def cut_batches(
+    tables: Iterator[pa.Table], sizes: Iterable[int], row_tokens: int
+) -> Iterator[GlobalBatch]:
+    """Batches of so many packed rows each, one after the other, out of tables of any lengths."""
     waiting: list[pa.Table] = []
     held = 0
-    for table in tables:
-        waiting.append(table)
-        held += table.num_rows
-        while held >= size:
-            batch, waiting = _split_tables(waiting, size)
-            held -= size
-            yield _to_batch(batch, row_tokens)
+    for size in sizes:
+        while held < size:
+            if (table := next(tables, None)) is None:
+                return
+            waiting.append(table)
+            held += table.num_rows
+        batch, waiting = _split_tables(waiting, size)
+        held -= size
+        yield _to_batch(batch, row_tokens)
 
 
 def prepare_rows(plan: StreamPlan, epoch: int, position: int) -> PackedRows:

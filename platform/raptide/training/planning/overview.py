@@ -9,6 +9,7 @@ import numpy as np
 
 from raptide.alphabet import ALPHABETS
 from raptide.data.corpus import LENGTH_BIN, Corpus
+from raptide.data.streaming.batch import StreamSettings
 from raptide.data.streaming.stream import StreamPlan
 from raptide.model.families import count_parameters
 from raptide.training.planning.estimate import checkpoint_bytes, worker_memory
@@ -41,7 +42,7 @@ def describe_run(recipe: Recipe, plan: StreamPlan) -> str:
     """The plan of a run, for people."""
     stream, training = recipe.stream, recipe.training
     model, step_tokens = recipe.model, stream.batch_rows * stream.row_tokens
-    tokens = training.steps * step_tokens
+    tokens = stream.rows_before(training.steps) * stream.row_tokens
     described = [
         (
             "model",
@@ -51,7 +52,8 @@ def describe_run(recipe: Recipe, plan: StreamPlan) -> str:
         *_describe_corpora(plan, tokens),
         (
             "a step",
-            f"{stream.batch_rows} rows of {stream.row_tokens}: {step_tokens:,} tokens; "
+            f"{stream.batch_rows} rows of {stream.row_tokens}: {step_tokens:,} tokens"
+            f"{_growth(stream)}; "
             + ", or ".join(
                 f"{workers} workers, {recipe.accumulation(workers)} times "
                 f"{training.micro_batch_rows} rows"
@@ -75,6 +77,14 @@ def describe_run(recipe: Recipe, plan: StreamPlan) -> str:
         ("DeepSpeed", f"ZeRO {training.zero_stage}, {training.precision}, its own check passed"),
     ]
     return "\n".join(f"  {name:12} {what}" for name, what in described)
+
+
+def _growth(stream: StreamSettings) -> str:
+    if not stream.batch_warmup_steps:
+        return ""
+    return (
+        f" (growing from {stream.first_batch_rows} rows over {stream.batch_warmup_steps:,} steps)"
+    )
 
 
 def _describe_start(recipe: Recipe) -> str:
