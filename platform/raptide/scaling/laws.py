@@ -55,8 +55,8 @@ class PowerLaw:
     def sentence(self) -> str:
         flat = "; it may be flat" if self.low <= 0 <= self.high else ""
         return (
-            f"Cross entropy falls as x^-{self.exponent:.4f} (95% interval {self.low:.4f} to "
-            f"{self.high:.4f}, {self.points} points{flat})."
+            f"Cross entropy goes as x^{-self.exponent:.4f} (95% interval {-self.high:.4f} to "
+            f"{-self.low:.4f}, {self.points} points{flat})."
         )
 
 

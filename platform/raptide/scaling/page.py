@@ -141,11 +141,11 @@ def _chart(
         ece = [math.exp(each.nats) for each in ordered]
         series.append(Series(name, x, ece, style, joined=law is None and over != "compute"))
         if law is not None:
-            series.append(_law(f"{name}, x^-{law.exponent:.3f}", law, x, style))
+            series.append(_law(f"{name}, x^{-law.exponent:.4f}", law, x, style))
     if over in fitted:
         law = fitted[over]
         x = [each.x[by] for some in groups.values() for each in some]
-        series.append(_law(f"best, x^-{law.exponent:.3f}", law, x, len(groups)))
+        series.append(_law(f"best, x^{-law.exponent:.4f}", law, x, len(groups)))
     return line_chart(title, label, "ECE on <mask>", [*series, *more], log_x=True)
 
 
