@@ -110,7 +110,6 @@ def test_recipes_and_benchmarks_that_come_along_are_called_by_name(tmp_path):
 
 
 REFUSED = """
-import errno
 from commandline import run_job
 
 def main():

@@ -80,12 +80,8 @@ def test_1024_readers_get_what_each_cut_of_the_whole_batch_before(rows, workers,
                 assert getattr(share, name) == getattr(batch, name)
             assert share.next_cursor == batch.next_cursor
             seen += share.row_ids.tolist()
-            now = micro_batches(
-                share.rows,
-                [(first - own[0][0], last - own[0][0]) for first, last in own],
-                ESM_33,
-                CPU,
-            )
+            within = share_bounds(len(share.row_ids), 0, 1, micro_rows, accumulation)
+            now = micro_batches(share.rows, within, ESM_33, CPU)
             before = micro_batches(batch.rows, own, ESM_33, CPU)
             for found, expected in zip(now, before, strict=True):
                 assert found.packed.lengths == expected.packed.lengths

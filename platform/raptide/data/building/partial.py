@@ -110,18 +110,19 @@ class PartialFolder:
             Superseded: another build owns the folder.
             OSError: the file system refuses for good, or again and again.
         """
-        patiently(partial(self._write_bucket, bucket, write))
+        report = patiently(partial(self._write_shards, write))
+        write_whole(self._report_of(bucket), json.dumps(report))
 
-    def _write_bucket(self, bucket: int, write: Callable[[Path], BucketReport]) -> None:
+    def _write_shards(self, write: Callable[[Path], BucketReport]) -> BucketReport:
         drafts = Path(tempfile.mkdtemp(prefix=DRAFTS, dir=self.path))
         try:
             report = write(drafts)
             self.refuse_others()
             for shard in report["shards"]:
                 (drafts / shard["name"]).replace(self.path / shard["name"])
+            return report
         finally:
             shutil.rmtree(drafts, ignore_errors=True)
-        write_whole(self._report_of(bucket), json.dumps(report))
 
     def report(self, bucket: int) -> BucketReport | None:
         """A bucket's report, None if its shards are not all there."""
