@@ -1,5 +1,6 @@
 """The end of a run: what comes after its last step is not lost with whoever dies there."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import yaml
 from conftest import ROOT
@@ -69,7 +71,18 @@ def kill_after_the_last_checkpoint(tree, run):
     time.sleep(1)  # the workers are at the evaluation now
     process.send_signal(signal.SIGKILL)
     process.wait()
-    time.sleep(1)  # its workers go with it
+    while any(workers_of(process.pid)):  # they go with it, in an order of their own
+        time.sleep(0.1)
+
+
+def workers_of(session):
+    """Processes of a job that train or evaluate."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            works = process.name().startswith(("ray::RayTrain", "ray::evaluate"))
+            ended = process.status() == psutil.STATUS_ZOMBIE
+            if works and not ended and os.getsid(process.pid) == session:
+                yield process
 
 
 def await_checkpoint(run, step, process):

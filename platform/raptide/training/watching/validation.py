@@ -209,7 +209,7 @@ def free_resources(device: str, nodes: Iterable[Mapping[str, float]]) -> dict[st
     return {"num_cpus": cpus} if cpus else None
 
 
-@ray.remote(max_retries=0)
+@ray.remote(max_retries=1)
 def evaluate_checkpoint(
     recipe: Recipe,
     plan: StreamPlan,
@@ -220,6 +220,9 @@ def evaluate_checkpoint(
     bench: Bench | None = None,
 ) -> Evaluation:
     """Held-out ECE of a checkpoint's bundle, in the precision that it is trained in.
+
+    One whose process dies is started once more: where the whole run dies, its evaluation may die
+    before rank 0 does, which would count that as the checkpoint's fault.
 
     Args:
         bench: what the bundle is asked besides; where that fails, the ECE is found all the same.
