@@ -39,7 +39,7 @@ class WorkerMemory:
     """What the forward pass of one micro-batch keeps for the backward pass."""
     gathered: float
     """At stage 3 the weights of all workers, which stay from their use on the way forth to that on
-    the way back."""
+    the way back, and the bucket that the next ones come in."""
     update: float
     """The gradients of an update and its copies of them, in place of the three above."""
 
@@ -68,7 +68,7 @@ def worker_memory(recipe: Recipe, workers: int) -> WorkerMemory:
     shared = [workers if stage >= least else 1 for least in (3, 2, 1)]
     weights, gradients, optimizer = (parameters / by for by in shared)
     tokens = training.micro_batch_rows * recipe.stream.row_tokens
-    gathered = min(parameters, LIVE_PARAMETERS) if stage == 3 else 0
+    gathered = min(parameters, LIVE_PARAMETERS) + bucket_elements(recipe) if stage == 3 else 0
     return WorkerMemory(
         weights=0 if training.offload_parameters else stored * weights,
         gradients=stored * gradients * (2 if stage == 2 and accumulates(recipe, workers) else 1),
