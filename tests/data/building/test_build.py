@@ -17,6 +17,7 @@ import pytest
 import ray.data
 from scipy.stats import chisquare
 
+from raptide import patience
 from raptide.data.building import build as build_module
 from raptide.data.building import shuffle as shuffle_module
 from raptide.data.building.build import BuildSettings, build_corpus
@@ -24,7 +25,13 @@ from raptide.data.building.cleaning import CleaningSettings
 from raptide.data.corpus import Corpus
 from raptide.data.fasta_text import split_fasta
 from raptide.data.streaming.rows import draw_members
-from raptide.errors import CorpusError, FastaError, PassingTrouble, RaptideError
+from raptide.errors import (
+    CorpusError,
+    FastaError,
+    PassingTrouble,
+    RaptideError,
+    StorageStumbled,
+)
 
 LETTERS = "LAGVSERTIDPKQNFYMHWC"
 SETTINGS = BuildSettings(
@@ -204,6 +211,25 @@ def test_a_full_disk_is_said_in_one_sentence_and_a_stumble_is_not(
     assert build(lines.append).digest == expected.digest
     assert any("Going on" in line for line in lines)
     assert not any("Pass 1" in line for line in lines)
+
+
+def test_an_input_is_hashed_patiently_and_named_where_it_cannot_be_read(tmp_path, monkeypatch):
+    file = tmp_path / "a.fasta"
+    file.write_text(">a\nMKV\n")
+    facts = build_module._describe._function(str(file))
+    errors = [OSError(errno.EIO, "away"), OSError(errno.ETIMEDOUT, "slow")]
+
+    def stumble(path):
+        if errors:
+            raise errors.pop()
+        return facts["sha256"]
+
+    monkeypatch.setattr(build_module, "sha256_of_file", stumble)
+    assert build_module._describe._function(str(file)) == facts
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0)
+    errors += [OSError(errno.ESTALE, "gone")] * 9
+    with pytest.raises(StorageStumbled, match=r"a\.fasta cannot be read \(Stale file handle\)"):
+        build_module._describe._function(str(file))
 
 
 @pytest.mark.usefixtures("small_scale")

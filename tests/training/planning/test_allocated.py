@@ -39,8 +39,8 @@ MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": "16384",
     "MALLOC_ARENA_MAX": "1",
 }
-"""Has the C library give back what is freed at once. Blocks below the threshold stay in its heap, in
-pieces: at four times this the heap of a worker in bf16 grew by 10 MB, of 3 MB that were in use."""
+"""Has the C library give back what is freed at once. Blocks below the threshold stay in its heap,
+in pieces: at four times this the heap of a worker in bf16 grew by 10 MB, of which 3 were in use."""
 
 TREES = {
     "0-bf16": tree(0, "bf16"),

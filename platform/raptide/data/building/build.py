@@ -40,6 +40,7 @@ from raptide.data.corpus_files import sha256_of_file
 from raptide.data.fasta import ReadingRules, locate
 from raptide.data.fasta_text import FastaPart, split_fasta
 from raptide.errors import CorpusError, InputError, plain_errors
+from raptide.patience import read_surely
 from raptide.small_files import write_whole
 
 BUCKET_RESIDUES = 32 << 20
@@ -305,9 +306,14 @@ def _write_buckets(
 
 @ray.remote
 def _describe(file: str) -> dict[str, Any]:
-    """Name, size and hash of an input file."""
+    """Name, size and hash of an input file.
+
+    Raises:
+        RaptideError: it cannot be read.
+    """
     path = Path(file)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+    size, digest = read_surely(file, lambda: (path.stat().st_size, sha256_of_file(path)))
+    return {"name": path.name, "bytes": size, "sha256": digest}
 
 
 @ray.remote
