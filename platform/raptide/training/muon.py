@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from raptide.model.device import multiplies_bf16_faster
 from raptide.model.families import is_matrix
 from raptide.training.planning.optimizer import OptimizerSettings
 
@@ -35,16 +36,28 @@ def muon_step(direction: torch.Tensor) -> torch.Tensor:
     """The orthogonal step in a direction, for rate 1.
 
     Args:
-        direction: [rows, columns] bfloat16; what is left in it is of no use.
+        direction: [rows, columns] bfloat16.
 
     Returns [rows, columns] bfloat16 with singular values of RMS · sqrt(max(rows, columns)), within
     a third or so.
     """
-    # Private, and so asked for by those alone who use it.
-    from torch.optim._muon import _zeropower_via_newtonschulz
+    quick = multiplies_bf16_faster(direction.device)
+    near = _near_orthogonal(direction if quick else direction.float())
+    return near.to(direction.dtype) * (RMS * math.sqrt(max(direction.shape)))
 
-    near = _zeropower_via_newtonschulz(direction, COEFFICIENTS, ITERATIONS, 1e-7)
-    return near * (RMS * math.sqrt(max(direction.shape)))
+
+def _near_orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """The same singular vectors, with values near 1, in the precision of the matrix.
+
+    The polynomial a s + b s^3 + c s^5 of the singular values, again and again (Jordan et al.).
+    """
+    a, b, c = COEFFICIENTS
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / wide.norm().clamp(min=1e-7)  # so that no singular value is above 1
+    for _ in range(ITERATIONS):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
 
 
 @dataclass(frozen=True)
