@@ -63,7 +63,7 @@ def engines_of(folder):
 def plain(cluster, tmp_path_factory):
     """An input, and what an uninterrupted job of one worker makes of it."""
     folder = tmp_path_factory.mktemp("plain")
-    sequences = [random_sequence(int(generator().integers(1, 40))) for _ in range(120)]
+    sequences = [random_sequence(int(generator().integers(9, 40))) for _ in range(120)]
     sequences[5] = sequences[4]
     file = write_fasta(folder / "a.fasta", sequences)
     told = []
