@@ -55,6 +55,8 @@ RATIOS = {
     "vs_fair_esm_file_order": ("fair-esm file order", "raptide"),
     "vs_esm_cpp_fp32": ("esm-cpp fp32", "raptide"),
     "vs_esm_cpp_int8": ("esm-cpp int8", "raptide"),
+    "lanes": ("raptide without lanes", "raptide"),
+    "lone_after_lanes": ("raptide one by one without lanes", "raptide one by one"),
 }
 """By the name of a ratio: a peer, and what its seconds are divided by."""
 
@@ -278,7 +280,7 @@ def print_report(report: dict[str, Any]) -> None:
     for name, speed in sorted(speeds.items(), key=lambda item: -item[1]):
         cosine = report.get("lowest_cosine_with_transformers_fp32", {}).get(name)
         shown = f"{cosine:>10.6f}" if cosine is not None else " " * 10
-        print(f"  {name:<30}{speed:>10,.0f} residues/s{shown}")
+        print(f"  {name:<34}{speed:>10,.0f} residues/s{shown}")
     print("\nLast column: lowest cosine with the embeddings of transformers fp32.\n")
     for name, value in report["ratios"].items():
         print(f"  {name:<38}{value:>8.2f}")

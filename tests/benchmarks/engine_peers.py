@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,11 +26,25 @@ BATCH = 8
 Pass = Callable[[list[str]], "np.ndarray | None"]
 
 
-def raptide(folder: str, dtype: str) -> Pass:
+def raptide(folder: str, dtype: str, *, lanes: bool = True) -> Pass:
+    return load(folder, dtype, lanes).embed
+
+
+def raptide_alone(folder: str, *, lanes: bool) -> Pass:
+    """One protein after the other, in a process whose lanes have computed, or never do."""
+    engine = load(folder, "auto", lanes)
+    engine.embed(["MKTAYIAKQRQISFVKSHFSRQ" * 9] * 40)
+    return lambda sequences: np.concatenate([engine.embed([each]) for each in sequences])
+
+
+def load(folder: str, dtype: str, lanes: bool) -> Any:
     from raptide import Engine
+    from raptide.inference.lanes import Lanes
 
     engine = Engine.load(folder, device="cpu", dtype=dtype)
-    return lambda sequences: engine.embed(sequences)
+    if not lanes:
+        engine._forward.lanes = Lanes(None)
+    return engine
 
 
 def fair_esm(folder: str, order: str) -> Pass:
@@ -146,6 +161,9 @@ def matrix_products(folder: str, dtype: str, attention: bool) -> Pass:
 PEERS: dict[str, Callable[[str], Pass]] = {
     "raptide": lambda folder: raptide(folder, "auto"),
     "raptide fp32": lambda folder: raptide(folder, "fp32"),
+    "raptide without lanes": lambda folder: raptide(folder, "auto", lanes=False),
+    "raptide one by one": lambda folder: raptide_alone(folder, lanes=True),
+    "raptide one by one without lanes": lambda folder: raptide_alone(folder, lanes=False),
     "matrix products bf16": lambda folder: matrix_products(folder, "bf16", False),
     "matrix products fp32": lambda folder: matrix_products(folder, "fp32", False),
     "products and attention bf16": lambda folder: matrix_products(folder, "bf16", True),

@@ -84,6 +84,7 @@ class Model:
             BundleError: there is no such model, or its weights do not fit.
         """
         from raptide.inference.forward import LONGEST_RESIDUES
+        from raptide.model.device import threads_for
         from raptide.model.formats.detect import read_weights
         from raptide.model.formats.tensor_files import digest_weights
 
@@ -100,7 +101,7 @@ class Model:
             max_residues=limit - specials if limit else LONGEST_RESIDUES,
             has_head=weights.has_head,
             blind=settings.blind,
-            threads=2 ** min(4, max(0, (parameters // 100_000_000).bit_length())),
+            threads=threads_for(parameters),
         )
 
     def refuse_method(self, *methods: str) -> None:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
+from itertools import count
 
 
-def plan_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+def plan_batches(lengths: Sequence[int], max_tokens: int, lanes: int = 1) -> Iterator[list[int]]:
     """Indices into `lengths`, batch by batch, longest first.
 
     No batch holds more than `max_tokens` tokens, except that a longer sequence goes alone. Packed
     batches need no padding, so sorting only keeps the largest batch first: what fits in memory
     then fits to the end.
+
+    Args:
+        lanes: batches that are computed side by side; with several, as many batches for each, and
+            all of about as many tokens.
     """
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    if lanes > 1:
+        yield from _even_batches(lengths, longest_first, max_tokens, lanes)
+        return
     batch: list[int] = []
     held = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for index in longest_first:
         if batch and held + lengths[index] > max_tokens:
             yield batch
             batch, held = [], 0
@@ -22,3 +32,26 @@ def plan_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]
         held += lengths[index]
     if batch:
         yield batch
+
+
+def even_tokens(total: int, max_tokens: int, lanes: int) -> int:
+    """Tokens of each batch, where lanes get as many batches each, of no more than the most."""
+    rounds = -(-total // (lanes * max_tokens))
+    return -(-total // (lanes * rounds))
+
+
+def _even_batches(
+    lengths: Sequence[int], longest_first: list[int], max_tokens: int, lanes: int
+) -> list[list[int]]:
+    """Each sequence into the batch that has the fewest tokens so far."""
+    most = max(max_tokens, lengths[longest_first[0]])
+    for rounds in count(-(-sum(lengths) // (lanes * max_tokens))):
+        batches: list[list[int]] = [[] for _ in range(lanes * rounds)]
+        loads = [(0, number) for number in range(len(batches))]
+        for index in longest_first:
+            held, number = loads[0]
+            batches[number].append(index)
+            heapq.heapreplace(loads, (held + lengths[index], number))
+        if max(loads)[0] <= most:
+            return [batch for batch in batches if batch]
+    raise AssertionError("one sequence a batch is within any bound")

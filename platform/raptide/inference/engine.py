@@ -52,7 +52,8 @@ CONTACT_RESIDUES = 2048
 16 * heads * 2048^2 bytes (1.3 GB at 20 heads)."""
 
 READ_AHEAD_BATCHES = 16
-"""Full batches of residues that are read from an iterator before the next are computed."""
+"""Full batches of residues that are read from an iterator before the next are computed; four a lane
+where that is more."""
 
 T = TypeVar("T")
 
@@ -88,7 +89,9 @@ class Engine:
             dtype: "auto" takes bf16 where the device multiplies it faster (GPUs from Ampere on,
                 CPUs with AMX or AVX512-BF16), fp32 elsewhere. bf16 embeddings have a cosine above
                 0.9995 with those of fp32.
-            max_batch_tokens: tokens in one forward pass; a longer sequence goes alone.
+            max_batch_tokens: tokens in one forward pass; a longer sequence goes alone. On CPUs as
+                many passes run side by side as the calling thread may use lanes of threads
+                (inference/lanes.py), by `torch.set_num_threads` or OMP_NUM_THREADS.
 
         On GPUs the layers are compiled, which the first batches wait for (model/device.py).
 
@@ -343,7 +346,7 @@ class Engine:
         residues = read_sequences([sequence for sequence, _ in pieces], self.max_residues)
         positions = [np.asarray(where, int) for _, where in pieces]
         rows: list[list[np.ndarray]] = [[] for _ in pieces]
-        for index, row in self._forward.masked_log_p(zip(residues, positions, strict=True)):
+        for index, row in self._forward.masked_log_p(list(zip(residues, positions, strict=True))):
             rows[index].append(row)
         empty = np.empty((0, len(self.tokens)), np.float32)
         return [np.stack(each) if each else empty for each in rows]
@@ -373,7 +376,8 @@ class Engine:
         if limit is None:
             limit = self._limit(long)
         if isinstance(sequences, Iterator):
-            budget = READ_AHEAD_BATCHES * self.max_batch_tokens
+            batches = max(READ_AHEAD_BATCHES, 4 * self._forward.lanes.count)
+            budget = batches * self.max_batch_tokens
             return chain.from_iterable(map(compute, read_ahead(sequences, limit, budget)))
         return compute(read_sequences(sequences, limit))
 

@@ -1,4 +1,4 @@
-"""Forward passes over many sequences: batches by token budget, windows, pooling, masking.
+"""Forward passes over many sequences: batches by token budget, in lanes, windows, pooling, masking.
 
 Residues come as ids ([L] uint8 arrays), numbers go out as numpy arrays. Shape letters: see
 model/packed.py; here L residues, W what there is of each residue (layers, or one).
@@ -6,7 +6,8 @@ model/packed.py; here L residues, W what there is of each residue (layers, or on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from raptide.calls.windows import (
     weigh,
     window_around,
 )
-from raptide.inference.batching import plan_batches
+from raptide.inference.batching import even_tokens, plan_batches
+from raptide.inference.lanes import Lanes
 from raptide.methods import Pooling
 from raptide.model.contacts import corrected_maps
-from raptide.model.device import send
+from raptide.model.device import send, threads_for
 from raptide.model.families import AnyModel
 from raptide.model.packed import Packed
 from raptide.model.transformer import Esm
@@ -40,6 +42,9 @@ class Forward:
         self._device = device
         self._max_batch_tokens = max_batch_tokens
         self._alphabet = model.settings.alphabet
+        on_cpu = device.type == "cpu"
+        parameters = sum(each.numel() for each in model.parameters())
+        self.lanes = Lanes(threads_for(parameters) if on_cpu else None)
 
     @property
     def max_residues(self) -> int:
@@ -70,7 +75,7 @@ class Forward:
         return [table[0] for table in self._pooled(sequences, compute, "residue")]
 
     def masked_log_p(
-        self, pieces: Iterable[tuple[np.ndarray, np.ndarray]]
+        self, pieces: Sequence[tuple[np.ndarray, np.ndarray]]
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Log probabilities at positions while each alone is masked.
 
@@ -83,18 +88,38 @@ class Forward:
         Returns:
             For each position in turn the index of its piece and its row, [V] fp32.
         """
+        sizes = [(self._masked_tokens(residues), len(positions)) for residues, positions in pieces]
+        longest = max((tokens for tokens, times in sizes if times), default=0)
+        total = sum(tokens * times for tokens, times in sizes)
+        budget, lanes = self._max_batch_tokens, self.lanes.worth(longest, total)
+        if lanes > 1:
+            budget = min(budget, even_tokens(total, budget, lanes) + longest - 1)
+        batches = self._masked_batches(pieces, budget)
+        for found in self.lanes.map(self._predict_masked, batches, lanes):
+            yield from found
+
+    def _masked_batches(
+        self, pieces: Sequence[tuple[np.ndarray, np.ndarray]], budget: int
+    ) -> Iterator[list[tuple[int, np.ndarray, int]]]:
+        """Passes, in turn: the index of the piece, tokens, and where in them the mask is."""
         batch: list[tuple[int, np.ndarray, int]] = []
         held = 0
         for index, (residues, positions) in enumerate(pieces):
             for position in positions:
                 row, place = self._mask(residues, int(position))
-                if batch and held + len(row) > self._max_batch_tokens:
-                    yield from self._predict_masked(batch)
+                if batch and held + len(row) > budget:
+                    yield batch
                     batch, held = [], 0
                 batch.append((index, row, place))
                 held += len(row)
         if batch:
-            yield from self._predict_masked(batch)
+            yield batch
+
+    def _masked_tokens(self, residues: np.ndarray) -> int:
+        """Of one masked pass."""
+        length = len(residues)
+        seen = length if length <= self.max_residues else self._window_residues
+        return seen + self._alphabet.num_specials
 
     def _mask(self, residues: np.ndarray, position: int) -> tuple[np.ndarray, int]:
         """Tokens of one masked pass, and where in them the mask is."""
@@ -107,7 +132,7 @@ class Forward:
 
     def _predict_masked(
         self, batch: list[tuple[int, np.ndarray, int]]
-    ) -> Iterator[tuple[int, np.ndarray]]:
+    ) -> list[tuple[int, np.ndarray]]:
         assert isinstance(self.model, Esm), "other families read no <mask>"
         indices, rows, places = zip(*batch, strict=True)
         starts = np.cumsum([0, *map(len, rows[:-1])])
@@ -117,7 +142,7 @@ class Forward:
             (final_TD,) = self.model.represent(packed, [self.model.settings.layers])
             logits = self.model.predict(final_TD[send(flat, self._device)]).float()
             table = torch.log_softmax(logits, -1).cpu().numpy()
-        return zip(indices, table, strict=True)
+        return list(zip(indices, table, strict=True))
 
     def corrected_maps(self, residues: np.ndarray) -> Iterator[torch.Tensor]:
         """Symmetric, corrected attention maps of one sequence, layer by layer, [H, L, L] fp32."""
@@ -142,20 +167,24 @@ class Forward:
         ]
         specials = self._alphabet.num_specials
         lengths = [window.stop - window.start + specials for window in windows]
-        results: list[Any] = [None] * len(sequences)
-        for indices in plan_batches(lengths, self._max_batch_tokens):
-            batch = [windows[index] for index in indices]
+
+        def pool(batch: list[Window]) -> list[tuple[Window, np.ndarray]]:
             rows = [
                 self._alphabet.add_specials(sequences[w.sequence][w.start : w.stop]) for w in batch
             ]
             with torch.inference_mode():
                 packed = self._pack(rows)
                 pieces = compute(packed).split(packed.lengths)
-                parts = _parts(pieces, batch, sequences, pooling)
-            for window, part in zip(batch, parts, strict=True):
-                index = window.sequence
-                whole = len(sequences[index]) if pooling == "residue" else None
-                results[index] = add_part(results[index], window, part, whole)
+                return list(zip(batch, _parts(pieces, batch, sequences, pooling), strict=True))
+
+        lanes = self.lanes.worth(max(lengths, default=0), sum(lengths))
+        planned = plan_batches(lengths, self._max_batch_tokens, lanes)
+        batches = ([windows[index] for index in indices] for indices in planned)
+        results: list[Any] = [None] * len(sequences)
+        for window, part in chain.from_iterable(self.lanes.map(pool, batches, lanes)):
+            index = window.sequence
+            whole = len(sequences[index]) if pooling == "residue" else None
+            results[index] = add_part(results[index], window, part, whole)
         return results
 
     def _pack(self, rows: list[np.ndarray]) -> Packed:
