@@ -367,6 +367,9 @@ def warm_up(engine: Engine) -> None:
         if time.monotonic() > until:
             logger.warning("Batches above %d tokens were not computed before traffic.", size)
             return
+    if engine.lanes > 1:  # oneDNN generates code by the number of threads, too
+        longest = min(CPU_SIZES[0] - SPECIALS, engine.max_residues)
+        compute(["M" * longest] * (2 * engine.lanes * CPU_SIZES[0] // longest))
     if engine.model.contact_head is not None:
         engine.contacts(["M" * CPU_SIZES[-1]])
 

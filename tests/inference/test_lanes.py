@@ -14,9 +14,10 @@ from draws import random_sequence, random_weights
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raptide.inference import lanes as lanes_module
 from raptide.inference.batching import even_tokens, plan_batches
 from raptide.inference.engine import Engine
-from raptide.inference.lanes import LEAST_TOKENS, Lanes
+from raptide.inference.lanes import AHEAD, LEAST_TOKENS, Lanes
 from raptide.model.device import threads_for
 from raptide.model.families import make_model
 from raptide.model.formats.detect import write_weights
@@ -76,7 +77,7 @@ def test_lanes_give_the_numbers_of_one_thread_in_order(engine, threads):
 
 
 def test_batches_meet_in_lanes(threads):
-    """Two at a time, each on a thread that computes alone; one is drawn ahead at most."""
+    """Two at a time, each on a thread that computes alone; few are drawn ahead."""
     threads(2)
     drawn, threads_seen, meeting = [], set(), threading.Barrier(2, timeout=20)
 
@@ -92,7 +93,7 @@ def test_batches_meet_in_lanes(threads):
 
     found = Lanes(1).map(compute, batches(), lanes=2)
     assert next(found) == 0
-    assert len(drawn) <= 4
+    assert len(drawn) <= 2 * AHEAD + 1
     assert list(found) == [1, 2, 3, 4, 5]
     assert len(threads_seen) == 2
     assert {count for _, count in threads_seen} == {1}
@@ -141,6 +142,8 @@ def test_lanes_are_as_many_as_cores_or_groups_of_them(monkeypatch, cores, parame
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
     assert Lanes(threads_for(int(parameters))).count == lanes
     assert Lanes(None).count == 1
+    monkeypatch.setenv("OMP_PROC_BIND", "close")
+    assert Lanes(1).count == 1, "all lanes would be bound to the core of who started them"
 
 
 def test_what_cannot_be_shared_out_gets_all_threads(monkeypatch):
@@ -152,6 +155,61 @@ def test_what_cannot_be_shared_out_gets_all_threads(monkeypatch):
         assert lanes.worth(4000, 4100) == 1, "one that lasts longer than all others"
         assert lanes.worth(300, 4096) == min(cores, 8)
         assert lanes.worth(300, 400_000) == cores
+        few = lanes.worth(100, 2 * LEAST_TOKENS)
+        assert few == (2 if cores == 2 else 1), "two lanes of eight cores"
+
+
+def test_threads_that_begin_meanwhile_have_all_threads(threads, monkeypatch):
+    """Each asks for its number while lanes, new ones each time, are started."""
+    threads(2)
+    found = []
+
+    def ask():
+        found.append(Lanes(1).count)
+        found.append(torch.get_num_threads())
+
+    for _ in range(20):
+        monkeypatch.setattr(lanes_module, "_pools", {})
+        new = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in new[:2]:
+            thread.start()
+        assert list(Lanes(1).map(abs, range(4), lanes=2)) == [0, 1, 2, 3]
+        for thread in new[2:]:
+            thread.start()
+        for thread in new:
+            thread.join()
+        for pool in lanes_module._pools.values():
+            pool.shutdown()
+    assert set(found) == {2}
+
+
+def test_lanes_that_cannot_start_leave_nothing(threads, monkeypatch):
+    threads(3)
+    monkeypatch.setattr(lanes_module, "_pools", {})
+    start, started = threading.Thread.start, []
+
+    def refuse_the_third(thread):
+        started.append(thread)
+        if len(started) == 3:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_the_third)
+    with pytest.raises(RuntimeError, match="can't start"):
+        next(Lanes(1).map(abs, range(9), lanes=3))
+    monkeypatch.undo()
+    for thread in started[:2]:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert torch.get_num_threads() == 3
+
+
+def test_batches_are_planned_in_no_time_however_lengths_divide():
+    for length in (2100, 902, 5000):
+        began = time.process_time()
+        batches = list(plan_batches([length] * 4000, 4096, 2))
+        assert time.process_time() - began < 5  # seconds; a minute where each try adds two
+        assert max(len(batch) for batch in batches) == max(1, 4096 // length)
 
 
 @given(
@@ -163,7 +221,7 @@ def test_even_batches_hold_all_and_as_much_as_each_other(lengths, lanes):
     batches = list(plan_batches(lengths, 1024, lanes))
     assert sorted(chain.from_iterable(batches)) == list(range(len(lengths)))
     loads = [sum(lengths[index] for index in batch) for batch in batches]
-    assert all(load <= max(1024, max(lengths)) for load in loads)
+    assert all(load <= 1024 or len(batch) == 1 for load, batch in zip(loads, batches, strict=True))
     shortest = [min(lengths[index] for index in batch) for batch in batches]
     assert all(
         load - last <= min(loads) or len(batch) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from itertools import count
 
 
 def plan_batches(lengths: Sequence[int], max_tokens: int, lanes: int = 1) -> Iterator[list[int]]:
@@ -15,11 +14,11 @@ def plan_batches(lengths: Sequence[int], max_tokens: int, lanes: int = 1) -> Ite
     then fits to the end.
 
     Args:
-        lanes: batches that are computed side by side; with several, as many batches for each, and
-            all of about as many tokens.
+        lanes: batches that are computed side by side; with several, all are of about as many
+            tokens.
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    if lanes > 1:
+    if lanes > 1 and longest_first:
         yield from _even_batches(lengths, longest_first, max_tokens, lanes)
         return
     batch: list[int] = []
@@ -44,14 +43,14 @@ def _even_batches(
     lengths: Sequence[int], longest_first: list[int], max_tokens: int, lanes: int
 ) -> list[list[int]]:
     """Each sequence into the batch that has the fewest tokens so far."""
-    most = max(max_tokens, lengths[longest_first[0]])
-    for rounds in count(-(-sum(lengths) // (lanes * max_tokens))):
+    rounds = -(-sum(lengths) // (lanes * max_tokens))
+    while True:
         batches: list[list[int]] = [[] for _ in range(lanes * rounds)]
         loads = [(0, number) for number in range(len(batches))]
         for index in longest_first:
             held, number = loads[0]
             batches[number].append(index)
             heapq.heapreplace(loads, (held + lengths[index], number))
-        if max(loads)[0] <= most:
+        if all(held <= max_tokens or len(batches[number]) == 1 for held, number in loads):
             return [batch for batch in batches if batch]
-    raise AssertionError("one sequence a batch is within any bound")
+        rounds = max(rounds + 1, rounds * 9 // 8)  # in the end each has one

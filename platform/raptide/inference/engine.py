@@ -89,9 +89,9 @@ class Engine:
             dtype: "auto" takes bf16 where the device multiplies it faster (GPUs from Ampere on,
                 CPUs with AMX or AVX512-BF16), fp32 elsewhere. bf16 embeddings have a cosine above
                 0.9995 with those of fp32.
-            max_batch_tokens: tokens in one forward pass; a longer sequence goes alone. On CPUs as
-                many passes run side by side as the calling thread may use lanes of threads
-                (inference/lanes.py), by `torch.set_num_threads` or OMP_NUM_THREADS.
+            max_batch_tokens: tokens in one forward pass; a longer sequence goes alone. On CPUs
+                passes run side by side in lanes of threads (inference/lanes.py), which share these
+                tokens; `torch.set_num_threads`, or OMP_NUM_THREADS, says how many threads.
 
         On GPUs the layers are compiled, which the first batches wait for (model/device.py).
 
@@ -123,6 +123,11 @@ class Engine:
     def max_residues(self) -> int:
         """Residues of the longest sequence that is computed whole."""
         return self._forward.max_residues
+
+    @property
+    def lanes(self) -> int:
+        """Batches that it computes side by side for the calling thread, where there are enough."""
+        return self._forward.lanes.count
 
     @property
     def dtype(self) -> str:
@@ -376,7 +381,7 @@ class Engine:
         if limit is None:
             limit = self._limit(long)
         if isinstance(sequences, Iterator):
-            batches = max(READ_AHEAD_BATCHES, 4 * self._forward.lanes.count)
+            batches = max(READ_AHEAD_BATCHES, 4 * self.lanes)
             budget = batches * self.max_batch_tokens
             return chain.from_iterable(map(compute, read_ahead(sequences, limit, budget)))
         return compute(read_sequences(sequences, limit))

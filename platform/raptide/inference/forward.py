@@ -22,13 +22,16 @@ from raptide.calls.windows import (
     window_around,
 )
 from raptide.inference.batching import even_tokens, plan_batches
-from raptide.inference.lanes import Lanes
+from raptide.inference.lanes import LEAST_TOKENS, Lanes
 from raptide.methods import Pooling
 from raptide.model.contacts import corrected_maps
 from raptide.model.device import send, threads_for
 from raptide.model.families import AnyModel
 from raptide.model.packed import Packed
 from raptide.model.transformer import Esm
+
+MOST_IN_PIECES = 2 * LEAST_TOKENS
+"""Tokens of a batch in a lane at least, however many lanes there are."""
 
 LONGEST_RESIDUES = 16384
 """Longest sequence taken whole by models whose positions set no limit of their own."""
@@ -91,7 +94,8 @@ class Forward:
         sizes = [(self._masked_tokens(residues), len(positions)) for residues, positions in pieces]
         longest = max((tokens for tokens, times in sizes if times), default=0)
         total = sum(tokens * times for tokens, times in sizes)
-        budget, lanes = self._max_batch_tokens, self.lanes.worth(longest, total)
+        lanes = self.lanes.worth(longest, total)
+        budget = self._batch_tokens(lanes)
         if lanes > 1:
             budget = min(budget, even_tokens(total, budget, lanes) + longest - 1)
         batches = self._masked_batches(pieces, budget)
@@ -178,7 +182,7 @@ class Forward:
                 return list(zip(batch, _parts(pieces, batch, sequences, pooling), strict=True))
 
         lanes = self.lanes.worth(max(lengths, default=0), sum(lengths))
-        planned = plan_batches(lengths, self._max_batch_tokens, lanes)
+        planned = plan_batches(lengths, self._batch_tokens(lanes), lanes)
         batches = ([windows[index] for index in indices] for indices in planned)
         results: list[Any] = [None] * len(sequences)
         for window, part in chain.from_iterable(self.lanes.map(pool, batches, lanes)):
@@ -186,6 +190,11 @@ class Forward:
             whole = len(sequences[index]) if pooling == "residue" else None
             results[index] = add_part(results[index], window, part, whole)
         return results
+
+    def _batch_tokens(self, lanes: int) -> int:
+        """Of each batch, so that those side by side take no more memory than one by itself."""
+        shared = max(MOST_IN_PIECES, self._max_batch_tokens // lanes)
+        return min(self._max_batch_tokens, shared)
 
     def _pack(self, rows: list[np.ndarray]) -> Packed:
         tokens = send(torch.from_numpy(np.concatenate(rows)), self._device)

@@ -4,9 +4,9 @@ A batch in a lane is computed by one thread, or by as many as products of the mo
 busy; two batches side by side on two cores take less time than one after the other on both. What
 cannot be shared out, such as a lone sequence, is computed by all threads as ever.
 
-All engines of a process share its lanes, so they never are more threads than the caller has. A lane
-of one thread forms no team, so the team of all threads keeps spinning while it waits: OpenMP stops
-that once there are teams of more threads than cores.
+Engines of one size share their lanes, whoever calls them. A lane of one thread forms no team, so
+the team of all threads keeps spinning while it waits: OpenMP stops that once there are teams of
+more threads than cores.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ TEAM_GAIN, TEAM_MOST = 0.85, 8
 measured with matrix units, 0.95 without. More than TEAM_MOST lanes are taken to make it no faster:
 64 rows of a product for each."""
 
+AHEAD = 2
+"""Batches a lane that are drawn before the first of them is done: some take longer than others."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -47,9 +50,10 @@ class Lanes:
     @property
     def count(self) -> int:
         """Lanes that the calling thread may fill: it decides how many threads there are."""
-        if self._threads_each is None:
+        if self._threads_each is None or _bound():
             return 1
-        return max(1, torch.get_num_threads() // self._threads_each)
+        with _lock:  # while lanes start, a thread's first question would get theirs for good
+            return max(1, torch.get_num_threads() // self._threads_each)
 
     def worth(self, longest: int, total: int) -> int:
         """How many lanes so many tokens are worth; 1 where all threads do better together.
@@ -61,7 +65,7 @@ class Lanes:
         count = self.count
         lanes = min(count, total // LEAST_TOKENS)
         together = total / (TEAM_GAIN * min(count, TEAM_MOST))
-        return 1 if lanes < 2 or longest > together else lanes
+        return 1 if lanes < 2 or max(longest, total / lanes) > together else lanes
 
     def map(self, compute: Callable[[T], R], batches: Iterable[T], lanes: int) -> Iterator[R]:
         """What is computed of each batch, in order; batches are drawn as lanes come free."""
@@ -74,14 +78,23 @@ class Lanes:
         try:
             for batch in batches:
                 ahead.append(pool.submit(compute, batch))
-                if len(ahead) > lanes:
-                    yield ahead.popleft().result()
+                if len(ahead) > AHEAD * lanes:
+                    yield ahead[0].result()
+                    ahead.popleft()
             while ahead:
-                yield ahead.popleft().result()
+                yield ahead[0].result()
+                ahead.popleft()
         finally:
             for future in ahead:
                 future.cancel()
             wait(ahead)
+
+
+def _bound() -> bool:
+    """Whether OpenMP binds threads to cores: it has bound this one to its first, and Python's
+    threads, which are not OpenMP's, with it."""
+    said = os.environ.get("OMP_PROC_BIND", "false").lower()
+    return said != "false" or "OMP_PLACES" in os.environ or "GOMP_CPU_AFFINITY" in os.environ
 
 
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
@@ -101,15 +114,21 @@ def _start(lanes: int, threads_each: int) -> ThreadPoolExecutor:
     ready = threading.Barrier(lanes + 1)
 
     def begin() -> None:
-        torch.get_num_threads()  # a thread's first question puts all of the process's in its place
+        torch.get_num_threads()  # a thread's first question puts the process's number in its place
         torch.set_num_threads(threads_each)
         ready.wait()
 
     pool = ThreadPoolExecutor(lanes, "raptide-lane", initializer=begin)
-    for _ in range(lanes):
-        pool.submit(int)  # a thread starts when something is asked of it
-    ready.wait()
-    torch.set_num_threads(all_threads)  # threads to come begin with what was said last
+    try:
+        for _ in range(lanes):
+            pool.submit(int)  # a thread starts when something is asked of it
+        ready.wait()
+    except BaseException:  # no more threads may be had
+        ready.abort()
+        pool.shutdown(wait=False)
+        raise
+    finally:
+        torch.set_num_threads(all_threads)  # threads to come begin with what was said last
     return pool
 
 
