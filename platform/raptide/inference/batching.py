@@ -35,15 +35,19 @@ def plan_batches(lengths: Sequence[int], max_tokens: int, lanes: int = 1) -> Ite
 
 def even_tokens(total: int, max_tokens: int, lanes: int) -> int:
     """Tokens of each batch, where lanes get as many batches each, of no more than the most."""
-    rounds = -(-total // (lanes * max_tokens))
-    return -(-total // (lanes * rounds))
+    return -(-total // (lanes * _rounds(total, max_tokens, lanes)))
+
+
+def _rounds(total: int, max_tokens: int, lanes: int) -> int:
+    """Batches of each lane, if sequences could be cut."""
+    return -(-total // (lanes * max_tokens))
 
 
 def _even_batches(
     lengths: Sequence[int], longest_first: list[int], max_tokens: int, lanes: int
 ) -> list[list[int]]:
     """Each sequence into the batch that has the fewest tokens so far."""
-    rounds = -(-sum(lengths) // (lanes * max_tokens))
+    rounds = _rounds(sum(lengths), max_tokens, lanes)
     while True:
         batches: list[list[int]] = [[] for _ in range(lanes * rounds)]
         loads = [(0, number) for number in range(len(batches))]

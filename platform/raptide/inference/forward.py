@@ -30,8 +30,8 @@ from raptide.model.families import AnyModel
 from raptide.model.packed import Packed
 from raptide.model.transformer import Esm
 
-MOST_IN_PIECES = 2 * LEAST_TOKENS
-"""Tokens of a batch in a lane at least, however many lanes there are."""
+LEAST_SHARE = 2 * LEAST_TOKENS
+"""Tokens that a batch in a lane may have at least, however many lanes share those of one batch."""
 
 LONGEST_RESIDUES = 16384
 """Longest sequence taken whole by models whose positions set no limit of their own."""
@@ -91,7 +91,8 @@ class Forward:
         Returns:
             For each position in turn the index of its piece and its row, [V] fp32.
         """
-        sizes = [(self._masked_tokens(residues), len(positions)) for residues, positions in pieces]
+        specials = self._alphabet.num_specials
+        sizes = [(self._masked_residues(len(each)) + specials, len(at)) for each, at in pieces]
         longest = max((tokens for tokens, times in sizes if times), default=0)
         total = sum(tokens * times for tokens, times in sizes)
         lanes = self.lanes.worth(longest, total)
@@ -119,16 +120,14 @@ class Forward:
         if batch:
             yield batch
 
-    def _masked_tokens(self, residues: np.ndarray) -> int:
-        """Of one masked pass."""
-        length = len(residues)
-        seen = length if length <= self.max_residues else self._window_residues
-        return seen + self._alphabet.num_specials
+    def _masked_residues(self, length: int) -> int:
+        """Of a sequence, how many a masked pass sees."""
+        return length if length <= self.max_residues else self._window_residues
 
     def _mask(self, residues: np.ndarray, position: int) -> tuple[np.ndarray, int]:
         """Tokens of one masked pass, and where in them the mask is."""
         length = len(residues)
-        size = length if length <= self.max_residues else self._window_residues
+        size = self._masked_residues(length)
         start = window_around(position, length, size)
         row = self._alphabet.add_specials(residues[start : start + size])
         row[position - start + 1] = self._alphabet.mask
@@ -192,9 +191,8 @@ class Forward:
         return results
 
     def _batch_tokens(self, lanes: int) -> int:
-        """Of each batch, so that those side by side take no more memory than one by itself."""
-        shared = max(MOST_IN_PIECES, self._max_batch_tokens // lanes)
-        return min(self._max_batch_tokens, shared)
+        """Of each batch at most: those side by side share what one by itself may have."""
+        return min(self._max_batch_tokens, max(LEAST_SHARE, self._max_batch_tokens // lanes))
 
     def _pack(self, rows: list[np.ndarray]) -> Packed:
         tokens = send(torch.from_numpy(np.concatenate(rows)), self._device)
