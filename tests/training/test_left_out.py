@@ -11,7 +11,8 @@ from raptide.alphabet import ESM_33
 from raptide.config import parse_settings
 from raptide.data.streaming.batch import Cursor, GlobalBatch, PackedRows
 from raptide.training.batches import cut_share, empty_micro_batch, share_bounds
-from raptide.training.engine import build_engine, full_state
+from raptide.training.checkpoints.step_bundle import full_tensors
+from raptide.training.engine import build_engine
 from raptide.training.planning.recipe import Recipe
 from raptide.training.step import Stepper
 
@@ -65,12 +66,12 @@ def test_deepspeed_updates_as_if_the_pass_had_been_empty(on_cpu, stage, precisio
     states = []
     for breaks in (False, True):
         engine = build_engine(recipe, 1, "cpu", None)
-        before = full_state(engine, recipe.training)
+        before = dict(full_tensors(engine, recipe.training))
         stepper = Stepper(engine, 1)
         if breaks:
             break_second_pass(engine)
         result = stepper.step(share if breaks else without_the_second(share), 1e-2)
-        after = full_state(engine, recipe.training)
+        after = dict(full_tensors(engine, recipe.training))
         states.append({name: after[name] - before[name] for name in after})
         assert result.left_out == (len(share.micro[1].targets.at_N) if breaks else 0)
         assert 0 < result.grad_norm < 1e3
@@ -86,7 +87,7 @@ def test_no_engine_uses_gradients_that_are_no_numbers(on_cpu, stage, precision):
     recipe, share = recipe_of(stage, precision), a_share()
     engine = build_engine(recipe, 1, "cpu", None)
     stepper = Stepper(engine, 1)
-    before = full_state(engine, recipe.training)
+    before = dict(full_tensors(engine, recipe.training))
 
     def spoil(layer, inputs, output):
         output.register_hook(lambda gradient: gradient * float("inf"))
@@ -96,7 +97,7 @@ def test_no_engine_uses_gradients_that_are_no_numbers(on_cpu, stage, precision):
     handle.remove()
     assert math.isfinite(result.loss)
     assert result.skipped
-    after = full_state(engine, recipe.training)
+    after = dict(full_tensors(engine, recipe.training))
     assert all(tensor.isfinite().all() for tensor in after.values())
     assert all(torch.equal(after[name], before[name]) for name in before) or stage == 0
     assert not stepper.step(share, 1e-2).skipped

@@ -16,7 +16,8 @@ from raptide.config import parse_settings
 from raptide.errors import ConfigError
 from raptide.model.families import is_matrix, make_model
 from raptide.training import muon
-from raptide.training.engine import build_engine, full_state, load_state
+from raptide.training.checkpoints.step_bundle import full_tensors
+from raptide.training.engine import build_engine, load_state
 from raptide.training.muon import COEFFICIENTS, ITERATIONS, RMS, Partitions, muon_step
 from raptide.training.planning.recipe import Recipe
 
@@ -70,7 +71,7 @@ def alone(recipe, steps=3):
     """What one rank comes to: losses and norms, and all weights."""
     engine = build_engine(recipe, 1, "cpu", None)
     results = take_steps(engine, recipe, 0, 1, steps=steps)
-    return results, full_state(engine, recipe.training)
+    return results, dict(full_tensors(engine, recipe.training))
 
 
 @pytest.mark.parametrize("shape", [(36, 36), (100, 36), (36, 100), (7, 64)])
@@ -225,7 +226,7 @@ def test_two_ranks_save_and_one_goes_on(two_ranks, on_cpu, name):
     told = json.loads((two_ranks / "rank-0.json").read_text())[name]
     close = 2e-2 if "bf16" in name else 1e-3
     np.testing.assert_allclose(results, told[2:], rtol=close)
-    found, state = torch.load(two_ranks / f"{name}.pt"), full_state(engine, recipe.training)
+    found, state = torch.load(two_ranks / f"{name}.pt"), dict(full_tensors(engine, recipe.training))
     assert_moved_alike(found, state, recipe.model, bf16="bf16" in name)
 
 

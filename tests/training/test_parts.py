@@ -8,7 +8,8 @@ from small_runs import as_recipe
 
 from raptide.model.families import make_model
 from raptide.model.formats.detect import write_weights
-from raptide.training.engine import build_engine, full_state
+from raptide.training.checkpoints.step_bundle import full_tensors
+from raptide.training.engine import build_engine
 
 TREE = {
     "name": "x",
@@ -34,7 +35,7 @@ def test_fresh_weights_are_those_of_other_stages(on_cpu, family, precision):
     recipe = recipe_of(precision, model=SHAPES[family])
     engine = build_engine(recipe, 1, "cpu", None)
     expected = make_model(recipe.model).initialise(recipe.training.seed)
-    found = full_state(engine, recipe.training)
+    found = dict(full_tensors(engine, recipe.training))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     assert found.keys() == dict(expected.named_parameters()).keys()
     for name, parameter in expected.named_parameters():
@@ -48,7 +49,7 @@ def test_it_starts_from_weights(on_cpu, tmp_path):
     write_weights(tmp_path / "model", weights)
     recipe = recipe_of(model=SHAPES["esm2"], init_from=str(tmp_path / "model"))
     engine = build_engine(recipe, 1, "cpu", None)
-    for name, tensor in full_state(engine, recipe.training).items():
+    for name, tensor in dict(full_tensors(engine, recipe.training)).items():
         assert torch.equal(tensor, weights.state[name].float()), name
     assert torch.equal(engine.module.frequencies(), weights.frequencies())
 

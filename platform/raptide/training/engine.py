@@ -1,4 +1,4 @@
-"""DeepSpeed engines: build one, load a checkpoint into it at any size, read its full weights."""
+"""DeepSpeed engines: build one, load a checkpoint into it at any size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from raptide.training.muon import MuonWithAdamW
 from raptide.training.parts import fresh_values, make_in_parts
 from raptide.training.planning.deepspeed_config import deepspeed_config
 from raptide.training.planning.estimate import DTYPES
-from raptide.training.planning.recipe import Recipe, TrainingSettings
+from raptide.training.planning.recipe import Recipe
 
 HYPERPARAMETERS = ("betas", "eps", "weight_decay", "momentum", "of_rate")
 """Settings in a parameter group of AdamW's or Muon's; the rate is set in every step."""
@@ -168,24 +168,3 @@ def _convert(saved: SavedCheckpoint, target: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"DeepSpeed could not convert {saved.name}: {done.stderr}")
-
-
-def full_state(engine: Any, training: TrainingSettings) -> dict[str, torch.Tensor]:
-    """All weights in fp32 on the CPU; every rank calls it, rank 0 gets them, the others nothing.
-
-    Under bf16 and fp16 these are the optimizer's master weights, so a bundle loses nothing (but for
-    fp16 at stage 0, where DeepSpeed gives the rounded ones).
-    """
-    from deepspeed.runtime.zero import GatheredParameters
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    state = {}
-    for name, parameter in engine.module.named_parameters():
-        with GatheredParameters([parameter], enabled=training.zero_stage == 3):
-            full = None
-            if training.precision != "fp32":
-                full = safe_get_full_fp32_param(parameter)
-            if dist.get_rank() == 0:
-                tensor = parameter if full is None else full
-                state[name] = tensor.detach().float().cpu().clone()
-    return state

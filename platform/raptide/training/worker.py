@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from raptide.data.streaming.feeder import BatchReader, FeederActor
 from raptide.data.streaming.shares import BatchShare
 from raptide.data.streaming.stream import StreamPlan
 from raptide.errors import CheckpointError, CheckpointUnsaved
-from raptide.model.formats.detect import write_weights
 from raptide.model.formats.weights import Weights
 from raptide.training.ahead import SharesAhead
 from raptide.training.batches import Share, share_cutter
@@ -29,7 +27,8 @@ from raptide.training.checkpoints.keeping import best_effort
 from raptide.training.checkpoints.owned import Storage
 from raptide.training.checkpoints.saving import CheckpointWriter
 from raptide.training.checkpoints.scratch import scratch_folder
-from raptide.training.engine import build_engine, full_state, load_state
+from raptide.training.checkpoints.step_bundle import StepBundle
+from raptide.training.engine import build_engine, load_state
 from raptide.training.planning.estimate import saved_bytes
 from raptide.training.planning.optimizer import learning_rate
 from raptide.training.planning.recipe import Recipe
@@ -319,15 +318,14 @@ class Worker:
             "inv_freq": None if inv_freq is None else inv_freq.tolist(),
             **self._evaluations.so_far.to_manifest(),
         }
-        write_bundle = None
+        step_bundle = None
         if bundle:
-            state = full_state(self._engine, recipe.training)
             left_out = ("cursor", "inv_freq")
             lineage = {name: value for name, value in manifest.items() if name not in left_out}
-            weights = Weights(recipe.model, state, inv_freq, lineage=lineage)
-            write_bundle = partial(write_weights, weights=weights)
+            weights = Weights(recipe.model, {}, inv_freq, lineage=lineage)
+            step_bundle = StepBundle(weights, recipe.training)
         self._newest = self._writer.save(
-            self._engine, manifest | {"awaits_evaluation": evaluate_beside}, write_bundle
+            self._engine, manifest | {"awaits_evaluation": evaluate_beside}, step_bundle
         )
         if self._save_at_once:  # the notice may be short
             self._writer.wait()

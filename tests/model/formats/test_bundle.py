@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from transformers import AutoTokenizer, EsmForMaskedLM
 from raptide.errors import BundleError
 from raptide.model.config import ModelSettings
 from raptide.model.contacts import ContactHead
+from raptide.model.formats.bundle import BundleWriter
 from raptide.model.formats.detect import read_weights, write_weights
-from raptide.model.formats.weights import Weights
+from raptide.model.formats.weights import Weights, name_tensors
 from raptide.model.packed import Packed
 from raptide.model.transformer import Esm
 
@@ -217,3 +219,17 @@ def test_nothing_but_tensors_is_unpickled(bundle, tmp_path, capsys):
         with pytest.raises(BundleError, match="more than tensors and plain values"):
             read_weights(path)
     assert not re.search("must never run", capsys.readouterr().out)
+
+
+def test_shards_take_the_place_of_one_file_and_one_file_that_of_shards(tmp_path):
+    """The folder of a model that was larger, or smaller, holds nothing of it any more."""
+    small = make()
+    large = replace(small, state=Esm(small.settings).initialise(4).state_dict())
+    for weights, size in ((small, 1 << 30), (large, 9_000), (small, 20_000), (large, 1 << 30)):
+        writer = BundleWriter(tmp_path, weights.settings, size)
+        for item in name_tensors(weights, "hugging_face").tensors.items():
+            writer.add(*item)
+        writer.close({})
+        assert_same(weights, read_weights(tmp_path))
+        kinds = {file.name.partition("-of-")[2] for file in tmp_path.glob("model*.safetensors")}
+        assert len(kinds) == 1, kinds

@@ -1,7 +1,7 @@
 """A model folder, the *bundle*: what training writes and everything else loads.
 
     config.json         the shape, as Hugging Face's EsmConfig
-    model.safetensors   the weights, under Hugging Face's names
+    model.safetensors   the weights, under Hugging Face's names; above 5 GB in shards with an index
     vocab.txt           the tokens, one a line
     raptide.json        lineage: corpus, run, step, code version
     check.json          a known sequence's answer (model/check.py)
@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from raptide.errors import BundleError
 from raptide.model.config import ModelSettings
 from raptide.model.formats.names import INV_FREQ, Named, tensor_names
-from raptide.model.formats.tensor_files import SAFETENSORS, read_folder
+from raptide.model.formats.tensor_files import SHARD_BYTES, TensorWriter, read_folder
 from raptide.model.shapes import FAMILIES, AnyShape, read_shape
 from raptide.patience import patiently, read_surely, unreadable
 
@@ -67,17 +66,57 @@ def read_bundle(folder: Path) -> Named:
     return Named(settings, tensors, column(settings), source, lineage, left_out)
 
 
+class BundleWriter:
+    """Writes a bundle whose tensors come one by one, in their precision."""
+
+    def __init__(self, folder: Path, settings: AnyShape, shard_bytes: int = SHARD_BYTES) -> None:
+        """
+        Args:
+            folder: a new one, or that of a model which is replaced.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._settings = folder, settings
+        self._tensors = TensorWriter(folder, shard_bytes)
+        names = tensor_names(settings, column(settings))
+        self._embedding, self._head = names["embed.weight"], names["head_bias"]
+        self._dtype: torch.dtype | None = None
+        self._architecture = "EsmModel"
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a tensor under its name in a bundle; it must not change until `close`.
+
+        Raises:
+            OSError, SafetensorError: the file system refuses.
+        """
+        self._tensors.add(name, tensor)
+        if name == self._embedding:
+            self._dtype = tensor.dtype
+        if name == self._head:
+            self._architecture = "EsmForMaskedLM"
+
+    def close(self, lineage: Mapping[str, Any]) -> None:
+        """Write what is left, and the description of all.
+
+        Raises:
+            OSError, SafetensorError: the file system refuses.
+        """
+        self._tensors.close()
+        dtype = str(self._dtype).removeprefix("torch.")
+        _write_json(self._folder / CONFIG, _to_config(self._settings, dtype, self._architecture))
+        (self._folder / VOCABULARY).write_text("\n".join(self._settings.alphabet.tokens))
+        _write_json(self._folder / LINEAGE, lineage)
+
+
 def write_bundle(folder: Path, named: Named) -> None:
-    """Write a bundle into an existing or new folder, in the precision of the tensors."""
-    settings = named.settings
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(named.tensors), folder / SAFETENSORS, metadata={"format": "pt"})
-    names = tensor_names(settings, named.column)
-    dtype = str(named.tensors[names["embed.weight"]].dtype).removeprefix("torch.")
-    architecture = "EsmForMaskedLM" if names["head_bias"] in named.tensors else "EsmModel"
-    _write_json(folder / CONFIG, _to_config(settings, dtype, architecture))
-    (folder / VOCABULARY).write_text("\n".join(settings.alphabet.tokens))
-    _write_json(folder / LINEAGE, named.lineage)
+    """Write a bundle into an existing or new folder, in the precision of the tensors.
+
+    Raises:
+        OSError, SafetensorError: the file system refuses.
+    """
+    writer = BundleWriter(folder, named.settings)
+    for name, tensor in named.tensors.items():
+        writer.add(name, tensor)
+    writer.close(named.lineage)
 
 
 def column(settings: AnyShape) -> str:

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from raptide.errors import BundleError
 from raptide.patience import patiently, read_surely, unreadable
 
-SAFETENSORS = "model.safetensors"
+STEM = "model"
+SAFETENSORS = f"{STEM}.safetensors"
 BIN = "pytorch_model.bin"
 
 WEIGHTS = (SAFETENSORS, f"{SAFETENSORS}.index.json", BIN, f"{BIN}.index.json")
@@ -27,6 +28,65 @@ WEIGHTS = (SAFETENSORS, f"{SAFETENSORS}.index.json", BIN, f"{BIN}.index.json")
 
 PICKLE_BYTES = 1 << 24
 """Of a pickle, how much `mentions` looks at."""
+
+SHARD_BYTES = 5 * 10**9
+"""What one file of weights holds at most, but for a single larger tensor; others write the same."""
+
+
+class TensorWriter:
+    """Writes a model folder's tensors as they come, of which it holds no more than a file's.
+
+    One safetensors file where all fit into it, else shards with an index, as transformers names
+    and reads them. (While it writes, safetensors holds a file's tensors once more.)
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        """
+        Args:
+            folder: exists; weights of another model in it are replaced by `close`.
+        """
+        self._folder, self._shard_bytes = folder, shard_bytes
+        self._held: dict[str, torch.Tensor] = {}
+        self._shards: list[tuple[Path, list[str]]] = []
+        self._held_bytes = self._total_bytes = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take one more, which must not change until `close`; full files are written at once.
+
+        Raises:
+            OSError, SafetensorError: the file system refuses.
+        """
+        size = tensor.numel() * tensor.element_size()
+        if self._held and self._held_bytes + size > self._shard_bytes:
+            self._write()
+        self._held[name] = tensor
+        self._held_bytes += size
+        self._total_bytes += size
+
+    def close(self) -> None:
+        """Write what is held, and give the files their names.
+
+        Raises:
+            OSError, SafetensorError: the file system refuses.
+        """
+        self._write()
+        for stale in self._folder.glob(f"{STEM}*.safetensors*"):
+            stale.unlink()
+        places: dict[str, str] = {}
+        count = len(self._shards)
+        for number, (file, held) in enumerate(self._shards, start=1):
+            name = f"{STEM}-{number:05}-of-{count:05}.safetensors" if count > 1 else SAFETENSORS
+            file.rename(self._folder / name)
+            places |= dict.fromkeys(held, name)
+        if count > 1:
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": places}
+            (self._folder / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=1))
+
+    def _write(self) -> None:
+        file = self._folder / f"{len(self._shards)}.partial"
+        save_file(self._held, file, metadata={"format": "pt"})
+        self._shards.append((file, list(self._held)))
+        self._held, self._held_bytes = {}, 0
 
 
 def read_folder(folder: Path) -> tuple[dict[str, torch.Tensor], Path]:

@@ -169,18 +169,24 @@ def _take_contact_head(
 
 
 def name_tensors(weights: Weights, column: str) -> Named:
-    """The tensors under a format's names, for writing; the inverse of `place_tensors`.
+    """The tensors under a format's names, for writing; the inverse of `place_tensors`."""
+    names = tensor_names(weights.settings, column)
+    tensors = {names[name]: tensor for name, tensor in weights.state.items()}
+    tensors |= name_beside(weights, column)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return Named(weights.settings, tensors, column, lineage=weights.lineage)
+
+
+def name_beside(weights: Weights, column: str) -> dict[str, torch.Tensor]:
+    """What a file holds besides the model's own state, under a format's names.
 
     Computed rotary frequencies are written out too: other readers expect them in the file.
     """
-    settings = weights.settings
-    names = tensor_names(settings, column)
-    tensors = {names[name]: tensor for name, tensor in weights.state.items()}
+    settings, tensors = weights.settings, {}
     if settings.rotary and column in INV_FREQ:
         for layer in range(settings.layers):
             tensors[INV_FREQ[column].format(layer=layer)] = weights.frequencies().clone()
     if weights.contact_head is not None:
         tensors[CONTACT_HEAD[column] + ".weight"] = weights.contact_head.weight
         tensors[CONTACT_HEAD[column] + ".bias"] = weights.contact_head.bias
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return Named(settings, tensors, column, lineage=weights.lineage)
+    return tensors

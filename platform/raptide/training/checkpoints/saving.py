@@ -1,8 +1,8 @@
 """Saving: DeepSpeed writes to local scratch while training waits, all else goes on behind it.
 
-save()     every rank writes its shards to scratch
-_send()    in Ray Train's upload thread: rank 0 writes the bundle; hash the files and copy them to
-           the storage
+save()     every rank writes its shards to scratch; rank 0 takes the weights of the bundle
+_send()    in Ray Train's upload thread: rank 0 completes the bundle; hash the files and copy them
+           to the storage
 _finish()  once every rank has sent its files, rank 0 writes the manifest: now it counts
 """
 
@@ -38,6 +38,7 @@ from raptide.training.checkpoints.checkpoint import (
 )
 from raptide.training.checkpoints.keeping import best_effort, prune, write_manifest
 from raptide.training.checkpoints.owned import Storage, checkpoint_name
+from raptide.training.checkpoints.step_bundle import StepBundle
 from raptide.training.planning.recipe import CheckpointSettings
 
 POLL_S = 0.1
@@ -69,7 +70,7 @@ class CheckpointWriter:
         self._needed_bytes = needed_bytes
         self._storage = Storage.of_ray_train()
         self._manifest: dict[str, Any] = {}
-        self._write_bundle: Callable[[], None] | None = None
+        self._bundle: StepBundle | None = None
         self._unwritten: list[str] = []
         self._asked = time.monotonic()
         self._idle = threading.Event()
@@ -84,12 +85,7 @@ class CheckpointWriter:
         self.last_seconds: float | None = None
         """What the last one took until it counted, on rank 0."""
 
-    def save(
-        self,
-        engine: Any,
-        manifest: dict[str, Any],
-        write_bundle: Callable[[Path], None] | None,
-    ) -> str:
+    def save(self, engine: Any, manifest: dict[str, Any], bundle: StepBundle | None) -> str:
         """Save through Ray Train; every rank calls it and goes on once its files are written.
 
         Returns the checkpoint's name.
@@ -97,8 +93,7 @@ class CheckpointWriter:
         Args:
             manifest: what rank 0 writes, without `files`; with `awaits_evaluation` the checkpoint
                 waits in `unevaluated` from when it counts.
-            write_bundle: called with the bundle's folder on rank 0, while training goes on; None
-                saves none.
+            bundle: of this step, if there is to be one.
         """
         self.wait()
         self._began = time.perf_counter()
@@ -111,9 +106,9 @@ class CheckpointWriter:
             return name
         with noted_problems(engine) as self._unwritten:
             engine.save_checkpoint(str(folder / ZERO), tag=ZERO_TAG, save_latest=False)
-        self._write_bundle = None
-        if dist.get_rank() == 0 and write_bundle is not None:
-            self._write_bundle = partial(write_bundle, folder / MODEL)
+        self._bundle = bundle
+        if bundle is not None:
+            bundle.gather(engine, folder / MODEL)
         self._manifest = manifest
         self._idle.clear()
         ray.train.report(
@@ -149,8 +144,8 @@ class CheckpointWriter:
         problem = self._unwritten[0] if self._unwritten else None
         try:
             try:
-                if problem is None and self._write_bundle is not None:
-                    self._write_bundle()
+                if problem is None and self._bundle is not None and rank == 0:
+                    self._bundle.finish()
                 if problem is None:
                     files = send_folder(Path(local.path), self._storage, name)
             except (OSError, SafetensorError, RaptideError) as error:
