@@ -21,6 +21,7 @@ CHAOS = [
         "cluster_day",
         "evaluation_chaos",
         "pretrain_chaos",
+        "pretrain_soak",
         "serve_chaos",
         "serve_day",
         "serve_scale",

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from draws import random_weights
+from storages import bucket
 from stumbles import hurry, stumbling
 
 from raptide.config import Settings, load_settings
 from raptide.errors import BundleError, ConfigError, InputError, PassingTrouble, RaptideError
 from raptide.model.formats import tensor_files
 from raptide.model.formats.detect import read_weights, write_weights
-from raptide.patience import TRIES
+from raptide.patience import TRIES, patiently, trouble
+from raptide.storage import Storage
 
 
 class Few(Settings):
@@ -77,3 +79,31 @@ def test_settings_that_are_not_there_are_told_at_once(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="No such file"):
         load_settings(Few, tmp_path / "none.yaml")
     assert pauses == []
+
+
+def test_a_bucket_that_is_not_there_is_final(monkeypatch):
+    pauses = hurry(monkeypatch)
+    with bucket("here") as uri:
+        storage = Storage.at(uri.format("x").replace("s3://here/", "s3://elsewhere/"))
+        for act in (
+            lambda: storage.write("a", lambda file: file.write(b"x")),
+            lambda: storage.filesystem.create_dir(storage.path, recursive=True),
+        ):
+            with pytest.raises((RaptideError, OSError)) as told:
+                patiently(act)
+            assert not isinstance(told.value, PassingTrouble)
+    assert not pauses
+
+
+@pytest.mark.parametrize(
+    ("said", "final"),
+    [
+        ("AWS Error ACCESS_DENIED during PutObject operation: No response body.", True),
+        ("AWS Error SIGNATURE_DOES_NOT_MATCH during HeadObject operation: x", True),
+        ("google::cloud::Status(PERMISSION_DENIED: Permission denied error=x)", True),
+        ("AWS Error SLOW_DOWN during PutObject operation: Please reduce your request rate.", False),
+        ("AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 28", False),
+    ],
+)
+def test_keys_that_open_nothing_are_final(said, final):
+    assert isinstance(trouble(OSError(f"When testing: {said}"), "x"), PassingTrouble) != final

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -21,6 +22,13 @@ FINAL = {
 
 FINAL_KINDS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 """The same, by type: not everyone who raises them gives the number."""
+
+REFUSALS = re.compile(
+    r"AWS Error (ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID"
+    r"|SIGNATURE_DOES_NOT_MATCH|UNRECOGNIZED_CLIENT)\b|^Bucket '[^']*' not found"
+    r"|\b(PERMISSION_DENIED|UNAUTHENTICATED)\b"
+)
+"""The same, by what pyarrow says of a bucket, whose errors have neither."""
 
 T = TypeVar("T")
 
@@ -65,7 +73,8 @@ def trouble(error: OSError, sentence: str) -> RaptideError:
 
 def is_final(error: OSError) -> bool:
     """Whether no second try mends it."""
-    return error.errno in FINAL or isinstance(error, FINAL_KINDS)
+    told = error.errno in FINAL or isinstance(error, FINAL_KINDS)
+    return told or (error.errno is None and REFUSALS.search(str(error)) is not None)
 
 
 def reason_of(error: OSError) -> str:

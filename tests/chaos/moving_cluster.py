@@ -16,7 +16,7 @@ from typing import Any
 TRAINER = "trainer"
 """Custom resource of the nodes that train; the head has none, and is left to data tasks."""
 
-# Before Ray is imported: it reads these once.
+# Before Ray is imported: it reads these once. What the caller says comes first.
 os.environ |= {
     # A dead node is known after some 4 s and not 15, and its place is not waited for.
     "RAY_health_check_initial_delay_ms": "1000",
@@ -28,7 +28,7 @@ os.environ |= {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
     "WANDB_MODE": "offline",
-}
+} | os.environ
 
 import ray  # noqa: E402
 from ray._raylet import GcsClient  # noqa: E402
