@@ -10,6 +10,10 @@ Any setting of the recipe can be overridden with section.field=value. The run fo
 recipe.yaml, metrics.jsonl, loss.png, wandb/ and checkpoints/; a run is only ever resumed on
 request, from its newest checkpoint that is complete, with the very next batch.
 
+--output s3://bucket/runs/mine, or another URI, needs no folder that all nodes see: checkpoints and
+all else lie there, each node works in a folder of its cache (RAPTIDE_CACHE), and what it writes is
+there half a minute later. --resume takes the same URI, on any machine.
+
 --start-or-resume is one command for the first start and every retry: it starts the run, goes on
 with it, starts over where no checkpoint was finished yet, and does nothing once it is finished. A
 run of another recipe is refused, with the fields that differ.
@@ -34,6 +38,8 @@ from raptide.cluster import joins_cluster, ray_session, training_cpus
 from raptide.config import load_settings
 from raptide.errors import ConfigError
 from raptide.evaluation.beside import RunBenchmark
+from raptide.storage import is_uri
+from raptide.training.mirror import mirror_of, refuse_two_storages
 from raptide.training.planning.deepspeed_config import check_deepspeed
 from raptide.training.planning.estimate import checkpoint_bytes
 from raptide.training.planning.overview import describe_run
@@ -54,9 +60,11 @@ def main() -> None:
         metavar="YAML",
         help="start a new run from a recipe, a file or the name of one that comes along",
     )
-    start.add_argument("--resume", type=Path, metavar="RUN", help="go on with an earlier run")
+    start.add_argument("--resume", metavar="RUN", help="go on with an earlier run")
     group.add_argument(
-        "--output", type=Path, metavar="RUN", help="run folder (default: runs/ and the name)"
+        "--output",
+        metavar="RUN",
+        help="run folder, or URI of one (default: runs/ and the name)",
     )
     group.add_argument(
         "--start-or-resume",
@@ -80,13 +88,19 @@ def main() -> None:
     overrides = [*args.overrides, *(["tracking.audit=true"] if args.audit else [])]
 
     _refuse_contradictions(args)
-    file = load_resumed(args.resume) if args.resume else shipped_file(args.config, "recipes")
+    place = args.resume or args.output
+    mirror = mirror_of(place) if place is not None and is_uri(place) else None
+    folder = mirror.folder if mirror is not None else Path(place or "runs")
+    file = load_resumed(folder) if args.resume else shipped_file(args.config, "recipes")
     recipe = load_settings(Recipe, file, overrides)
-    folder = args.resume or args.output or Path("runs") / recipe.name
+    if mirror is not None:
+        refuse_two_storages(recipe, mirror)
+    if place is None:
+        folder /= recipe.name
     refuse_output(folder, "--output")
     standing = standing_of_run(folder, recipe) if args.start_or_resume else "none"
     if standing == "finished":
-        print(f"The run in {folder} is finished; see {folder / RESULT}.")
+        print(f"The run in {place or folder} is finished; see {folder / RESULT}.")
         return
     bench = None
     if recipe.evaluation.benchmark is not None:
@@ -105,16 +119,19 @@ def main() -> None:
     if args.dry_run:
         with session if joins_cluster() else nullcontext():
             room = look_around()
-        print(f"Run {folder}\n{describe_run(recipe, plan)}")
+        print(f"Run {place or folder}\n{describe_run(recipe, plan)}")
         device = choose_device(recipe, room)
         check_deepspeed(recipe, device)
         print(describe_room(recipe, device, room))
         return
     with session:
         if recipe.cluster.check_first:
-            refuse_unfit(recipe.checkpoint.storage or str(folder), 2 * checkpoint_bytes(recipe))
-        result = pretrain(recipe, plan, folder, replace=args.replace, bench=bench)
+            storage = recipe.checkpoint.storage or (mirror.uri if mirror else str(folder))
+            refuse_unfit(storage, 2 * checkpoint_bytes(recipe))
+        result = pretrain(recipe, plan, folder, replace=args.replace, bench=bench, mirror=mirror)
     _print_summary(result)
+    if mirror is not None:
+        print(f"Run:        {mirror.uri}; what is above is this machine's copy")
 
 
 def _refuse_contradictions(args: argparse.Namespace) -> None:

@@ -21,8 +21,9 @@ from raptide.patience import patiently
 from raptide.training.checkpoints.owned import DRIVER, Storage, begin_attempt
 from raptide.training.planning.estimate import explain_memory, ran_out_of_memory
 from raptide.training.process import prepare_process
+from raptide.training.run import Run
 from raptide.training.watching.watch import describe_hang
-from raptide.training.worker import Run, Worker
+from raptide.training.worker import Worker
 
 COUNTED = "attempts"
 """File of a run in which earlier versions counted the starts of its workers."""
@@ -72,9 +73,9 @@ def _begin_attempt(run: Run) -> str:
     before = ray.get(run.board.attempts.remote())
     if before and not _is_ours(run):
         Attempts(storage).refuse_others(before[-1])
-    attempt = begin_attempt(storage, above=_counted(Path(run.folder)), driver=run.driver)
+    attempt = begin_attempt(storage, above=_counted(run.folder_here), driver=run.driver)
     ray.get(run.board.began.remote(attempt.name))
-    if (hang := describe_hang(Path(run.folder), attempt.number - 1)) is not None:
+    if (hang := describe_hang(run.folder_here, attempt.number - 1)) is not None:
         run.board.warn.remote(hang)
     return attempt.name
 

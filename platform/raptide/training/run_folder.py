@@ -21,13 +21,11 @@ from raptide.config import load_settings
 from raptide.errors import CheckpointError, ConfigError
 from raptide.small_files import write_whole
 from raptide.training.checkpoints.checkpoint import has_finished_one
-from raptide.training.checkpoints.owned import RUN_INFO, Storage
+from raptide.training.checkpoints.owned import RECIPE, RUN_INFO, Storage
 from raptide.training.planning.recipe import Recipe
 from raptide.training.planning.resuming import changed_fields
 from raptide.training.result import is_finished
 from raptide.training.watching.heldout import Ece
-
-RECIPE = "recipe.yaml"
 
 Standing = Literal["none", "begun", "saved", "finished"]
 """How far the run in a folder has come: `begun` has no checkpoint yet."""
@@ -117,11 +115,14 @@ def _holds_anything(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
-def begin_run(folder: Path, recipe: Recipe, baseline: Ece) -> None:
+def begin_run(folder: Path, recipe: Recipe, baseline: Ece, uri: str | None = None) -> None:
     """Make the folder of a new run, with what stays the same through all its restarts.
 
     It appears whole, so of two processes that begin a run in one place, one is refused, and a
     process that ends in the middle leaves no half of a run.
+
+    Args:
+        uri: of a run that lives there, with its checkpoints.
 
     Raises:
         ConfigError: the place was taken meanwhile.
@@ -130,7 +131,7 @@ def begin_run(folder: Path, recipe: Recipe, baseline: Ece) -> None:
     info = {
         "wandb_run_id": run_id,
         "unigram_ece": asdict(baseline),
-        "checkpoints": _storage_uri(recipe, run_id),
+        "checkpoints": uri or _storage_uri(recipe, run_id),
     }
     partial = folder.with_name(f"{folder.name}.{run_id}.partial")
     partial.mkdir(parents=True)

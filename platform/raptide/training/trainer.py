@@ -27,13 +27,15 @@ from raptide.training.checkpoints.checkpoint import (
     has_finished_one,
     newest_checkpoint,
 )
-from raptide.training.checkpoints.owned import RUN_INFO, Storage, read_run_info
+from raptide.training.checkpoints.owned import RECIPE, RUN_INFO, Storage, read_run_info
 from raptide.training.group import train_worker
 from raptide.training.meeting import RoomForAll
+from raptide.training.mirror import Mirror
 from raptide.training.planning.recipe import Recipe
 from raptide.training.planning.resuming import with_absolute_paths
 from raptide.training.planning.room import choose_device, look_around, worker_needs
 from raptide.training.result import RESULT, RunResult, is_finished, read_result, write_result
+from raptide.training.run import Run
 from raptide.training.run_folder import (
     alone_in,
     begin_run,
@@ -43,12 +45,12 @@ from raptide.training.run_folder import (
     refuse_to_delete,
 )
 from raptide.training.snapshot import NoSnapshot
+from raptide.training.watching.audit import SUMMARY
 from raptide.training.watching.heldout import heldout_rows, unigram_ece
 from raptide.training.watching.leaving import LEFT, saved_on_sigterm
-from raptide.training.watching.picture import draw_run
+from raptide.training.watching.picture import PICTURE, draw_run
 from raptide.training.watching.progress import BoardActor, shown, warn_here
 from raptide.training.watching.validation import Bench
-from raptide.training.worker import Run
 from raptide.version import code_version
 
 
@@ -117,11 +119,13 @@ def pretrain(
     *,
     replace: bool = False,
     bench: Bench | None = None,
+    mirror: Mirror | None = None,
 ) -> RunResult:
     """Run a recipe to its last step; `plan` comes from `prepare_run`. Ray must be running.
 
     Args:
         replace: delete an earlier run in `folder` once everything else is in order.
+        mirror: the run lives at a URI, and `folder` is what is here of it.
         bench: asked of each checkpoint that is evaluated beside the training.
 
     Raises:
@@ -145,18 +149,31 @@ def pretrain(
         baseline = unigram_ece(plan, heldout_rows(plan, recipe.evaluation))
         if replace:
             delete_run(folder)
-        begin_run(folder, recipe, baseline)
+        begin_run(folder, recipe, baseline, mirror.uri if mirror is not None else None)
+        if mirror is not None:
+            mirror.begin()
     with alone_in(folder):
         (folder / RESULT).unlink(missing_ok=True)  # there again once all is done
         with without_ending("The run goes on, but its recipe was not written down"):
             keep_recipe(folder, recipe)
+        if mirror is not None:
+            mirror.storage.delete(RESULT)
+            mirror.send(RECIPE)
         if source is not None:
             adopt(source, Storage.of_run(folder), recipe, read_run_info(folder)["wandb_run_id"])
-        return _train(recipe, plan, folder, device, bench)
+        result = _train(recipe, plan, folder, device, bench, mirror)
+    if mirror is not None:
+        mirror.send(*(name for name in (PICTURE, SUMMARY, RESULT) if (folder / name).is_file()))
+    return result
 
 
 def _train(
-    recipe: Recipe, plan: StreamPlan, folder: Path, device: str, bench: Bench | None
+    recipe: Recipe,
+    plan: StreamPlan,
+    folder: Path,
+    device: str,
+    bench: Bench | None,
+    mirror: Mirror | None,
 ) -> RunResult:
     info = read_run_info(folder)
     board = BoardActor.options(scheduling_strategy=on_this_node()).remote()
@@ -164,6 +181,7 @@ def _train(
         recipe=recipe,
         plan=plan,
         folder=str(folder.resolve()),
+        uri=mirror.uri if mirror is not None else None,
         run_id=info["wandb_run_id"],
         code_version=code_version(),
         device=device,
@@ -177,6 +195,8 @@ def _train(
     if ended["phase"] == LEFT:
         print(f"{folder} is saved at step {ended['step']}; --resume goes on.", file=sys.stderr)
         raise KeyboardInterrupt
+    if mirror is not None:
+        mirror.fetch()
     result = read_result(folder, recipe, step=ended["step"])
     with without_ending("The run's curve was not drawn"):
         draw_run(folder, result.unigram_ece.all_chosen)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -17,7 +16,6 @@ from raptide.cluster import on_this_node
 from raptide.data.streaming.batch import Cursor
 from raptide.data.streaming.feeder import BatchReader, FeederActor
 from raptide.data.streaming.shares import BatchShare
-from raptide.data.streaming.stream import StreamPlan
 from raptide.errors import CheckpointError, CheckpointUnsaved
 from raptide.model.formats.weights import Weights
 from raptide.training.ahead import SharesAhead
@@ -31,8 +29,9 @@ from raptide.training.checkpoints.step_bundle import StepBundle
 from raptide.training.engine import build_engine, load_state
 from raptide.training.planning.estimate import saved_bytes
 from raptide.training.planning.optimizer import learning_rate
-from raptide.training.planning.recipe import Recipe
 from raptide.training.process import collect_garbage, garbage_by_hand
+from raptide.training.run import Run
+from raptide.training.sender import Sender, sender_of_rank
 from raptide.training.step import Stepper, StepResult
 from raptide.training.watching.audit import AuditWriter
 from raptide.training.watching.heldout import Evaluations, HeldoutEvaluator, heldout_rows
@@ -40,30 +39,11 @@ from raptide.training.watching.leaving import LEFT, TRAINING, nodes_to_go
 from raptide.training.watching.metrics import StepMetrics
 from raptide.training.watching.ranks import BoardWatch
 from raptide.training.watching.tracking import Tracker, start_tracking
-from raptide.training.watching.validation import Bench, RunEvaluations
+from raptide.training.watching.validation import RunEvaluations
 from raptide.training.watching.watch import HangWatch, LossWatch
 
 LOOK_EVERY_S = 5.0
 """Seconds between two looks at what goes on beside the steps: preemption notices, evaluations."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the driver tells every worker."""
-
-    recipe: Recipe
-    plan: StreamPlan
-    folder: str
-    run_id: str
-    """W&B's id, the same through all restarts."""
-    code_version: str
-    device: str
-    driver: str
-    """Tells the process that started the workers from all others."""
-    board: Any
-    """Handle of its progress board."""
-    bench: Bench | None
-    """What checkpoints are asked beside their held-out ECE."""
 
 
 class Worker:
@@ -75,7 +55,11 @@ class Worker:
         self._recipe = run.recipe
         self._rank, self._workers = context.get_world_rank(), context.get_world_size()
         self._attempt = attempt
-        folder = Path(run.folder)
+        folder = run.folder_here
+        sender = None
+        if (mirror := run.mirror) is not None:
+            sender = sender_of_rank(mirror, self._rank, context.get_local_rank(), self._warn)
+            stack.enter_context(closing(sender))
         timeout_s = self._recipe.cluster.hang_timeout_s
         watch = HangWatch(folder, self._rank, attempt.number, timeout_s)
         self._hang_watch = stack.enter_context(closing(watch))
@@ -86,7 +70,7 @@ class Worker:
         self._post(phase="loading DeepSpeed")
         cursor, so_far = self._load()
         self._hang_watch.progress()
-        self._writer = self._prepare_saving(context.get_local_world_size())
+        self._writer = self._prepare_saving(context.get_local_world_size(), sender)
         self._evaluations = self._prepare_evaluations(so_far)
         reader = self._start_stream(cursor)
         rows = heldout_rows(run.plan, self._recipe.evaluation)
@@ -332,12 +316,15 @@ class Worker:
             self._save_at_once = False
         return time.perf_counter() - started
 
-    def _prepare_saving(self, workers_here: int) -> CheckpointWriter:
+    def _prepare_saving(self, workers_here: int, sender: Sender | None) -> CheckpointWriter:
         recipe, run = self._recipe, self._run
         scratch = scratch_folder(run.run_id, f"rank-{self._rank:05d}", empty=True)
         own, others = (saved_bytes(recipe, self._workers, rank) for rank in (self._rank, 1))
         needed = own + (workers_here - 1) * others  # rank 0 asks for what it writes besides
-        return CheckpointWriter(recipe.checkpoint, run.board, self._attempt, scratch, needed)
+        send_beside = sender.send if sender is not None else None
+        return CheckpointWriter(
+            *(recipe.checkpoint, run.board, self._attempt, scratch, needed), send_beside=send_beside
+        )
 
     def _prepare_evaluations(self, so_far: Evaluations) -> RunEvaluations:
         run, board = self._run, self._run.board if self._rank == 0 else None
@@ -379,8 +366,9 @@ class Worker:
             return None
         run, corpora = self._run, [source.open() for source in self._run.plan.sources]
         facts = {"code_version": run.code_version, "workers": self._workers}
-        folder = Path(run.folder)
-        tracker = start_tracking(self._recipe, folder, run.run_id, corpora, facts, self._warn)
+        tracker = start_tracking(
+            *(self._recipe, run.folder_here, run.run_id, corpora, facts, self._warn)
+        )
         stack.enter_context(tracker)
         tracker.link_corpora(corpora)
         return tracker

@@ -31,6 +31,9 @@ CHECKPOINTS = "checkpoints"
 RUN_INFO = "run.json"
 """What stays the same through all restarts of a run, in its folder."""
 
+RECIPE = "recipe.yaml"
+"""The recipe that a run goes on with, in its folder."""
+
 FOLDER = re.compile(r"step-(\d+)(?:-(\d+-[0-9a-f]+))?")
 
 BEFORE, DRIVER = "before", "driver"

@@ -57,6 +57,7 @@ class CheckpointWriter:
         attempt: Attempt,
         scratch: Path,
         needed_bytes: float,
+        send_beside: Callable[[], None] | None = None,
     ) -> None:
         """
         Args:
@@ -64,10 +65,12 @@ class CheckpointWriter:
             attempt: whose checkpoints count as long as it owns the storage.
             scratch: a folder of this rank's own.
             needed_bytes: free space in the scratch without which nothing is saved.
+            send_beside: sends what the run says of itself, before a checkpoint counts.
         """
         self._settings, self._board, self._attempt = settings, board, attempt
         self._scratch = scratch
         self._needed_bytes = needed_bytes
+        self._send_beside = send_beside or (lambda: None)
         self._storage = Storage.of_ray_train()
         self._manifest: dict[str, Any] = {}
         self._bundle: StepBundle | None = None
@@ -147,6 +150,7 @@ class CheckpointWriter:
                 if problem is None and self._bundle is not None and rank == 0:
                     self._bundle.finish()
                 if problem is None:
+                    self._send_beside()
                     files = send_folder(Path(local.path), self._storage, name)
             except (OSError, SafetensorError, RaptideError) as error:
                 problem = str(error)
