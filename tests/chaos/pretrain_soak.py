@@ -8,9 +8,9 @@ Checkpoints in a bucket (a local S3 server), the best of them kept, held-out ECE
 beside the training, W&B offline; nodes come and go in the first quarter of an hour and halfway
 through the rest. From the sixteenth minute on the private memory of every process is compared with
 the steps that were made: more than 1 MB in 1,000 steps, with the interval's lower end, is growth;
-files in the run, its scratch, Ray's session and the bucket are counted. At the end the run is told
-to stop, and must save. Ends with 1 if anything grew or the run did not end as it should. --quick
-shows that everything goes on, and is too short to show growth.
+files in the run, in the bucket and in Ray's session (whose logs are Ray's) are counted. At the end
+the run is told to stop, and must save. Ends with 1 if anything grew or the run did not end as it
+should. --quick shows that everything goes on, and is too short to show growth.
 
 Needs the extra `demo`, whose proteins it trains on: pip install -c constraints.txt -e '.[dev]'
 """

@@ -80,7 +80,7 @@ def group_of_one(folder):
     dist.destroy_process_group()
 
 
-def run_here(recipe, folder, *, resume=False):
+def run_here(recipe, folder, *, resume=False, **more):
     """`run_to_the_end` of a run on one worker; within `group_of_one`, as in the fixture `alone`."""
     with mock.patch.object(trainer, "TorchTrainer", LoneTrainer):
-        return run_to_the_end(recipe, folder, resume=resume)
+        return run_to_the_end(recipe, folder, resume=resume, **more)

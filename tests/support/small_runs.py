@@ -49,8 +49,8 @@ def as_recipe(tree, **cluster):
     return parse_settings(Recipe, tree | {"cluster": tree["cluster"] | cluster}, source="test")
 
 
-def run_to_the_end(recipe, folder, *, resume=False, bench=None):
-    return pretrain(recipe, prepare_run(recipe, folder, resume=resume), folder, bench=bench)
+def run_to_the_end(recipe, folder, *, resume=False, **more):
+    return pretrain(recipe, prepare_run(recipe, folder, resume=resume), folder, **more)
 
 
 def checkpoint_of(run, step):

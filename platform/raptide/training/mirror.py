@@ -67,7 +67,8 @@ class Mirror:
         storage = self.storage
         there = _files(storage, "")
         if RUN_INFO not in there:
-            if set(storage.names("", folders=True)) - {RECIPE}:  # which is sent first
+            names = storage.names("", folders=True)
+            if not all(name.startswith((RECIPE, RUN_INFO)) for name in names):  # begun, not whole
                 raise ConfigError(
                     f"{self.uri} holds something, but no run (no {RUN_INFO}), and nothing there is "
                     "replaced; choose another --output."
