@@ -118,7 +118,7 @@ def test_a_storage_that_fails_is_told_of_once_and_gets_everything_later(s3, tmp_
     hurry(monkeypatch)
     mirror, told = Mirror(s3.format("runs/late"), tmp_path / "run"), []
     put(mirror, **{"metrics.jsonl": "1\n"})
-    sender = Sender(mirror, ["metrics.jsonl", "hangs/*"], told.append)
+    sender = Sender(mirror, ["metrics.jsonl", "hangs/*", "wandb/**/*"], told.append)
     sender.send()
     with monkeypatch.context() as patch:
         patch.setattr(Storage, "write", fail)
@@ -130,7 +130,12 @@ def test_a_storage_that_fails_is_told_of_once_and_gets_everything_later(s3, tmp_
     (mirror.folder / "hangs").mkdir()
     (mirror.folder / "hangs/empty.txt").touch()  # of a rank that has not hung
     (mirror.folder / "hangs/hung.txt").write_text("stack")
+    (mirror.folder / "wandb/run-1/files").mkdir(parents=True)
+    (mirror.folder / "wandb/run-1/files/run.txt").write_text("x")
+    (mirror.folder / "wandb/latest-run").symlink_to("run-1")
     sender.close()
+    assert mirror.storage.names("wandb", folders=True) == ["run-1"]
+    assert mirror.storage.read("wandb/run-1/files/run.txt") == b"x"
     assert mirror.storage.read("metrics.jsonl") == b"1\n2\n"
     assert mirror.storage.names("hangs") == ["hung.txt"]
     assert len(told) == 1
@@ -144,14 +149,13 @@ def test_a_run_goes_on_on_another_machine(whole, alone, corpus, s3, elsewhere):
     uri = s3.format("runs/moved")
     elsewhere("one")
     mirror = mirror_of(uri)
-    half = as_recipe(make_recipe(corpus, tracked=True, steps=STEPS // 2), workers=1)
+    half = as_recipe(make_recipe(corpus, steps=STEPS // 2), workers=1)
     assert run_here(half, mirror.folder, mirror=mirror).step == STEPS // 2
     elsewhere("two")
     there = mirror_of(uri)
     assert there.folder != mirror.folder
     kept = {"audit.json", "loss.png", "metrics.jsonl", "recipe.yaml", "result.json", "run.json"}
     assert kept <= set(names(there))
-    assert any(name.startswith("wandb/offline-run-") for name in names(there))
     assert json.loads((there.folder / "result.json").read_text())["step"] == STEPS // 2
     with pytest.raises(ConfigError, match="exists already"):
         run_here(half, there.folder, mirror=there)
@@ -170,7 +174,7 @@ def test_a_run_goes_on_on_another_machine(whole, alone, corpus, s3, elsewhere):
 def test_a_node_that_goes_takes_nothing_along(whole, corpus, s3):
     """Rank 0 is killed, and its node's folder with it."""
     uri, results = s3.format("runs/wild"), []
-    recipe = as_recipe(make_recipe(corpus))
+    recipe = as_recipe(make_recipe(corpus, tracked=True))
     mirror = mirror_of(uri)
     thread = threading.Thread(
         target=lambda: results.append(run_to_the_end(recipe, mirror.folder, mirror=mirror))
@@ -182,6 +186,7 @@ def test_a_node_that_goes_takes_nothing_along(whole, corpus, s3):
     assert result.audit.attempts == 2, "the kill came too late to interrupt anything"
     assert result.audit.digest == whole.audit.digest
     assert dict(audited_steps(result.folder)) == dict(audited_steps(whole.folder))
+    assert any((result.folder / "wandb").glob("offline-run-*/*.wandb"))
     # The line of a saved step is written once it is saved, and may go with the node.
     assert losses(result.folder).keys() >= set(range(1, STEPS + 1)) - {EVERY}
 
