@@ -168,12 +168,14 @@ def shape_35m(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
-def test_numbers_do_not_depend_on_batch_mates_or_order(shape_35m, dtype, tolerance):
-    """At the 35 M shape: alone, among a hundred others, and in another order."""
+@pytest.mark.parametrize(
+    ("dtype", "others", "tolerance"), [("fp32", 100, 1e-5), ("bf16", 24, 2e-2)]
+)
+def test_numbers_do_not_depend_on_batch_mates_or_order(shape_35m, dtype, others, tolerance):
+    """At the 35 M shape: alone, among many others (bf16 may be emulated), in another order."""
     engine = Engine.load(shape_35m, device="cpu", dtype=dtype)
     rng = generator()
-    crowd = [random_sequence(int(n)) for n in rng.integers(1, 120, 100)]
+    crowd = [random_sequence(int(n)) for n in rng.integers(1, 120, others)]
     mine = [random_sequence(n) for n in (5, 60, 333)]
     together = engine.embed([*crowd, *mine])[-3:]
     shuffled = engine.embed([*mine[::-1], *crowd[::-1]])[:3][::-1]
