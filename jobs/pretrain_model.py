@@ -38,14 +38,15 @@ from raptide.cluster import joins_cluster, ray_session, training_cpus
 from raptide.config import load_settings
 from raptide.errors import ConfigError
 from raptide.evaluation.beside import RunBenchmark
-from raptide.storage import is_uri
-from raptide.training.mirror import mirror_of, refuse_two_storages
+from raptide.storage import Storage, is_uri
+from raptide.training.checkpoints.owned import RESULT
+from raptide.training.mirror import Mirror, mirrored, refuse_copy, refuse_two_storages
 from raptide.training.planning.deepspeed_config import check_deepspeed
 from raptide.training.planning.estimate import checkpoint_bytes
 from raptide.training.planning.overview import describe_run
 from raptide.training.planning.recipe import Recipe
 from raptide.training.planning.room import choose_device, describe_room, look_around
-from raptide.training.result import RESULT, RunResult
+from raptide.training.result import RunResult
 from raptide.training.run_folder import load_resumed, standing_of_run
 from raptide.training.trainer import prepare_run, pretrain
 
@@ -88,19 +89,45 @@ def main() -> None:
     overrides = [*args.overrides, *(["tracking.audit=true"] if args.audit else [])]
 
     _refuse_contradictions(args)
-    place = args.resume or args.output
-    mirror = mirror_of(place) if place is not None and is_uri(place) else None
-    folder = mirror.folder if mirror is not None else Path(place or "runs")
-    file = load_resumed(folder) if args.resume else shipped_file(args.config, "recipes")
+    place = _place(args.resume or args.output)
+    if not isinstance(place, str):
+        _pretrain(args, overrides, place)
+        return
+    with mirrored(place, look=args.dry_run) as mirror:
+        _pretrain(args, overrides, mirror.folder, mirror)
+
+
+def _place(named: str | None) -> Path | str | None:
+    """The folder of a run, or the URI of one that is in none."""
+    if named is None:
+        return None
+    if is_uri(named):
+        storage = Storage.at(named, "the run's URI")
+        return Path(storage.path) if storage.is_local else named
+    refuse_copy(Path(named))
+    return Path(named)
+
+
+def _pretrain(
+    args: argparse.Namespace,
+    overrides: list[str],
+    folder: Path | None,
+    mirror: Mirror | None = None,
+) -> None:
+    if args.resume:
+        assert folder is not None
+        file = load_resumed(folder)
+    else:
+        file = shipped_file(args.config, "recipes")
     recipe = load_settings(Recipe, file, overrides)
+    folder = folder or Path("runs") / recipe.name
+    place = folder if mirror is None else mirror.uri
     if mirror is not None:
         refuse_two_storages(recipe, mirror)
-    if place is None:
-        folder /= recipe.name
     refuse_output(folder, "--output")
     standing = standing_of_run(folder, recipe) if args.start_or_resume else "none"
     if standing == "finished":
-        print(f"The run in {place or folder} is finished; see {folder / RESULT}.")
+        print(f"The run in {place} is finished; see its {RESULT}.")
         return
     bench = None
     if recipe.evaluation.benchmark is not None:
@@ -119,14 +146,14 @@ def main() -> None:
     if args.dry_run:
         with session if joins_cluster() else nullcontext():
             room = look_around()
-        print(f"Run {place or folder}\n{describe_run(recipe, plan)}")
+        print(f"Run {place}\n{describe_run(recipe, plan)}")
         device = choose_device(recipe, room)
         check_deepspeed(recipe, device)
         print(describe_room(recipe, device, room))
         return
     with session:
         if recipe.cluster.check_first:
-            storage = recipe.checkpoint.storage or (mirror.uri if mirror else str(folder))
+            storage = recipe.checkpoint.storage or str(place)
             refuse_unfit(storage, 2 * checkpoint_bytes(recipe))
         result = pretrain(recipe, plan, folder, replace=args.replace, bench=bench, mirror=mirror)
     _print_summary(result)

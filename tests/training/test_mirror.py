@@ -1,5 +1,6 @@
 """A run at a URI: what every machine finds there, and what becomes of it when a node goes."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,11 +15,12 @@ from small_runs import EVERY, STEPS, as_recipe, losses, make_recipe, run_to_the_
 from stumbles import hurry
 from training_processes import training_processes
 
-from raptide.errors import ConfigError
+from raptide.errors import ConfigError, RaptideError
 from raptide.kept import CACHE
 from raptide.training.checkpoints.checkpoint import find_bundle_at
-from raptide.training.checkpoints.owned import Storage
-from raptide.training.mirror import Mirror, mirror_of, refuse_two_storages
+from raptide.training.checkpoints.owned import Storage, begin_attempt
+from raptide.training.mirror import Mirror, mirrored, refuse_copy, refuse_two_storages
+from raptide.training.run_folder import delete_run, load_resumed
 from raptide.training.sender import Sender
 from raptide.training.watching.audit import audited_steps
 
@@ -37,6 +39,15 @@ def elsewhere(tmp_path, monkeypatch):
         monkeypatch.setenv(CACHE, str(tmp_path / name))
 
     return move
+
+
+def mirror_of(uri):
+    with mirrored(uri) as mirror:
+        return mirror
+
+
+def info_of(uri, run_id="one"):
+    return json.dumps({"wandb_run_id": run_id, "checkpoints": uri}) + "\n"
 
 
 def put(mirror, **files):
@@ -59,7 +70,8 @@ def test_what_is_fetched_is_what_is_there(s3, elsewhere):
     one = mirror_of(uri)
     assert one.folder.name == "fetched"
     assert not one.folder.exists()
-    put(one, **{"run.json": "{}", "metrics.jsonl": "1\n"})
+    put(one, **{"run.json": info_of(uri), "metrics.jsonl": "1\n"})
+    one.storage.write("stray.bin", lambda file: file.write(b"not ours"))
     put(one, **{"audit/rank-00000.jsonl": "2\n", "wandb/run-1/files/x.txt": "3"})
     one.storage.write("step-00000005-000001-aa/model/config.json", lambda file: file.write(b"{}"))
     elsewhere("two")
@@ -118,7 +130,10 @@ def test_a_storage_that_fails_is_told_of_once_and_gets_everything_later(s3, tmp_
     hurry(monkeypatch)
     mirror, told = Mirror(s3.format("runs/late"), tmp_path / "run"), []
     put(mirror, **{"metrics.jsonl": "1\n"})
-    sender = Sender(mirror, ["metrics.jsonl", "hangs/*", "wandb/**/*"], told.append)
+    attempt = begin_attempt(mirror.storage).name
+    sender = Sender(
+        mirror, attempt, ["metrics.jsonl", "hangs/*"], told.append, large=["wandb/**/*"]
+    )
     sender.send()
     with monkeypatch.context() as patch:
         patch.setattr(Storage, "write", fail)
@@ -133,6 +148,8 @@ def test_a_storage_that_fails_is_told_of_once_and_gets_everything_later(s3, tmp_
     (mirror.folder / "wandb/run-1/files").mkdir(parents=True)
     (mirror.folder / "wandb/run-1/files/run.txt").write_text("x")
     (mirror.folder / "wandb/latest-run").symlink_to("run-1")
+    sender.send()
+    assert mirror.storage.names("wandb", folders=True) == [], "large files hold nobody up"
     sender.close()
     assert mirror.storage.names("wandb", folders=True) == ["run-1"]
     assert mirror.storage.read("wandb/run-1/files/run.txt") == b"x"
@@ -143,6 +160,105 @@ def test_a_storage_that_fails_is_told_of_once_and_gets_everything_later(s3, tmp_
 
 def fail(*_):
     raise OSError("connection reset")
+
+
+def test_who_has_been_superseded_sends_nothing(s3, tmp_path):
+    """Not even what it wrote before, once it wakes."""
+    uri, told = s3.format("runs/zombie"), []
+    old, new = Mirror(uri, tmp_path / "old"), Mirror(uri, tmp_path / "new")
+    put(old, **{"metrics.jsonl": "1\n"})
+    sender = Sender(old, begin_attempt(old.storage).name, ["metrics.jsonl"], told.append)
+    begin_attempt(new.storage)
+    put(new, **{"metrics.jsonl": "1\n2\n3\n"})
+    (old.folder / "metrics.jsonl").write_text("1\n2\n")
+    sender.send()
+    sender.close()
+    assert new.storage.read("metrics.jsonl") == b"1\n2\n3\n"
+    assert not told, "whoever trains says it"
+
+
+def test_one_process_works_on_a_run_and_others_may_look(s3, elsewhere):
+    elsewhere("one")
+    uri = s3.format("runs/busy")
+    with mirrored(uri) as mirror:
+        put(mirror, **{"recipe.yaml": "name: x", "run.json": info_of(uri)})
+        (mirror.folder / "result.json").write_text("not sent yet")
+        with mirrored(f"{uri}&connect_timeout=9", look=True) as other:
+            assert names(other) == ["recipe.yaml", "run.json"]
+            assert other.folder != mirror.folder
+        with pytest.raises(ConfigError, match="Another process on this machine"):
+            mirror_of(uri.replace("/busy?", "/busy/?"))
+        assert (mirror.folder / "result.json").is_file()
+    assert mirror_of(uri).folder == mirror.folder
+
+
+def test_of_two_that_begin_a_run_one_is_refused(s3, tmp_path):
+    uri = s3.format("runs/two")
+    mine, others = (Mirror(uri, tmp_path / name) for name in ("mine", "others"))
+    for mirror in (mine, others):
+        mirror.folder.mkdir()
+        (mirror.folder / "recipe.yaml").write_text(f"name: {mirror.folder.name}")
+        (mirror.folder / "run.json").write_text(info_of(uri, mirror.folder.name))
+    mine.begin()
+    mine.begin()  # once more, after a stumble
+    with pytest.raises(ConfigError, match=r"Another process has begun a run .* meanwhile"):
+        others.begin()
+    assert mine.storage.read("recipe.yaml") == b"name: mine"
+    assert not others.folder.exists()
+
+
+def test_a_copy_is_no_run_and_other_options_are_no_copy(s3, elsewhere):
+    elsewhere("one")
+    uri, copy = s3.format("runs/home"), s3.format("runs/copy")
+    put(mirror_of(uri), **{"run.json": info_of(uri)})
+    put(mirror_of(copy), **{"run.json": info_of(uri)})
+    with pytest.raises(ConfigError, match=r"copy of a run .* belong to s3://mirror/runs/home;"):
+        mirror_of(copy)
+    uploaded = s3.format("runs/uploaded")
+    put(mirror_of(uploaded), **{"run.json": info_of(None)})
+    with pytest.raises(ConfigError, match="belong to a folder; go on with that"):
+        mirror_of(uploaded)
+    longer = f"{uri}&connect_timeout=9"
+    info = json.loads((mirror_of(longer).folder / "run.json").read_text())
+    assert info["checkpoints"] == longer
+
+
+def test_errors_name_the_uri_and_its_copy_here_is_no_run(s3, elsewhere):
+    elsewhere("one")
+    uri = s3.format("runs/named")
+    with pytest.raises(RaptideError) as told, mirrored(uri) as mirror:
+        load_resumed(mirror.folder)
+    assert uri in str(told.value)
+    assert str(mirror.folder) not in str(told.value)
+    with pytest.raises(ConfigError, match="lives at a URI; name the URI"):
+        refuse_copy(mirror.folder)
+    with pytest.raises(ConfigError, match="There is no bucket nowhere"):
+        mirror_of(uri.replace("s3://mirror/", "s3://nowhere/"))
+
+
+def test_a_deletion_that_is_killed_can_be_made_again(s3, elsewhere, monkeypatch):
+    elsewhere("one")
+    uri = s3.format("runs/gone")
+    put(mirror_of(uri), **{"recipe.yaml": "name: x", "run.json": info_of(uri), "loss.png": "x"})
+    storage = Storage.at(uri)
+    for step in (5, 10):
+        storage.write(f"step-{step:08d}-000001-aa/manifest.json", lambda file: file.write(b"{}"))
+    for deleted in range(6):  # and then it is killed
+        left, delete = [deleted], Storage.delete
+
+        def delete_some(self, name, left=left, delete=delete):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            delete(self, name)
+
+        mirror = mirror_of(uri)
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(Storage, "delete", delete_some)
+            delete_run(mirror.folder)
+    delete_run(mirror_of(uri).folder)
+    assert storage.names("", folders=True) in ([], ["recipe.yaml"])
+    assert not mirror_of(uri).folder.exists()
 
 
 def test_a_run_goes_on_on_another_machine(whole, alone, corpus, s3, elsewhere):

@@ -5,15 +5,18 @@
                           attempts/, step-…/       the checkpoints, as in every storage
 
 A bucket takes whole files only, so each process has the folder of the run on its own node, fetches
-what it goes on with, and sends what has changed. Two processes never send the same file, unless one
-belongs to an attempt that another has taken over: what that one sends lasts until the next send of
-its successor, which has all that came before.
+what it goes on with, and sends what has changed, as long as the run is its attempt's.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import json
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -21,16 +24,23 @@ from typing import Any, Self
 
 from pyarrow.fs import FileSelector, FileType
 
-from raptide.errors import ConfigError
-from raptide.kept import cache_folder
+from raptide.errors import ConfigError, RaptideError
+from raptide.kept import CACHE, cache_folder
+from raptide.patience import reason_of
 from raptide.storage import copy_stream
-from raptide.training.checkpoints.owned import RECIPE, RUN_INFO, Storage
+from raptide.training.checkpoints.owned import RECIPE, RESULT, RUN_INFO, Storage
 from raptide.training.planning.recipe import Recipe, without_key
-from raptide.training.watching.audit import AUDIT
+from raptide.training.watching.audit import AUDIT, SUMMARY
+from raptide.training.watching.picture import PICTURE
+from raptide.training.watching.tracking import METRICS
 from raptide.training.watching.watch import HANGS
 
+FILES = (RUN_INFO, RECIPE, METRICS, RESULT, PICTURE, SUMMARY)
 FOLDERS = (AUDIT, HANGS, "wandb")
-"""Of a run, whose files are sent and fetched; of all others, none."""
+"""Of a run, what is sent and fetched; of all other folders and files, nothing."""
+
+GROWING = 1 << 20
+"""Bytes of a file above which one of the same size is taken for the same: it only ever grows."""
 
 
 @dataclass(frozen=True)
@@ -41,38 +51,25 @@ class Mirror:
     folder: Path
 
     @classmethod
-    def of_driver(cls, uri: str) -> Self:
-        """The one of whoever starts, resumes or looks at a run; the same for all on a machine."""
-        place, _, _ = uri.partition("?")
-        digest = hashlib.sha256(place.rstrip("/").encode()).hexdigest()[:16]
-        return cls(uri, cache_folder() / "runs" / digest / PurePosixPath(place).name)
-
-    @classmethod
     def of_worker(cls, uri: str, run_id: str) -> Self:
         """The one of a node's workers, in which no other run ever was."""
-        name = PurePosixPath(uri.partition("?")[0]).name
-        return cls(uri, cache_folder() / "runs" / run_id / name)
+        return cls(uri, cache_folder() / "runs" / run_id / _name(uri))
 
     @property
     def storage(self) -> Storage:
-        return Storage.at(self.uri, "--output")
+        return Storage.at(self.uri, "the run's URI")
 
     def fetch(self) -> None:
-        """Make the folder's small files those at the URI; what is the same already stays.
+        """Make the folder's files those at the URI; what is the same already stays.
 
         Raises:
-            ConfigError: what is there is no run.
+            ConfigError: what is there is no run, or the copy of one that lives elsewhere.
             RaptideError: the storage fails.
         """
         storage = self.storage
-        there = _files(storage, "")
+        there = {n: size for n, size in _files(storage, "").items() if n in FILES}
         if RUN_INFO not in there:
-            names = storage.names("", folders=True)
-            if not all(name.startswith((RECIPE, RUN_INFO)) for name in names):  # begun, not whole
-                raise ConfigError(
-                    f"{self.uri} holds something, but no run (no {RUN_INFO}), and nothing there is "
-                    "replaced; choose another --output."
-                )
+            self._refuse_others()
             shutil.rmtree(self.folder, ignore_errors=True)
             return
         for folder in FOLDERS:
@@ -80,10 +77,9 @@ class Mirror:
         for file in self._files():
             if str(file.relative_to(self.folder)) not in there:
                 file.unlink()
-        for name in there:
-            content, file = storage.find(name), self.folder / name
-            if content is not None and not (file.is_file() and file.read_bytes() == content):
-                _put(file, content)
+        for name, size in there.items():
+            self._fetch(storage, name, size)
+        self._name_checkpoints()
 
     def begin(self) -> None:
         """Send a new run, whole or not at all: what tells that there is one comes last.
@@ -91,14 +87,17 @@ class Mirror:
         Raises:
             ConfigError: another process has begun a run there meanwhile.
         """
-        self.send(RECIPE, RUN_INFO)
-        if self.storage.read(RUN_INFO) != (self.folder / RUN_INFO).read_bytes():
+        own, storage = (self.folder / RUN_INFO).read_bytes(), self.storage
+        if storage.find(RUN_INFO) is None:
+            self.send(RECIPE, RUN_INFO)
+        if storage.find(RUN_INFO) != own:
+            shutil.rmtree(self.folder, ignore_errors=True)
             raise ConfigError(
-                f"Another process has begun a run at {self.uri}; choose another --output."
+                f"Another process has begun a run at {self.uri} meanwhile; choose another --output."
             )
 
     def fetch_own(self, *names: str) -> None:
-        """The same for single files, which need not be there.
+        """The same as `fetch` for single files, which need not be there.
 
         What is on this node stays if it begins with what is at the URI: nobody else has gone on.
         """
@@ -120,47 +119,124 @@ class Mirror:
             with (self.folder / name).open("rb") as source:
                 self.storage.write(name, partial(_copy, source))
 
+    def _refuse_others(self) -> None:
+        """
+        Raises:
+            ConfigError: there is something at the URI that is not the beginning of a run, or no
+                bucket.
+        """
+        storage = self.storage
+        names = storage.names("", folders=True)
+        if not all(name.startswith((RECIPE, RUN_INFO)) for name in names):
+            raise ConfigError(
+                f"{self.uri} holds something, but no run (no {RUN_INFO}), and nothing there is "
+                "replaced; choose another --output."
+            )
+        bucket = storage.path.partition("/")[0]
+        if storage.filesystem.type_name == "s3" and not names:
+            kind = storage.ask("", lambda _: storage.filesystem.get_file_info(bucket).type)
+            if kind == FileType.NotFound:
+                raise ConfigError(f"There is no bucket {bucket} for {self.uri}; make it first.")
+
+    def _fetch(self, storage: Storage, name: str, size: int) -> None:
+        file = self.folder / name
+        same_size = file.is_file() and file.stat().st_size == size
+        if size > GROWING:
+            if not same_size:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                storage.fetch(name, file)
+            return
+        content = storage.find(name)
+        if content is not None and not (same_size and file.read_bytes() == content):
+            _put(file, content)
+
+    def _name_checkpoints(self) -> None:
+        """Where they lie is the URI as it was given now, whose options may be others.
+
+        Raises:
+            ConfigError: they lie elsewhere.
+        """
+        file = self.folder / RUN_INFO
+        try:
+            info = json.loads(file.read_text())
+            there = info["checkpoints"]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{RUN_INFO} at {self.uri} is damaged; begin a new run.") from None
+        if there is None or _place(there) != _place(self.uri):
+            home = "a folder" if there is None else there.partition("?")[0]
+            raise ConfigError(
+                f"{self.uri} is a copy of a run whose checkpoints belong to {home}; go on with "
+                "that one, or begin a run elsewhere with continue_from and a checkpoint."
+            )
+        if there != self.uri:
+            file.write_text(json.dumps(info | {"checkpoints": self.uri}) + "\n")
+
     def _files(self) -> list[Path]:
         below = [file for each in FOLDERS for file in self.folder.glob(f"{each}/**/*")]
-        return [file for file in (*self.folder.glob("*"), *below) if file.is_file()]
+        own = [self.folder / name for name in FILES]
+        return [file for file in (*own, *below) if file.is_file()]
 
 
-def _files(storage: Storage, folder: str) -> set[str]:
-    """Names in the run of the files in one of its FOLDERS and below it, or of those in itself."""
+@contextmanager
+def mirrored(uri: str, *, look: bool = False) -> Iterator[Mirror]:
+    """What lies at a URI, a run or nothing yet, on this machine; errors speak of the URI.
 
-    def files(path: str) -> set[str]:
-        selector = FileSelector(path, allow_not_found=True, recursive=bool(folder))
-        infos = storage.filesystem.get_file_info(selector)
-        whole = [info for info in infos if info.type == FileType.File]
-        return {str(PurePosixPath(info.path).relative_to(storage.path)) for info in whole}
-
-    return storage.ask(folder, files)
-
-
-def _put(file: Path, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(content)
-
-
-def _copy(source: Any, sink: Any) -> None:
-    source.seek(0)
-    copy_stream(source, sink)
-
-
-def mirror_of(uri: str) -> Mirror:
-    """What lies at a URI, a run or nothing yet, fetched to this machine.
+    Args:
+        look: nothing will be changed; others may work on the run meanwhile.
 
     Raises:
-        ConfigError: pyarrow knows no such file system; the URI holds a key, or what is no run.
+        ConfigError: pyarrow knows no such file system; the URI holds a key, or what is no run;
+            another process on this machine works on the run.
         RaptideError: the storage fails.
     """
     try:
         without_key(uri)
     except ValueError as error:
-        raise ConfigError(f"The run's URI names who asks ({error}).") from None
-    mirror = Mirror.of_driver(uri)
-    mirror.fetch()
-    return mirror
+        raise ConfigError(f"The run's URI names who asks, but {error}.") from None
+    with tempfile.TemporaryDirectory() if look else _alone_with(uri) as folder:
+        mirror = Mirror(uri, Path(folder) / _name(uri))
+        try:
+            mirror.fetch()
+            yield mirror
+        except RaptideError as error:
+            if str(mirror.folder) not in str(error):
+                raise
+            raise type(error)(str(error).replace(str(mirror.folder), uri)) from None
+
+
+@contextmanager
+def _alone_with(uri: str) -> Iterator[Path]:
+    """A folder of this machine for a run, which no other process has meanwhile."""
+    folder = cache_folder() / "runs" / hashlib.sha256(_place(uri).encode()).hexdigest()[:16]
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be made ({reason_of(error)}); name another folder in {CACHE}."
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"Another process on this machine works on the run at {uri}; wait for its end, "
+                "stop it, or choose another --output."
+            ) from None
+        except OSError:  # this file system has no locks
+            pass
+        yield folder
+
+
+def refuse_copy(folder: Path) -> None:
+    """
+    Raises:
+        ConfigError: the folder is what is on this machine of a run at a URI.
+    """
+    if folder.resolve().is_relative_to((cache_folder() / "runs").resolve()):
+        raise ConfigError(
+            f"{folder} is this machine's copy of a run that lives at a URI; name the URI."
+        )
 
 
 def refuse_two_storages(recipe: Recipe, mirror: Mirror) -> None:
@@ -173,3 +249,34 @@ def refuse_two_storages(recipe: Recipe, mirror: Mirror) -> None:
             f"The run is to live at {mirror.uri} with its checkpoints, but the recipe has a "
             f"checkpoint.storage ({recipe.checkpoint.storage}); leave one of the two out."
         )
+
+
+def _place(uri: str) -> str:
+    """A URI without its options."""
+    return uri.partition("?")[0].rstrip("/")
+
+
+def _name(uri: str) -> str:
+    return PurePosixPath(_place(uri)).name
+
+
+def _files(storage: Storage, folder: str) -> dict[str, int]:
+    """Sizes of the files in one of a run's FOLDERS and below it, or in itself, by their names."""
+
+    def files(path: str) -> dict[str, int]:
+        selector = FileSelector(path, allow_not_found=True, recursive=bool(folder))
+        infos = storage.filesystem.get_file_info(selector)
+        whole = [info for info in infos if info.type == FileType.File]
+        return {str(PurePosixPath(i.path).relative_to(storage.path)): i.size for i in whole}
+
+    return storage.ask(folder, files)
+
+
+def _put(file: Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+
+
+def _copy(source: Any, sink: Any) -> None:
+    source.seek(0)
+    copy_stream(source, sink)

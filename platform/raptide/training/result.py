@@ -11,14 +11,11 @@ from raptide.errors import CheckpointError
 from raptide.patience import read_surely
 from raptide.small_files import read_lines, write_whole
 from raptide.training.checkpoints.checkpoint import MODEL, local_checkpoint, newest_checkpoint
-from raptide.training.checkpoints.owned import Storage, read_run_info
+from raptide.training.checkpoints.owned import RESULT, Storage, read_run_info
 from raptide.training.planning.recipe import Recipe
 from raptide.training.watching.audit import Audit, keep_audit, read_audit
 from raptide.training.watching.heldout import UNIFORM_ECE, Ece, Evaluations
 from raptide.training.watching.tracking import METRICS
-
-RESULT = "result.json"
-"""Written last of all: where it is, nothing of the run is left to do."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pyarrow.fs import FileType
 
 from raptide.config import load_settings
 from raptide.errors import CheckpointError, ConfigError
@@ -185,8 +184,12 @@ def delete_run(folder: Path) -> None:
         return
     with alone_in(folder) if (folder / RUN_INFO).exists() else nullcontext():
         storage = Storage.of_run(folder)
-        if storage.filesystem.get_file_info(storage.path).type == FileType.Directory:
-            storage.filesystem.delete_dir(storage.path)
+        names = storage.names("", folders=True)
+        last = (RUN_INFO, RECIPE)  # what tells of a run, which are there together or a recipe alone
+        for name in [*(name for name in names if name not in last), *last]:
+            storage.delete(name)
+        if "/" in storage.path:  # else it is a whole bucket
+            storage.delete("")
         shutil.rmtree(folder, ignore_errors=True)
 
 

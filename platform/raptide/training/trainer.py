@@ -27,14 +27,20 @@ from raptide.training.checkpoints.checkpoint import (
     has_finished_one,
     newest_checkpoint,
 )
-from raptide.training.checkpoints.owned import RECIPE, RUN_INFO, Storage, read_run_info
+from raptide.training.checkpoints.owned import (
+    RECIPE,
+    RESULT,
+    RUN_INFO,
+    Storage,
+    read_run_info,
+)
 from raptide.training.group import train_worker
 from raptide.training.meeting import RoomForAll
 from raptide.training.mirror import Mirror
 from raptide.training.planning.recipe import Recipe
 from raptide.training.planning.resuming import with_absolute_paths
 from raptide.training.planning.room import choose_device, look_around, worker_needs
-from raptide.training.result import RESULT, RunResult, is_finished, read_result, write_result
+from raptide.training.result import RunResult, is_finished, read_result, write_result
 from raptide.training.run import Run
 from raptide.training.run_folder import (
     alone_in,
@@ -135,8 +141,9 @@ def pretrain(
         StreamStalled: no data came.
         CorpusError: a block could not be read.
     """
+    place = mirror.uri if mirror is not None else folder
     if not replace and is_finished(folder, recipe):
-        print(f"{folder} is finished; raise training.steps to go on with it.")
+        print(f"{place} is finished; raise training.steps to go on with it.")
         return read_result(folder, recipe)
     ray.data.DataContext.get_current().enable_progress_bars = False
     device = choose_device(recipe, look_around())
@@ -162,9 +169,9 @@ def pretrain(
         if source is not None:
             adopt(source, Storage.of_run(folder), recipe, read_run_info(folder)["wandb_run_id"])
         result = _train(recipe, plan, folder, device, bench, mirror)
-    if mirror is not None:
-        mirror.send(*(name for name in (PICTURE, SUMMARY, RESULT) if (folder / name).is_file()))
-    return result
+        if mirror is not None:
+            mirror.send(*(name for name in (PICTURE, SUMMARY, RESULT) if (folder / name).is_file()))
+        return result
 
 
 def _train(
@@ -193,7 +200,8 @@ def _train(
         _fit(run)
     ended, _ = ray.get(board.read.remote())
     if ended["phase"] == LEFT:
-        print(f"{folder} is saved at step {ended['step']}; --resume goes on.", file=sys.stderr)
+        place = mirror.uri if mirror is not None else folder
+        print(f"{place} is saved at step {ended['step']}; --resume goes on.", file=sys.stderr)
         raise KeyboardInterrupt
     if mirror is not None:
         mirror.fetch()

@@ -58,7 +58,8 @@ class Worker:
         folder = run.folder_here
         sender = None
         if (mirror := run.mirror) is not None:
-            sender = sender_of_rank(mirror, self._rank, context.get_local_rank(), self._warn)
+            ranks = self._rank, context.get_local_rank()
+            sender = sender_of_rank(mirror, attempt.name, *ranks, run.board.warn.remote)
             stack.enter_context(closing(sender))
         timeout_s = self._recipe.cluster.hang_timeout_s
         watch = HangWatch(folder, self._rank, attempt.number, timeout_s)

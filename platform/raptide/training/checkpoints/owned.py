@@ -34,6 +34,9 @@ RUN_INFO = "run.json"
 RECIPE = "recipe.yaml"
 """The recipe that a run goes on with, in its folder."""
 
+RESULT = "result.json"
+"""Written last of all: where it is, nothing of the run is left to do."""
+
 FOLDER = re.compile(r"step-(\d+)(?:-(\d+-[0-9a-f]+))?")
 
 BEFORE, DRIVER = "before", "driver"

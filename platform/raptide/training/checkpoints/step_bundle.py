@@ -86,5 +86,5 @@ def full_tensors(
                 full = safe_get_full_fp32_param(parameter)
             if dist.get_rank() == 0:
                 tensor = parameter if full is None else full
-                found = tensor.detach().float().cpu().clone()
+                found = tensor.detach().float().cpu().clone(memory_format=torch.contiguous_format)
         yield name, found

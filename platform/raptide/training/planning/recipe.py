@@ -23,7 +23,8 @@ def without_key(uri: str | None) -> str | None:
     Raises:
         ValueError: it is a URI that names who asks.
     """
-    if uri is not None and "@" in urlsplit(uri).netloc:
+    parts = urlsplit(uri or "")  # a key may have a slash, and would end what is left of the path
+    if "@" in parts.netloc or (":" in parts.netloc and "@" in parts.path):
         raise ValueError(NO_KEY)
     return uri
 
