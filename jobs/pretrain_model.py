@@ -40,7 +40,13 @@ from raptide.errors import ConfigError
 from raptide.evaluation.beside import RunBenchmark
 from raptide.storage import Storage, is_uri
 from raptide.training.checkpoints.owned import RESULT
-from raptide.training.mirror import Mirror, mirrored, refuse_copy, refuse_two_storages
+from raptide.training.mirror import (
+    Mirror,
+    mirrored,
+    refuse_copy,
+    refuse_key,
+    refuse_two_storages,
+)
 from raptide.training.planning.deepspeed_config import check_deepspeed
 from raptide.training.planning.estimate import checkpoint_bytes
 from raptide.training.planning.overview import describe_run
@@ -102,6 +108,7 @@ def _place(named: str | None) -> Path | str | None:
     if named is None:
         return None
     if is_uri(named):
+        refuse_key(named)
         storage = Storage.at(named, "the run's URI")
         return Path(storage.path) if storage.is_local else named
     refuse_copy(Path(named))

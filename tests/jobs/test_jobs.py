@@ -249,7 +249,7 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(demo):
         " GB (weights ",
         "in place of the last three) with 1 workers",
         "in place of the last three) with 4 workers",
-        "3 of about 0.02 GB, the newest 2 kept, in the run folder",
+        "3 of about 0.01 GB, the newest 2 kept, in the run folder",
         "3 on 4 held-out blocks, beside the training",
         "ZeRO 2, fp32, its own check passed",
     ):

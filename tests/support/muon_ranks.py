@@ -14,7 +14,8 @@ import torch.distributed as dist
 from muon_steps import saved_after, take_steps
 
 from raptide.config import parse_settings
-from raptide.training.engine import build_engine, full_state
+from raptide.training.checkpoints.step_bundle import full_tensors
+from raptide.training.engine import build_engine
 from raptide.training.planning.recipe import Recipe
 
 
@@ -31,7 +32,7 @@ def main():
         saved_after(engine, recipe, folder / name, workers=2)
         results += take_steps(engine, recipe, rank, 2, steps=1, first=2)
         told[name] = results
-        state = full_state(engine, recipe.training)
+        state = dict(full_tensors(engine, recipe.training))
         if rank == 0:
             torch.save(state, folder / f"{name}.pt")
     (folder / f"rank-{rank}.json").write_text(json.dumps(told))

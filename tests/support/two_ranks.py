@@ -22,7 +22,8 @@ from raptide.config import parse_settings
 from raptide.data.streaming.batch import Cursor, GlobalBatch, PackedRows
 from raptide.model.families import make_model
 from raptide.training.batches import cut_share, empty_micro_batch, share_bounds
-from raptide.training.engine import build_engine, full_state
+from raptide.training.checkpoints.step_bundle import full_tensors
+from raptide.training.engine import build_engine
 from raptide.training.planning.recipe import Recipe
 from raptide.training.step import Stepper
 
@@ -56,7 +57,7 @@ def a_share(rank):
 
 def train(recipe, rank, breaks):
     engine = build_engine(recipe, 2, "cpu", None)
-    start = full_state(engine, recipe.training)
+    start = weights_of(engine, recipe)
     share, passes = a_share(rank), []
     if rank == 1 and not breaks:
         share = dataclasses.replace(share, micro=(share.micro[0], empty_micro_batch(ESM_33, CPU)))
@@ -68,9 +69,15 @@ def train(recipe, rank, breaks):
     engine.module.layers[0].register_forward_hook(spoil)
     stepper = Stepper(engine, 2)
     first = dataclasses.asdict(stepper.step(share, 1e-2))
-    state = full_state(engine, recipe.training)
+    state = weights_of(engine, recipe)
     second = dataclasses.asdict(stepper.step(share, 1e-2))
     return {"results": [first, second], "passes": len(passes)}, start, state
+
+
+def weights_of(engine, recipe):
+    """On rank 0; nothing on others."""
+    found = full_tensors(engine, recipe.training)
+    return {name: tensor for name, tensor in found if tensor is not None}
 
 
 def distance(found, expected):

@@ -43,7 +43,7 @@ def driver(cluster, alone, tmp_path, monkeypatch):
     def make():
         board = BoardActor.remote()
         run = SimpleNamespace(
-            recipe=recipe, folder=str(tmp_path), device="cpu", board=board, driver=uuid.uuid4().hex
+            recipe=recipe, folder_here=tmp_path, device="cpu", board=board, driver=uuid.uuid4().hex
         )
 
         def start(train):

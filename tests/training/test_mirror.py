@@ -10,6 +10,8 @@ import time
 
 import pytest
 import storages
+from conftest import ROOT
+from in_process import job_in_process
 from lone_worker import run_here
 from small_runs import EVERY, STEPS, as_recipe, losses, make_recipe, run_to_the_end
 from stumbles import hurry
@@ -183,7 +185,7 @@ def test_one_process_works_on_a_run_and_others_may_look(s3, elsewhere):
     with mirrored(uri) as mirror:
         put(mirror, **{"recipe.yaml": "name: x", "run.json": info_of(uri)})
         (mirror.folder / "result.json").write_text("not sent yet")
-        with mirrored(f"{uri}&connect_timeout=9", look=True) as other:
+        with mirrored(f"{uri}&allow_bucket_creation=false", look=True) as other:
             assert names(other) == ["recipe.yaml", "run.json"]
             assert other.folder != mirror.folder
         with pytest.raises(ConfigError, match="Another process on this machine"):
@@ -218,7 +220,7 @@ def test_a_copy_is_no_run_and_other_options_are_no_copy(s3, elsewhere):
     put(mirror_of(uploaded), **{"run.json": info_of(None)})
     with pytest.raises(ConfigError, match="belong to a folder; go on with that"):
         mirror_of(uploaded)
-    longer = f"{uri}&connect_timeout=9"
+    longer = f"{uri}&allow_bucket_creation=false"
     info = json.loads((mirror_of(longer).folder / "run.json").read_text())
     assert info["checkpoints"] == longer
 
@@ -234,6 +236,29 @@ def test_errors_name_the_uri_and_its_copy_here_is_no_run(s3, elsewhere):
         refuse_copy(mirror.folder)
     with pytest.raises(ConfigError, match="There is no bucket nowhere"):
         mirror_of(uri.replace("s3://mirror/", "s3://nowhere/"))
+
+
+def test_the_job_takes_a_uri_and_says_what_is_wrong_with_one(corpus, s3, elsewhere, tmp_path):
+    elsewhere("one")
+    uri, demo = s3.format("runs/job"), ROOT / "jobs/recipes/demo.yaml"
+    config = ["--config", demo, f"corpus={corpus.path}", "training.steps=5"]
+    done = job_in_process("pretrain_model.py", *config, "--output", uri, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Run {uri}\n")
+    assert Storage.at(uri).names("", folders=True) == []
+    wrong = {
+        f"{uri} holds no run to resume": ["--resume", uri],
+        "There is no bucket nowhere": ["--resume", "s3://nowhere/x?" + uri.partition("?")[2]],
+        "must hold no keys": [*config, "--output", "s3://AKIA:sec/ret@mirror/x"],
+        "leave one of the two out": [*config, "--output", uri, f"checkpoint.storage={uri}"],
+        "the run's URI cannot be": [*config, "--output", "ftp://mirror/x"],
+    }
+    for sentence, arguments in wrong.items():
+        done = job_in_process("pretrain_model.py", *arguments, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert sentence in done.stderr
+        assert "sec/ret" not in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_a_deletion_that_is_killed_can_be_made_again(s3, elsewhere, monkeypatch):

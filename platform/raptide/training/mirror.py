@@ -189,10 +189,7 @@ def mirrored(uri: str, *, look: bool = False) -> Iterator[Mirror]:
             another process on this machine works on the run.
         RaptideError: the storage fails.
     """
-    try:
-        without_key(uri)
-    except ValueError as error:
-        raise ConfigError(f"The run's URI names who asks, but {error}.") from None
+    refuse_key(uri)
     with tempfile.TemporaryDirectory() if look else _alone_with(uri) as folder:
         mirror = Mirror(uri, Path(folder) / _name(uri))
         try:
@@ -226,6 +223,17 @@ def _alone_with(uri: str) -> Iterator[Path]:
         except OSError:  # this file system has no locks
             pass
         yield folder
+
+
+def refuse_key(uri: str) -> None:
+    """
+    Raises:
+        ConfigError: the URI names who asks; it is not repeated.
+    """
+    try:
+        without_key(uri)
+    except ValueError as error:
+        raise ConfigError(f"The run's URI names who asks, but {error}.") from None
 
 
 def refuse_copy(folder: Path) -> None:
