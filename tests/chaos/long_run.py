@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import yaml
 from by_hand import Report
 from checkout import ROOT
 from moving_cluster import MovingCluster
-from wild_run import chaos_recipe, proteome_corpus
+from wild_run import chaos_recipe, last_step, metrics, proteome_corpus
 
 from processes import free_port
 from raptide import RaptideError
@@ -251,18 +250,3 @@ def count_files(run: Path, uri: str) -> dict[str, int]:
         "bucket": sum(each.is_file for each in stored),
         "session": sum(each.is_file() for each in session.rglob("*")),
     }
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n")[:-1]]
-
-
-def last_step(run: Path) -> int:
-    """By the end of a file that is never read whole."""
-    file = run / "metrics.jsonl"
-    if not file.exists():
-        return 0
-    with file.open("rb") as stream:
-        stream.seek(max(0, file.stat().st_size - 20_000))
-        lines = stream.read().split(b"\n")[:-1]
-    return int(json.loads(lines[-1])["trainer/global_step"]) if lines else 0

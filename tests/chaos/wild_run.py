@@ -36,6 +36,9 @@ CORPUS, STORAGE = "corpus", "storage"
 
 OUTAGE_S = 4.0
 NOTICE_S = 8.0
+END_BYTES = 20_000
+"""Of the metrics, more than a line."""
+
 PATIENCE_S = 300.0
 """Seconds without a new step after which the test gives up."""
 
@@ -238,8 +241,14 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def last_step(folder: Path) -> int:
-    lines = metrics(folder)
-    return lines[-1]["trainer/global_step"] if lines else 0
+    """By the end of a file that is not read whole: a run of hours is asked often."""
+    file = folder / "metrics.jsonl"
+    if not file.exists():
+        return 0
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - END_BYTES))
+        lines = stream.read().split(b"\n")[:-1]
+    return json.loads(lines[-1])["trainer/global_step"] if lines else 0
 
 
 def greatest_difference(one: Path, other: Path) -> float:

@@ -4,35 +4,18 @@ import deepspeed
 import pytest
 import torch
 from draws import random_weights
-from small_runs import as_recipe
+from small_engines import SHAPES, recipe_of
 
 from raptide.model.families import make_model
 from raptide.model.formats.detect import write_weights
 from raptide.training.checkpoints.step_bundle import full_tensors
 from raptide.training.engine import build_engine
 
-TREE = {
-    "name": "x",
-    "corpus": "none",
-    "stream": {"row_tokens": 64, "crop_tokens": 64, "batch_rows": 2},
-    "training": {"steps": 2, "micro_batch_rows": 1, "zero_stage": 3, "zero3_keep_whole_below": 0},
-    "cluster": {"workers": 1, "device": "cpu"},
-}
-SHAPES = {
-    "esm1": {"family": "esm1", "layers": 3, "width": 32, "heads": 4},
-    "esm1b": {"family": "esm1b", "layers": 2, "width": 32, "heads": 4, "max_positions": 64},
-    "esm2": {"family": "esm2", "layers": 4, "width": 32, "heads": 4},
-}
-
-
-def recipe_of(precision="fp32", **fields):
-    return as_recipe(TREE | fields | {"training": TREE["training"] | {"precision": precision}})
-
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", SHAPES)
 def test_fresh_weights_are_those_of_other_stages(on_cpu, family, precision):
-    recipe = recipe_of(precision, model=SHAPES[family])
+    recipe = recipe_of(3, precision, model=SHAPES[family])
     engine = build_engine(recipe, 1, "cpu", None)
     expected = make_model(recipe.model).initialise(recipe.training.seed)
     found = dict(full_tensors(engine, recipe.training))
@@ -47,7 +30,7 @@ def test_fresh_weights_are_those_of_other_stages(on_cpu, family, precision):
 def test_it_starts_from_weights(on_cpu, tmp_path):
     weights = random_weights(**SHAPES["esm2"])
     write_weights(tmp_path / "model", weights)
-    recipe = recipe_of(model=SHAPES["esm2"], init_from=str(tmp_path / "model"))
+    recipe = recipe_of(3, model=SHAPES["esm2"], init_from=str(tmp_path / "model"))
     engine = build_engine(recipe, 1, "cpu", None)
     for name, tensor in dict(full_tensors(engine, recipe.training)).items():
         assert torch.equal(tensor, weights.state[name].float()), name
@@ -55,7 +38,7 @@ def test_it_starts_from_weights(on_cpu, tmp_path):
 
 
 def test_no_more_than_a_layer_is_whole_at_once(on_cpu, monkeypatch):
-    recipe, most = recipe_of(model=SHAPES["esm2"]), []
+    recipe, most = recipe_of(3, model=SHAPES["esm2"]), []
     cut_up = deepspeed.zero.Init
     whole = set()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from draws import random_sequence
 from safetensors import SafetensorError
-from small_runs import as_recipe
+from small_engines import SHAPES, recipe_of
 from transformers import EsmForMaskedLM
 
 from raptide.alphabet import encode_residues
@@ -19,26 +19,13 @@ from raptide.training.checkpoints import step_bundle
 from raptide.training.checkpoints.step_bundle import StepBundle, full_tensors
 from raptide.training.engine import build_engine
 
-TREE = {
-    "name": "x",
-    "corpus": "none",
-    "stream": {"row_tokens": 64, "crop_tokens": 64, "batch_rows": 2},
-    "training": {"steps": 2, "micro_batch_rows": 1, "zero3_keep_whole_below": 0},
-    "cluster": {"workers": 1, "device": "cpu"},
-}
-SHAPES = {
-    "esm1": {"family": "esm1", "layers": 3, "width": 32, "heads": 4},
-    "esm1b": {"family": "esm1b", "layers": 2, "width": 32, "heads": 4, "max_positions": 64},
-    "esm2": {"family": "esm2", "layers": 4, "width": 32, "heads": 4},
-    "lstm": {"family": "lstm", "layers": 2, "width": 64},
-}
+SHAPES = SHAPES | {"lstm": {"family": "lstm", "layers": 2, "width": 64}}
 SHARD = 40_000
 """Bytes: a dozen shards, and single tensors that are larger."""
 
 
 def prepare(family, stage=0, precision="fp32"):
-    training = TREE["training"] | {"zero_stage": stage, "precision": precision}
-    recipe = as_recipe(TREE | {"training": training, "model": SHAPES[family]})
+    recipe = recipe_of(stage, precision, model=SHAPES[family])
     engine = build_engine(recipe, 1, "cpu", None)
     weights = Weights(recipe.model, {}, engine.module.frequencies(), lineage={"step": 7})
     return recipe.training, engine, StepBundle(weights, recipe.training)

@@ -11,7 +11,6 @@ embeddings/
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -30,6 +29,7 @@ import pyarrow.parquet as pq
 
 from raptide.bulk.sources.pipe import INPUTS
 from raptide.errors import ConfigError, RaptideError
+from raptide.small_files import claim
 from raptide.storage import PARTIAL, Storage, storage_of
 
 FORMAT_VERSION = 1
@@ -298,12 +298,8 @@ class OutputFolder:
         self.storage.make()
         path = self.storage.full(LOCK)
         with open(path, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise self._refuse("") from None
-            except OSError:  # this file system has no locks
-                pass
+            if not claim(file):
+                raise self._refuse("")
             if not os.path.exists(path) or not os.path.samestat(
                 os.stat(path), os.fstat(file.fileno())
             ):

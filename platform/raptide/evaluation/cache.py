@@ -26,6 +26,7 @@ from raptide.errors import ConfigError, RaptideError
 from raptide.evaluation.results import Figure, Heatmap, Lines, Measure, Points
 from raptide.evaluation.samples import of_arrays, to_arrays
 from raptide.patience import reason_of
+from raptide.small_files import claim
 from raptide.storage import PARTIAL, Storage
 
 FORMAT_VERSION = 1
@@ -109,13 +110,9 @@ class ResultCache:
         path = self.folder / f"{digest[:16]}{LOCK}"
         while True:
             with _open_lock(path) as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+                if not claim(file):
                     waits()
                     fcntl.flock(file, fcntl.LOCK_EX)
-                except OSError:
-                    pass
                 if not _is_still(path, file):  # whoever had it took the file away
                     continue
                 try:
@@ -166,13 +163,7 @@ def _is_still(path: Path, file: Any) -> bool:
 
 def _is_held(path: Path) -> bool:
     with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-    return False
+        return not claim(file)
 
 
 def key_of(*parts: Any) -> str:

@@ -10,7 +10,6 @@ what it goes on with, and sends what has changed, as long as the run is its atte
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -18,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -27,6 +26,7 @@ from pyarrow.fs import FileSelector, FileType
 from raptide.errors import ConfigError, RaptideError
 from raptide.kept import CACHE, cache_folder
 from raptide.patience import reason_of
+from raptide.small_files import claim
 from raptide.storage import copy_stream
 from raptide.training.checkpoints.owned import RECIPE, RESULT, RUN_INFO, Storage
 from raptide.training.planning.recipe import Recipe, without_key
@@ -55,8 +55,9 @@ class Mirror:
         """The one of a node's workers, in which no other run ever was."""
         return cls(uri, cache_folder() / "runs" / run_id / _name(uri))
 
-    @property
+    @cached_property
     def storage(self) -> Storage:
+        """The place at the URI; to open one may ask a bucket for its region."""
         return Storage.at(self.uri, "the run's URI")
 
     def fetch(self) -> None:
@@ -213,15 +214,11 @@ def _alone_with(uri: str) -> Iterator[Path]:
             f"{folder} cannot be made ({reason_of(error)}); name another folder in {CACHE}."
         ) from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not claim(lock):
             raise ConfigError(
                 f"Another process on this machine works on the run at {uri}; wait for its end, "
                 "stop it, or choose another --output."
-            ) from None
-        except OSError:  # this file system has no locks
-            pass
+            )
         yield folder
 
 

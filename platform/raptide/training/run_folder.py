@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 import shutil
@@ -18,7 +17,7 @@ import yaml
 
 from raptide.config import load_settings
 from raptide.errors import CheckpointError, ConfigError
-from raptide.small_files import write_whole
+from raptide.small_files import claim, write_whole
 from raptide.training.checkpoints.checkpoint import has_finished_one
 from raptide.training.checkpoints.owned import RECIPE, RUN_INFO, Storage
 from raptide.training.planning.recipe import Recipe
@@ -160,21 +159,15 @@ def keep_recipe(folder: Path, recipe: Recipe) -> None:
 def alone_in(folder: Path) -> Iterator[None]:
     """Within the block, no other process trains the run in a folder; a dead one's claim is gone.
 
-    The claim is a lock on a file: between machines it holds where their file system shares locks.
-
     Raises:
         ConfigError: another process does.
     """
     with (folder / RUN_INFO).open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not claim(file):
             raise ConfigError(
                 f"Another process trains the run in {folder}; wait for its end, stop it, or "
                 "choose another --output."
-            ) from None
-        except OSError:  # this file system has no locks
-            pass
+            )
         yield
 
 

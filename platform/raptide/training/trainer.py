@@ -141,9 +141,9 @@ def pretrain(
         StreamStalled: no data came.
         CorpusError: a block could not be read.
     """
-    place = mirror.uri if mirror is not None else folder
+    uri = mirror.uri if mirror is not None else None
     if not replace and is_finished(folder, recipe):
-        print(f"{place} is finished; raise training.steps to go on with it.")
+        print(f"{uri or folder} is finished; raise training.steps to go on with it.")
         return read_result(folder, recipe)
     ray.data.DataContext.get_current().enable_progress_bars = False
     device = choose_device(recipe, look_around())
@@ -156,7 +156,7 @@ def pretrain(
         baseline = unigram_ece(plan, heldout_rows(plan, recipe.evaluation))
         if replace:
             delete_run(folder)
-        begin_run(folder, recipe, baseline, mirror.uri if mirror is not None else None)
+        begin_run(folder, recipe, baseline, uri)
         if mirror is not None:
             mirror.begin()
     with alone_in(folder):
@@ -182,13 +182,13 @@ def _train(
     bench: Bench | None,
     mirror: Mirror | None,
 ) -> RunResult:
-    info = read_run_info(folder)
+    info, uri = read_run_info(folder), mirror.uri if mirror is not None else None
     board = BoardActor.options(scheduling_strategy=on_this_node()).remote()
     run = Run(
         recipe=recipe,
         plan=plan,
         folder=str(folder.resolve()),
-        uri=mirror.uri if mirror is not None else None,
+        uri=uri,
         run_id=info["wandb_run_id"],
         code_version=code_version(),
         device=device,
@@ -200,8 +200,9 @@ def _train(
         _fit(run)
     ended, _ = ray.get(board.read.remote())
     if ended["phase"] == LEFT:
-        place = mirror.uri if mirror is not None else folder
-        print(f"{place} is saved at step {ended['step']}; --resume goes on.", file=sys.stderr)
+        print(
+            f"{uri or folder} is saved at step {ended['step']}; --resume goes on.", file=sys.stderr
+        )
         raise KeyboardInterrupt
     if mirror is not None:
         mirror.fetch()

@@ -77,8 +77,8 @@ class BundleWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._settings = folder, settings
         self._tensors = TensorWriter(folder, shard_bytes)
-        names = tensor_names(settings, column(settings))
-        self._embedding, self._head = names["embed.weight"], names["head_bias"]
+        self.names = tensor_names(settings, column(settings))
+        """What each tensor of the model's state is called in a bundle."""
         self._dtype: torch.dtype | None = None
         self._architecture = "EsmModel"
 
@@ -89,9 +89,9 @@ class BundleWriter:
             OSError, SafetensorError: the file system refuses.
         """
         self._tensors.add(name, tensor)
-        if name == self._embedding:
+        if name == self.names["embed.weight"]:
             self._dtype = tensor.dtype
-        if name == self._head:
+        if name == self.names["head_bias"]:
             self._architecture = "EsmForMaskedLM"
 
     def close(self, lineage: Mapping[str, Any]) -> None:

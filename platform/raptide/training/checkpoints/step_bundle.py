@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from raptide.model.check import write_check
 from raptide.model.formats.bundle import BundleWriter, column
 from raptide.model.formats.detect import read_weights
-from raptide.model.formats.names import tensor_names
 from raptide.model.formats.tensor_files import SHARD_BYTES
 from raptide.model.formats.weights import Weights, name_beside
 from raptide.training.planning.recipe import TrainingSettings
@@ -35,14 +34,12 @@ class StepBundle:
 
         What the file system refuses is told by `finish`, since the ranks wait for each other here.
         """
-        settings = self._weights.settings
-        names = tensor_names(settings, column(settings))
         self._folder, self._writer = folder, None
         if dist.get_rank() == 0:
-            self._writer = self._try(BundleWriter, folder, settings, shard_bytes)
+            self._writer = self._try(BundleWriter, folder, self._weights.settings, shard_bytes)
         for name, tensor in full_tensors(engine, self._training):
             if self._writer is not None and self._problem is None:
-                self._try(self._writer.add, names[name], tensor)
+                self._try(self._writer.add, self._writer.names[name], tensor)
 
     def finish(self) -> None:
         """Write the rest, while training goes on; rank 0 calls it.
