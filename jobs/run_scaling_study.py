@@ -21,22 +21,24 @@ import os
 import sys
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import ray
 
 from commandline import job_parser, refuse_output, run_job, shipped_file
 from raptide.cluster import ray_session, training_cpus
 from raptide.errors import RaptideError
+from raptide.evaluation.benchmark import Benchmark
 from raptide.evaluation.cache import ResultCache
 from raptide.evaluation.subjects.readers import BulkReader, HereReader, Reader
 from raptide.scaling.cost import describe_grid
 from raptide.scaling.laws import Curves
 from raptide.scaling.manifest import circumstances, refuse_other_study, write_manifest
-from raptide.scaling.measuring import measure
+from raptide.scaling.measuring import measure, tasks_of
 from raptide.scaling.page import write_page
 from raptide.scaling.study import Study
 from raptide.scaling.table import write_table
-from raptide.scaling.training import Ending, slots, train_all
+from raptide.scaling.training import Ending, slots, train_all, unfinished
 from raptide.training.planning.room import choose_device, look_around
 
 RUNS, CACHE = "runs", "cache"
@@ -47,13 +49,19 @@ def main() -> None:
     study = Study.load(shipped_file(args.study, "recipes/scaling"), args.overrides)
     print("\n".join(describe_grid(study.settings, study.runs)))
     if args.dry_run:
+        if study.benchmark is not None:
+            Benchmark.load(study.benchmark, list(study.settings.tasks) or None)
         return
     output = args.output.absolute()
     refuse_output(output, "--output")
     refuse_other_study(output, study)
+    with TemporaryDirectory() as scratch:  # what is wrong with the data, before days of training
+        tasks_of(study, Path(scratch))
     with ray_session(num_cpus=training_cpus(cpus_of(study)), verbose=args.verbose):
         endings = train(study, output)
-        points = measure(study, list(endings.values()), ResultCache(output / CACHE), reader(), say)
+        cache = ResultCache(output / CACHE)
+        tasks = tasks_of(study, cache.folder)
+        points = measure(study, tasks, list(endings.values()), cache, reader(), say)
     curves = Curves.through(points)
     write_manifest(output, study, endings, sys.argv, curves)
     print(f"\n  {write_table(output, points)}")
@@ -97,10 +105,11 @@ def train(study: Study, output: Path) -> dict[str, Ending]:
     """All runs; how each has ended is written down as it does."""
     room = look_around()
     device = choose_device(study.runs[0].recipe, room)
-    fitting = slots(study.runs, device, room)
+    left = unfinished(study.runs, output / RUNS)
+    fitting = slots(left or study.runs, device, room)
     at_once = min(fitting, study.settings.at_once or fitting)
     say(f"{len(study.runs)} runs, {at_once} at once")
-    endings: dict[str, Ending] = {}
+    endings = {r.name: Ending(r, output / RUNS / r.name) for r in study.runs if r not in left}
     write_manifest(output, study, endings, sys.argv)
     with closing(train_all(study.runs, output / RUNS, at_once, say)) as ended:
         for ending in ended:

@@ -9,6 +9,7 @@ import sys
 from unittest import mock
 
 import draws
+import numpy as np
 import pytest
 from conftest import ROOT
 from in_process import script_in_process
@@ -214,3 +215,21 @@ def test_what_was_found_is_shown_and_kept_however_a_script_ends(end, code, why, 
     assert (why is None) == ("Broke off" not in done.stdout)
     assert why is None or f"Broke off: second: {why}" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.py", "report.json"]
+
+
+@pytest.mark.parametrize(("per_1000", "grows"), [(0.0, False), (0.6, False), (1.5, True)])
+def test_a_soak_finds_growth_among_what_comes_and_goes(monkeypatch, per_1000, grows):
+    monkeypatch.syspath_prepend(ROOT / "tests/chaos")
+    import long_run
+
+    rng, memory = draws.generator(), long_run.Memory()
+    steps = 3 * np.arange(450)  # a look every ten seconds
+    for key, name, looks in (((1, 0.0), "worker", 450), ((2, 0.0), "young", 50)):
+        memory._names[key] = name
+        memory._first[key], memory._last[key] = 0.0, 10.0 * looks
+        held = 700 + per_1000 * steps / 1000 + rng.normal(0, 0.1, 450)
+        memory._samples[key] = list(zip(steps[:looks], held[:looks], strict=True))
+    (found,) = memory.slopes()
+    assert found["process"] == "worker"
+    assert (found["mb_per_1000_steps"] > long_run.MOST_MB) == grows
+    assert memory.young() == ["young"]

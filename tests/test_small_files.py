@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 from storages import small_disk
@@ -59,3 +60,35 @@ def test_what_stumbles_is_written_at_a_later_try(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", stumbling(os.fsync, errno.EIO, TRIES - 1))
     write_whole(tmp_path / "a.json", "{}")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_lines_are_read_patiently_to_their_end(tmp_path, monkeypatch):
+    """Where opening succeeds and reading does not."""
+    hurry(monkeypatch)
+    file = tmp_path / "lines.jsonl"
+    file.write_text("".join(f'{{"step": {number}}}\n' for number in range(200_000)))
+    expected, opened = list(read_lines(file)), Path.open
+    calls = []
+
+    class Weak:
+        def __init__(self, file):
+            self._file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self._file.close()
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+        def readlines(self, size):
+            calls.append(size)
+            if len(calls) % 2:
+                raise OSError(errno.EIO, "Input/output error")
+            return self._file.readlines(size)
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Weak(opened(path, mode)))
+    assert list(read_lines(file)) == expected
+    assert len(calls) > 6

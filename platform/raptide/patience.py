@@ -33,6 +33,11 @@ REFUSALS = re.compile(
 T = TypeVar("T")
 
 
+class FarTrouble(OSError):
+    """What pyarrow says of a bucket, with the number that it did not give: for those who take an
+    error without one for damage."""
+
+
 def patiently(action: Callable[[], T]) -> T:
     """What `action` returns; where the file system stumbles, it is tried again."""
     for pause in _pauses():
@@ -73,13 +78,20 @@ def trouble(error: OSError, sentence: str) -> RaptideError:
 
 def is_final(error: OSError) -> bool:
     """Whether no second try mends it."""
-    told = error.errno in FINAL or isinstance(error, FINAL_KINDS)
-    return told or (error.errno is None and REFUSALS.search(str(error)) is not None)
+    if error.errno is None or isinstance(error, FarTrouble):
+        return isinstance(error, FINAL_KINDS) or REFUSALS.search(_words(error)) is not None
+    return error.errno in FINAL or isinstance(error, FINAL_KINDS)
 
 
 def reason_of(error: OSError) -> str:
     """In a few words."""
-    return os.strerror(error.errno) if error.errno else " ".join(str(error).split())[:200]
+    if error.errno and not isinstance(error, FarTrouble):
+        return os.strerror(error.errno)
+    return " ".join(_words(error).split())[:200]
+
+
+def _words(error: OSError) -> str:
+    return str(error.strerror or error)
 
 
 def _pauses() -> Iterator[float]:

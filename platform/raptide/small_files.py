@@ -113,13 +113,9 @@ def read_lines(file: Path) -> Iterator[dict[str, Any]]:
     place = 0
     while True:
         try:
-            opened = patiently(partial(file.open, "rb"))
+            lines, place = patiently(partial(_lines_from, file, place))
         except FileNotFoundError:
             return
-        with opened:
-            opened.seek(place)
-            lines = opened.readlines(PIECE)
-            place = opened.tell()
         if not lines:
             return
         for text in lines:
@@ -129,3 +125,9 @@ def read_lines(file: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(record, dict):
                 yield record
+
+
+def _lines_from(file: Path, place: int) -> tuple[list[bytes], int]:
+    with file.open("rb") as opened:
+        opened.seek(place)
+        return opened.readlines(PIECE), opened.tell()

@@ -73,12 +73,13 @@ def train_long(cluster: MovingCluster, scratch: Path, seconds: float, report: Re
         "benchmarks": sum(any(name.startswith("bench/") for name in line) for line in lines),
         "processes": memory.slopes(),
     }
-    grown = [each for each in report["processes"] if each["mb_per_1000_steps_at_least"] > MOST_MB]
+    grown = [each for each in report["processes"] if each["mb_per_1000_steps"] > MOST_MB]
     first, last = report["files"]["early"], report["files"]["late"]
     more = {place: last[place] - first[place] for place in last}
     long = seconds > WARM_S + LONG_S
     report |= {
         "grown": grown,
+        "too_young_to_tell": memory.young(),
         "more_files": more,
         "as_it_should_be": report["exit_code"] == 130
         and not grown
@@ -203,6 +204,14 @@ class Memory:
                 self._last[key] = now
                 self._samples[key].append((step, held_mb))
 
+    def young(self) -> list[str]:
+        """Names of processes that were looked at for too short a time, of each kind once."""
+        kept = {key for key in self._samples if self._seconds(key) >= LONG_S}
+        return sorted({self._names[key] for key in self._samples.keys() - kept})
+
+    def _seconds(self, key: tuple[int, float]) -> float:
+        return self._last[key] - self._first[key]
+
     def slopes(self) -> list[dict[str, Any]]:
         """Of each process that was looked at for long, least squares and their lower end.
 
@@ -210,7 +219,7 @@ class Memory:
         """
         found = []
         for key, samples in self._samples.items():
-            if self._last[key] - self._first[key] < LONG_S:
+            if self._seconds(key) < LONG_S:
                 continue
             steps, held = np.array(samples, float).T
             slope = np.polyfit(steps, held, 1)[0]
@@ -220,7 +229,7 @@ class Memory:
             found.append(
                 {
                     "process": self._names[key],
-                    "minutes": round((self._last[key] - self._first[key]) / 60),
+                    "minutes": round(self._seconds(key) / 60),
                     "steps": int(steps[-1] - steps[0]),
                     "mb": [round(held[: len(held) // 10 + 1].mean(), 1), round(held[-1], 1)],
                     "mb_per_1000_steps": round(1000 * slope, 3),

@@ -7,12 +7,18 @@ import numpy as np
 import pyarrow.fs
 import pytest
 import storages
+import yaml
 from lone_worker import run_here
 from small_runs import as_recipe, losses, make_recipe
+from stumbles import hurry
 
-from raptide.data import nearby
+from raptide.data import corpus_files, nearby
 from raptide.data.corpus import Corpus
-from raptide.errors import ConfigError, CorpusError
+from raptide.errors import ConfigError, CorpusError, RaptideError, StorageStumbled
+from raptide.evaluation.benchmark import Benchmark
+from raptide.evaluation.subjects.ngrams import uniform
+from raptide.evaluation.tasks.perplexity import PerplexitySettings, PerplexityTask
+from raptide.patience import TRIES
 from raptide.storage import Storage
 from raptide.training.planning.resuming import with_absolute_paths
 
@@ -120,6 +126,67 @@ def test_damage_is_told_from_trouble(far):
         Corpus.open(far.where)
     with pytest.raises(ConfigError, match="corpus cannot be"):
         Corpus.open("nowhere://x")
+
+
+class Failing:
+    """A bucket's file whose first reads fail with what pyarrow says of S3, without a number."""
+
+    def __init__(self, file, words, times):
+        self._file, self._words, self._left = file, words, times
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def read(self, size=None):
+        if self._left[0]:
+            self._left[0] -= 1
+            raise OSError(self._words)
+        return self._file.read(size)
+
+
+NETWORK = "When reading object: AWS Error NETWORK_CONNECTION during GetObject operation"
+DENIED = "When reading object: AWS Error ACCESS_DENIED during GetObject operation: no"
+
+
+@pytest.mark.parametrize(
+    ("words", "times", "raised", "tries"),
+    [
+        (NETWORK, TRIES - 1, None, TRIES),
+        (NETWORK, 10**6, StorageStumbled, TRIES),
+        (DENIED, 10**6, RaptideError, 1),
+    ],
+)
+def test_a_bucket_that_stumbles_is_asked_again_and_one_that_refuses_is_not(
+    far, monkeypatch, words, times, raised, tries
+):
+    block = far.blocks("train")[0]
+    pauses, left, opened = hurry(monkeypatch), [times], corpus_files.FarFile
+    monkeypatch.setattr(corpus_files, "FarFile", lambda file: opened(Failing(file, words, left)))
+    if raised is None:
+        far.read_block(block)
+    else:
+        with pytest.raises(raised) as told:
+            far.read_block(block)
+        assert type(told.value) is raised
+        assert words in str(told.value)
+    assert len(pauses) == tries - 1
+
+
+def test_models_are_asked_its_held_out_proteins(far, corpus, tmp_path):
+    tasks = [
+        PerplexityTask(PerplexitySettings(name="x", corpus=where), tmp_path / "cache")
+        for where in (far.where, corpus.path)
+    ]
+    one, other = (list(task.requests(uniform())) for task in tasks)
+    assert one == other
+    assert len(one) > 20
+    ((manifest,), (local,)) = (task.files() for task in tasks)
+    assert manifest.read_bytes() == local.read_bytes()
+    assert manifest.stem == local.stem
+    tree = {"name": "b", "tasks": [{"kind": "perplexity", "corpus": far.where}]}
+    (tmp_path / "bench.yaml").write_text(yaml.safe_dump(tree))
+    (settings,) = Benchmark.load(tmp_path / "bench.yaml").tasks
+    assert settings.corpus == far.where
 
 
 def test_a_run_trains_on_it_as_on_the_folder(far, corpus, alone, tmp_path):

@@ -1,5 +1,6 @@
 import bz2
 import contextlib
+import errno
 import gzip
 import lzma
 import os
@@ -12,12 +13,15 @@ from backports import zstd
 from draws import generator, random_sequence
 from hypothesis import given
 from hypothesis import strategies as st
+from stumbles import hurry, stumbling
 
 from raptide.alphabet import RESIDUES, decode_residues, decode_sequences
 from raptide.data import fasta_text
+from raptide.data.building.membership import read_membership
 from raptide.data.fasta import FLAWS, ReadingRules, locate, read_fasta
 from raptide.data.fasta_text import FastaPart, split_fasta
-from raptide.errors import FastaError
+from raptide.errors import FastaError, StorageStumbled
+from raptide.patience import TRIES
 
 PROTEINS = ">a first\nMKTLLILAVVAAALAQPWER\n>b\nGSHMLEDPVAFYWRKDEQ\n"
 
@@ -369,3 +373,39 @@ def test_a_file_that_is_needed_twice_is_no_pipe(tmp_path):
     for path in (tmp_path / "pipe", "-"):
         with pytest.raises(FastaError, match="can be read only once, but a FASTA file is read twi"):
             split_fasta(path)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bytes], ids=["gzip", "plain"])
+def test_a_file_system_that_stumbles_is_asked_again_from_where_it_was(write, monkeypatch, compress):
+    """Each of the file's reads fails at first, on a handle that is of no use any more."""
+    pauses, text = (
+        hurry(monkeypatch),
+        "".join(f">r{n}\n{random_sequence(900)}\n" for n in range(5000)),
+    )
+    path = write(compress(text.encode()), "a.fasta")
+    expected, asked, readv = read(path), [], os.readv
+
+    def stumble(file, buffers):
+        asked.append(os.lseek(file, 0, os.SEEK_CUR))
+        if asked.count(asked[-1]) < TRIES:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return readv(file, buffers)
+
+    monkeypatch.setattr(os, "readv", stumble)
+    assert read(path) == expected
+    assert len(set(asked)) > 2
+    assert len(pauses) == (TRIES - 1) * len(set(asked))
+
+
+def test_what_stumbles_on_is_no_fault_of_the_file(write, monkeypatch):
+    """Else a build would give up what it has done."""
+    hurry(monkeypatch)
+    path = write(gzip.compress(PROTEINS.encode()), "a.fasta.gz")
+    monkeypatch.setattr(os, "readv", stumbling(os.readv, errno.EIO, 10**6))
+    with pytest.raises(StorageStumbled, match=r"a\.fasta\.gz cannot be read \(Input/output error"):
+        read(path)
+    with pytest.raises(StorageStumbled, match=r"a\.fasta\.gz cannot be read \(Input/output error"):
+        list(read_membership(path))
+    monkeypatch.setattr(os, "readv", stumbling(os.readv, errno.EACCES, 10**6))
+    with pytest.raises(FastaError, match=r"cannot be opened \(Permission denied\)"):
+        read(path)

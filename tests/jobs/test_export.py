@@ -1,7 +1,9 @@
 """jobs/export_model.py as a user runs it."""
 
 import itertools
+import json
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -111,13 +113,28 @@ def test_the_last_checkpoints_of_a_run_are_averaged(whole, tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "told"),
-    [(9, "keeps its last 4 checkpoints with a bundle"), (1, "--average needs at least 2")],
+    [(9, r"keeps 4 have a bundle, but 9 are to be averaged"), (1, "--average needs at least 2")],
 )
 def test_too_few_checkpoints_are_said(whole, tmp_path, number, told):
     done = export(whole.folder, tmp_path / "averaged", "--average", number)
     assert done.returncode == 2
     assert told in done.stderr
     assert not (tmp_path / "averaged").exists()
+
+
+def test_a_checkpoint_of_long_ago_is_not_averaged_with_the_last(whole, tmp_path):
+    """Of a run that keeps two, and its best; one of the two has no bundle."""
+    shutil.copytree(whole.folder, tmp_path / "run")
+    for file in (tmp_path / "run").glob("checkpoints/step-*/manifest.json"):
+        manifest = json.loads(file.read_text())
+        manifest["recipe"]["checkpoint"]["keep"] = 2
+        if manifest["step"] == 18:
+            files = manifest["files"].items()
+            manifest["files"] = {n: h for n, h in files if not n.startswith("model/")}
+        file.write_text(json.dumps(manifest))
+    done = export(tmp_path / "run", tmp_path / "averaged", "--average", 2)
+    assert done.returncode == 2
+    assert "keeps 1 have a bundle, but 2 are to be averaged" in done.stderr
 
 
 def test_a_contact_head_is_fitted_and_saved(theirs, tmp_path):

@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT
 
 import run_scaling_study
-from raptide.errors import ConfigError, RaptideError
+from raptide.errors import ConfigError, InputError, RaptideError
 from raptide.scaling.manifest import refuse_other_study, write_manifest
 from raptide.scaling.study import Study
 from raptide.scaling.training import Ending
@@ -74,6 +74,18 @@ def run(tmp_path, corpus, monkeypatch, capsys):
         return capsys.readouterr().out
 
     return call
+
+
+def test_what_is_wrong_with_the_data_is_said_before_anything_is_trained(run, tmp_path):
+    missing = {"name": "b", "tasks": [{"kind": "homology", "domains": "nowhere.parquet"}]}
+    (tmp_path / "bench.yaml").write_text(yaml.safe_dump(missing))
+    with pytest.raises(InputError, match=r"nowhere\.parquet"):
+        run()
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "bench.yaml").unlink()
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(InputError, match=r"bench\.yaml"):
+            run(*more)
 
 
 def result_of(folder):

@@ -5,7 +5,7 @@ import pytest
 from draws import generator
 from planted_study import PROTEINS, a_point
 
-from raptide.scaling.laws import best_by_compute, cells, fit, laws, seed_deviation
+from raptide.scaling.laws import Curves, best_by_compute, cells, fit, laws, seed_deviation
 
 SIZES = (2e5, 6e5, 1.5e6, 4e6)
 
@@ -43,6 +43,46 @@ def test_what_seeds_do_widens_the_interval():
     narrow, wide = (fit(found, "parameters", each) for each in (0.0, deviation))
     assert wide.high - wide.low > 10 * (narrow.high - narrow.low)
     assert seed_deviation(cells(planted())) == 0.0
+
+
+def test_a_law_has_a_band_around_it_that_is_narrowest_amid_its_points():
+    noise = generator()
+    points = [
+        a_point(4.0 * x**-0.05, x, hardness=noise.lognormal(sigma=0.5, size=PROTEINS))
+        for x in SIZES
+    ]
+    law = fit(cells(points), "parameters", 0.0)
+    widths = []
+    for x in (1e3, 9e5, 1e9):
+        low, high = law.ece_interval(x)
+        assert low < law.ece(x) < high
+        widths.append(np.log(high) - np.log(low))
+    assert widths[1] == min(widths)
+    for cell in cells(points):
+        low, high = cell.ece_interval
+        assert low < np.exp(cell.nats) < high
+
+
+@pytest.mark.parametrize(
+    ("gain", "seeds", "told"),
+    [
+        (0.05, 0.0, "beyond what proteins and seeds do"),
+        (-0.05, 0.0, "beyond what proteins and seeds do"),
+        (0.0, 0.0, "which may be none"),
+        (0.05, 0.04, "which may be none"),
+    ],
+)
+def test_whether_the_largest_gains_on_the_smallest_is_said(gain, seeds, told):
+    hardness = generator().lognormal(sigma=0.5, size=PROTEINS)
+    points = [a_point(2.8, 2e5, hardness=hardness), a_point(2.9, 6e5, hardness=hardness)]
+    points += [a_point(2.8 - gain, 1.5e6, hardness=hardness)]
+    if seeds:
+        points.append(a_point(2.9 + seeds, 6e5, seed=2, hardness=hardness))
+    (trend,) = Curves.through(points).trends
+    assert (trend.first, trend.last) == ("m200000", "m1500000")
+    assert told in trend.sentence()
+    ends = f"{np.exp(2.8):.2f} to {np.exp(2.8 - gain):.2f}"
+    assert f"parameters, d: from m200000 to m1500000 the ECE goes from {ends}" in trend.sentence()
 
 
 def test_seeds_of_one_model_are_one_point():

@@ -56,6 +56,9 @@ def test_the_page_draws_curves_with_laws_and_what_emerges(points):
     for title in ("ECE by parameters", "ECE by data", "ECE by compute", "structure/q8 against ECE"):
         assert f"<figcaption>{title}</figcaption>" in page
     assert "5pct, x^-0.020" in page
+    assert page.count('fill-opacity="0.12"') == 7, "a band for each law"
+    assert "parameters, 5pct: from m200000 to m1500000 the ECE goes from" in page
+    assert "parameters 5pct: Cross entropy goes as x^-0.0200 (95% interval" in page
     assert "best, x^-" in page
     assert "1pct, LSTM" in page
     assert "best n-gram" in page

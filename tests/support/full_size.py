@@ -18,7 +18,8 @@ from raptide.data.corpus import (
 from raptide.data.corpus_files import sha256_of_file
 
 BLOCKS, CLUSTERS, SEQUENCES = 95_000, 27_000_000, 250_000_000
-BLOCKS_A_SHARD = 250
+BLOCKS_A_SHARD = 18
+"""A bucket has 36, in a shard of what is trained on and one of what is held out."""
 
 
 def of_full_size(corpus: Corpus, folder: Path, blocks: int = BLOCKS) -> Corpus:

@@ -51,6 +51,16 @@ def test_the_last_checkpoint_before_the_cool_down_stays(short):
     assert [name.split("-")[1] for name in kept] == ["00000006", "00000012"]
 
 
+def test_a_run_that_has_cooled_down_is_gone_on_with_from_before(short, tmp_path):
+    """From its end the rate would jump."""
+    assert adopting.find_checkpoint(str(short)).step == EVERY
+    end = max(path.name for path in (short / "checkpoints").glob("step-*"))
+    assert adopting.find_checkpoint(str(short / "checkpoints" / end)).step == 2 * EVERY
+    shutil.copytree(short / "checkpoints" / end, tmp_path / "alone" / end)
+    with pytest.raises(CheckpointError, match=r"cooled down since step 6, and keeps no checkpoint"):
+        adopting.find_checkpoint(str(tmp_path / "alone"))
+
+
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_longer_run_goes_on_as_if_it_had_always_been_longer(
     alone, corpus, short, uninterrupted, tmp_path, elsewhere
@@ -157,7 +167,7 @@ def test_a_start_that_is_damaged_is_called_that(corpus, short, tmp_path):
 def test_a_folder_of_checkpoints_is_a_start_too(short):
     folder = short / "checkpoints"
     for start in (str(folder), folder.as_uri()):
-        assert adopting.find_checkpoint(start).step == 2 * EVERY
+        assert adopting.find_checkpoint(start).step == EVERY
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])

@@ -324,3 +324,35 @@ def test_every_zero_stage_trains_saves_and_resumes_at_any_size(
     assert_shards_hold_the_bundle(resumed.checkpoint)
     weight = engine.model.layers[0].fc1.weight
     assert not torch.equal(weight, weight.bfloat16().float()), "the bundle lost the fp32 weights"
+
+
+MUON_CLOSE = 1e-2
+"""Nats; a step is computed of directions in bf16, and its size is not that of the gradients."""
+
+
+@pytest.fixture(scope="module")
+def whole_muon(alone, corpus, tmp_path_factory):
+    recipe = as_recipe(muon_recipe(corpus, STEPS, 0), workers=1)
+    return run_here(recipe, tmp_path_factory.mktemp("muon") / "whole")
+
+
+def muon_recipe(corpus, steps, stage):
+    tree = make_recipe(corpus, steps=steps, zero_stage=stage)
+    tree["optimizer"] |= {"matrices": "muon", "lr": 2e-3}
+    return tree
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("stage", "before", "after"), [(0, 1, 2), (1, 2, 1), (2, 1, 2)])
+def test_muon_trains_saves_and_resumes_at_any_size(
+    whole_muon, alone, corpus, tmp_path, stage, before, after
+):
+    run = {1: run_here, 2: run_to_the_end}
+    run[before](as_recipe(muon_recipe(corpus, EVERY, stage), workers=before), tmp_path / "run")
+    recipe = as_recipe(muon_recipe(corpus, STEPS, stage), workers=after)
+    resumed = run[after](recipe, tmp_path / "run", resume=True)
+    assert resumed.audit.digest == whole_muon.audit.digest
+    assert resumed.audit.redone_steps == 0
+    curve = losses(whole_muon.folder)
+    for step, loss in losses(tmp_path / "run").items():
+        assert loss == pytest.approx(curve[step], abs=MUON_CLOSE), f"step {step}"

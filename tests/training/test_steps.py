@@ -2,16 +2,20 @@
 
 import math
 
+import deepspeed
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from raptide.alphabet import ESM_33
 from raptide.data.streaming.batch import Cursor, GlobalBatch, PackedRows
+from raptide.errors import TrainingDiverged
 from raptide.model.config import ModelSettings
 from raptide.model.transformer import Esm
+from raptide.training import step
 from raptide.training.batches import cut_share, share_bounds
-from raptide.training.step import Stepper
+from raptide.training.step import Stepper, _as_divergence
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -121,3 +125,29 @@ def test_a_gradient_that_is_no_number_under_a_finite_loss_spoils_no_weight(wrong
     assert all(parameter.isfinite().all() for parameter in engine.module.parameters())
     handle.remove()
     assert not stepper.step(share, 1e-3).skipped
+
+
+def test_the_end_of_all_scales_of_an_fp16_loss_is_told_as_what_it_is():
+    """DeepSpeed's own error has no type, and looks like one that may pass."""
+    deepspeed.init_distributed(dist_init_required=False)
+    scaler = DynamicLossScaler(
+        4.0, scale_window=1000, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False
+    )
+    scaler.update_scale(True)
+    scaler.update_scale(True)
+    with pytest.raises(TrainingDiverged, match="at every scale"), _as_divergence():
+        scaler.update_scale(True)
+    with pytest.raises(KeyError), _as_divergence():
+        {}["of another kind"]
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_ranks_meet_once_a_step_however_many_passes_it_has(rows, monkeypatch):
+    met = []
+    monkeypatch.setattr(step.dist, "all_reduce", lambda tensor, *_: met.append(tensor.numel()))
+    batch = a_batch(rows)
+    bounds = share_bounds(rows, 0, 1, 1, rows)
+    engine = PlainEngine(len(bounds))
+    share = cut_share(bounds, ESM_33, engine.device, batch)
+    Stepper(engine, 2).step(share, 0.1, look=True)
+    assert met == [3 + 4]

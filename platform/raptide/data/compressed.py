@@ -10,15 +10,18 @@ from __future__ import annotations
 import bz2
 import io
 import lzma
+import os
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from isal import igzip_lib
 
 from raptide.errors import InputError
+from raptide.patience import patiently
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -77,9 +80,13 @@ def open_plain(path: str | Path, error: type[InputError] = InputError) -> io.Buf
 
     Args:
         error: what is raised, also while reading, where the file is damaged.
+
+    Raises:
+        OSError: the file system refuses, also while reading, for good or again and again.
     """
-    raw = io.FileIO(0, closefd=False) if str(path) == STANDARD_INPUT else io.FileIO(path)
-    return decompress(raw, str(path), error)
+    if str(path) == STANDARD_INPUT:
+        return decompress(io.FileIO(0, closefd=False), str(path), error)
+    return decompress(patiently(lambda: _PatientFile(path)), str(path), error)
 
 
 def decompress(raw: Any, path: str, error: type[InputError] = InputError) -> io.BufferedReader:
@@ -107,6 +114,25 @@ def compression_of(file: io.BufferedReader) -> str:
 def _format_of(file: io.BufferedReader) -> _Format | None:
     start = file.peek(LONGEST_MAGIC)[:LONGEST_MAGIC]
     return next((each for each in FORMATS if each.magic.match(start)), None)
+
+
+class _PatientFile(io.FileIO):
+    """What the file system does not give out at first is asked for again, of the file opened anew:
+    a handle that is stale stays so."""
+
+    def readinto(self, buffer: Any) -> int:
+        return patiently(partial(self._attempt, buffer))
+
+    def _attempt(self, buffer: Any) -> int:
+        try:
+            return os.readv(self.fileno(), [buffer])
+        except OSError:
+            if self.seekable():
+                place = self.tell()
+                with io.FileIO(self.name) as again:
+                    os.dup2(again.fileno(), self.fileno())
+                self.seek(place)
+            raise
 
 
 class _Pipe(io.RawIOBase):

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raptide.errors import CorpusError
-from raptide.patience import patiently, unreadable
+from raptide.patience import FarTrouble, patiently, unreadable
 from raptide.storage import CHUNK, Storage, below, is_uri
 
 Found = TypeVar("Found")
@@ -29,7 +29,7 @@ def numbered() -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is None and not isinstance(error, FileNotFoundError):
-            raise OSError(errno.EIO, str(error)) from None
+            raise FarTrouble(errno.EIO, str(error)) from None
         raise
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from raptide.data.compressed import STANDARD_INPUT, is_compressed, open_plain
 from raptide.errors import FastaError
+from raptide.patience import is_final, patiently, reason_of, unreadable
 
 PART_BYTES = 64 << 20
 """Bytes of a plain file that one task reads."""
@@ -197,7 +199,9 @@ def _open(part: FastaPart | FastaStream) -> BinaryIO:
     try:
         return open_plain(part.source, FastaError)
     except OSError as error:
-        reason = error.strerror or error
+        if not is_final(error):
+            raise unreadable(part.path, error) from None
+        reason = reason_of(error)
         raise FastaError(f"{part.path} cannot be opened ({reason}); give another file.") from None
 
 
@@ -205,7 +209,7 @@ def _pieces_of_range(part: FastaPart) -> Iterator[bytes]:
     """Whole records of a byte range of a plain file."""
     assert part.end is not None
     with (
-        Path(part.path).open("rb") as plain,
+        patiently(partial(Path(part.path).open, "rb")) as plain,
         mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ) as data,
     ):
         if part.start == 0:

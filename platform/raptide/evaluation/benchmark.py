@@ -20,6 +20,7 @@ from raptide.config import Settings, load_settings, parse_settings
 from raptide.errors import ConfigError
 from raptide.evaluation.tasks import KINDS, make_task
 from raptide.evaluation.tasks.task import Task, TaskSettings
+from raptide.storage import is_uri
 
 PATHS = {
     *("corpus", "fasta", "train_fasta", "train", "test"),
@@ -97,7 +98,7 @@ def _pattern(folder: Path) -> Path:
 def _locate(value: Any, base: Path) -> Any:
     if isinstance(value, dict):
         return {name: _locate(each, base) for name, each in value.items()}
-    return str(base / value) if isinstance(value, str) else value
+    return str(base / value) if isinstance(value, str) and not is_uri(value) else value
 
 
 def _choose(

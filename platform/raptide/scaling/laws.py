@@ -9,7 +9,7 @@ models were trained with several seeds, each point moves by what seeds do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -38,6 +38,12 @@ class Cell:
     seeds: tuple[float, ...]
     """Nats of each seed."""
 
+    @property
+    def ece_interval(self) -> tuple[float, float]:
+        """95% over proteins; a seed's part is not in it."""
+        low, high = np.quantile(np.exp(self.replicates), [0.025, 0.975])
+        return float(low), float(high)
+
 
 @dataclass(frozen=True)
 class PowerLaw:
@@ -48,15 +54,52 @@ class PowerLaw:
     low: float
     high: float
     points: int
+    drawn: np.ndarray = field(repr=False)
+    """Slope and offset of the line in logarithms for each draw of the bootstrap, [2, REPLICATES]"""
 
     def ece(self, x: float) -> float:
         return float(np.exp(self.scale * x**-self.exponent))
+
+    def ece_interval(self, x: float) -> tuple[float, float]:
+        """95% of the laws that the bootstrap has drawn lie between these at x."""
+        slope, offset = self.drawn
+        low, high = np.quantile(np.exp(np.exp(offset + slope * np.log(x))), [0.025, 0.975])
+        return float(low), float(high)
+
+    def facts(self) -> dict[str, float]:
+        names = ("scale", "exponent", "low", "high", "points")
+        return {name: getattr(self, name) for name in names}
 
     def sentence(self) -> str:
         flat = "; it may be flat" if self.low <= 0 <= self.high else ""
         return (
             f"Cross entropy goes as x^{-self.exponent:.4f} (95% interval {-self.high:.4f} to "
             f"{-self.low:.4f}, {self.points} points{flat})."
+        )
+
+
+@dataclass(frozen=True)
+class Trend:
+    """What the largest of some models, or of the data, gains on the smallest."""
+
+    name: str
+    first: str
+    last: str
+    ece: tuple[float, float]
+    """Of both."""
+
+    fall: tuple[float, float]
+    """95% interval of the fall in nats: over proteins, and what seeds do, where that is known."""
+
+    def sentence(self) -> str:
+        before, after = self.ece
+        low, high = self.fall
+        told = f"{self.name}: from {self.first} to {self.last} the ECE goes from {before:.2f} to "
+        certain = (
+            "beyond what proteins and seeds do" if low > 0 or high < 0 else "which may be none"
+        )
+        return (
+            f"{told}{after:.2f}, {certain} (cross entropy {-high:+.4f} to {-low:+.4f} nats, 95%)."
         )
 
 
@@ -70,12 +113,13 @@ class Curves:
     """What seeds do, nats."""
 
     laws: dict[str, PowerLaw]
+    trends: Sequence[Trend] = ()
 
     @classmethod
     def through(cls, points: Iterable[Point]) -> Curves:
         found = cells(points)
         deviation = seed_deviation(found)
-        return cls(found, deviation, laws(found, deviation))
+        return cls(found, deviation, laws(found, deviation), trends(found, deviation))
 
 
 NO_CURVES = Curves((), 0.0, {})
@@ -122,14 +166,21 @@ def fit(found: Sequence[Cell], by: str, deviation: float) -> PowerLaw | None:
     if len(np.unique(x)) < LEAST_POINTS or not np.isfinite(x).all():
         return None
     slope, offset = np.polyfit(x, np.log([each.nats for each in found]), 1)
+    drawn = np.polyfit(x, np.log(_moved(found, deviation)), 1)
+    low, high = np.quantile(-drawn[0], [0.025, 0.975])
+    ends = float(low), float(high)
+    return PowerLaw(float(np.exp(offset)), float(-slope), *ends, len(found), drawn)
+
+
+def _moved(found: Sequence[Cell], deviation: float) -> np.ndarray:
+    """Nats of each in every draw of the bootstrap, moved by what seeds do, [cells, REPLICATES]."""
     noise = np.random.Generator(np.random.Philox(key=[NOISE_SEED, len(found)]))
-    moved = [
-        each.replicates + noise.normal(0, deviation / np.sqrt(len(each.seeds)), REPLICATES)
-        for each in found
-    ]
-    slopes = np.polyfit(x, np.log(np.array(moved)), 1)[0]
-    low, high = np.quantile(-slopes, [0.025, 0.975])
-    return PowerLaw(float(np.exp(offset)), float(-slope), float(low), float(high), len(found))
+    return np.array(
+        [
+            each.replicates + noise.normal(0, deviation / np.sqrt(len(each.seeds)), REPLICATES)
+            for each in found
+        ]
+    )
 
 
 def best_by_compute(found: Iterable[Cell]) -> list[Cell]:
@@ -153,6 +204,31 @@ def laws(found: Iterable[Cell], deviation: float) -> dict[str, PowerLaw]:
         "compute": fit(best_by_compute(ours), "flops", deviation),
     }
     return {name: law for name, law in fitted.items() if law is not None}
+
+
+def trends(found: Iterable[Cell], deviation: float) -> list[Trend]:
+    """The smallest transformer against the largest on each of the data, and the least data against
+    the most with each transformer."""
+    ours = [each for each in found if each.kind == "transformer"]
+    sides = [
+        *(("parameters", key, v) for key, v in grouped(ours, lambda each: each.data).items()),
+        *(("epoch_tokens", key, v) for key, v in grouped(ours, lambda each: each.model).items()),
+    ]
+    told = []
+    for by, key, some in sides:
+        ordered = sorted(some, key=lambda each: each.x[by])
+        if len(ordered) > 1 and ordered[0].x[by] < ordered[-1].x[by]:
+            told.append(_trend(by, key, ordered[0], ordered[-1], deviation))
+    return told
+
+
+def _trend(by: str, key: str, first: Cell, last: Cell, deviation: float) -> Trend:
+    before, after = _moved([first, last], deviation)
+    low, high = np.quantile(before - after, [0.025, 0.975])
+    what = f"parameters, {key}" if by == "parameters" else f"data, {key}"
+    names = (first.model, last.model) if by == "parameters" else (first.data, last.data)
+    ece = float(np.exp(first.nats)), float(np.exp(last.nats))
+    return Trend(what, *names, ece, (float(low), float(high)))
 
 
 def grouped(found: Iterable[Cell], key: Callable[[Cell], str]) -> dict[str, list[Cell]]:

@@ -54,7 +54,8 @@ def write_manifest(
     tree = {
         "study": study.settings.model_dump(),
         "runs": runs,
-        "laws": {name: asdict(law) for name, law in curves.laws.items()},
+        "laws": {name: law.facts() for name, law in curves.laws.items()},
+        "trends": [asdict(trend) for trend in curves.trends],
         "seed_deviation_nats": curves.deviation or None,
         **circumstances(command),
     }

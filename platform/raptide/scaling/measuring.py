@@ -24,6 +24,7 @@ from raptide.model.families import count_parameters
 from raptide.scaling.cost import epoch_tokens, flops_of
 from raptide.scaling.study import PlannedRun, Study
 from raptide.scaling.training import Ending
+from raptide.storage import is_uri
 from raptide.training.planning.recipe import Recipe
 from raptide.training.result import RunResult, read_result
 
@@ -56,15 +57,19 @@ class Point:
 
 
 def measure(
-    study: Study, endings: Sequence[Ending], cache: ResultCache, reader: Reader, say: Say
+    study: Study,
+    tasks: Sequence[Task],
+    endings: Sequence[Ending],
+    cache: ResultCache,
+    reader: Reader,
+    say: Say,
 ) -> list[Point]:
     """Ask every finished run, and n-grams of each of the data, as far as it is not kept. Ray must
     be running.
 
-    Raises:
-        InputError: the held-out proteins or the benchmark's data are not there.
+    Args:
+        tasks: those of `tasks_of`.
     """
-    tasks = list(_tasks(study, cache))
     points: dict[int, Point] = {}
     models: list[ModelSubject] = []
     for ending in endings:
@@ -82,20 +87,29 @@ def measure(
     return list(points.values())
 
 
-def _tasks(study: Study, cache: ResultCache) -> Iterator[Task]:
-    corpus = Path(study.heldout_corpus).resolve()
-    yield PerplexityTask(
+def tasks_of(study: Study, scratch: Path) -> list[Task]:
+    """What every model of a study is asked, with its data.
+
+    Args:
+        scratch: where what is made of data alone is kept.
+
+    Raises:
+        InputError: the held-out proteins or the benchmark's data are not there.
+    """
+    corpus = study.heldout_corpus
+    heldout = PerplexityTask(
         PerplexitySettings(
             name=HELDOUT,
-            corpus=corpus,
+            corpus=corpus if is_uri(corpus) else Path(corpus).resolve(),
             sampling=study.runs[0].recipe.stream.sampling,
             most_proteins=study.settings.heldout_proteins,
         ),
-        cache.folder,
+        scratch,
     )
-    if study.benchmark is not None:
-        only = list(study.settings.tasks) or None
-        yield from Benchmark.load(study.benchmark, only).make(cache.folder)
+    if study.benchmark is None:
+        return [heldout]
+    only = list(study.settings.tasks) or None
+    return [heldout, *Benchmark.load(study.benchmark, only).make(scratch)]
 
 
 def _subject(

@@ -36,7 +36,8 @@ HOW = (
     "residues that a transformer is shown as <mask>; an LSTM and n-grams are blind to them anyway. "
     "Laws are fitted to the cross entropy, L(x) = a x^-b, by least squares in logarithms; their "
     "intervals come of a bootstrap over proteins, to which is added what seeds do, where there are "
-    "several. Compute is 3 forward passes of all tokens seen, each crop taken for a full one."
+    "several; bars and bands are 95% intervals. Compute is 3 forward passes of all tokens seen, "
+    "each crop taken for a full one."
 )
 
 
@@ -103,8 +104,9 @@ def _curves(curves: Curves, points: Sequence[Point]) -> Markup:
         _chart("ECE by data", "data", by_model, fitted, grams),
         _chart("ECE by compute", "compute", by_kind, fitted),
     ]
+    gains = bullets([trend.sentence() for trend in curves.trends])
     sentences = bullets([f"{name}: {law.sentence()}" for name, law in fitted.items()])
-    return join([_figures(charts), sentences])
+    return join([_figures(charts), gains, sentences])
 
 
 def _figures(charts: Iterable[Markup]) -> Markup:
@@ -139,7 +141,9 @@ def _chart(
         x = [each.x[by] for each in ordered]
         law = fitted.get(f"{over} {name}")
         ece = [math.exp(each.nats) for each in ordered]
-        series.append(Series(name, x, ece, style, joined=law is None and over != "compute"))
+        ends = [each.ece_interval for each in ordered]
+        line = law is None and over != "compute"
+        series.append(Series(name, x, ece, style, joined=line, spread=ends))
         if law is not None:
             series.append(_law(f"{name}, x^{-law.exponent:.4f}", law, x, style))
     if over in fitted:
@@ -153,7 +157,8 @@ def _law(name: str, law: PowerLaw, x: Sequence[float], style: int) -> Series:
     low, high = math.log(min(x)), math.log(max(x))
     steps = [math.exp(low + (high - low) * i / CURVE_POINTS) for i in range(CURVE_POINTS + 1)]
     ece = [law.ece(each) for each in steps]
-    return Series(name, steps, ece, style, baseline=True, marked=False)
+    band = [law.ece_interval(each) for each in steps]
+    return Series(name, steps, ece, style, baseline=True, marked=False, spread=band)
 
 
 def _best_grams(points: Sequence[Point]) -> list[Series]:

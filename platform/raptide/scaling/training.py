@@ -43,6 +43,18 @@ def slots(runs: Sequence[PlannedRun], device: str, room: Room) -> int:
     return max(1, min(fits))
 
 
+def unfinished(runs: Sequence[PlannedRun], folder: Path) -> list[PlannedRun]:
+    """The runs that are to be trained, or to their end.
+
+    Args:
+        folder: of the runs' folders.
+
+    Raises:
+        InputError: a run's folder holds another run, or something else.
+    """
+    return [r for r in runs if standing_of_run(folder / r.name, r.recipe) != "finished"]
+
+
 def train_all(
     runs: Sequence[PlannedRun], folder: Path, at_once: int, say: Say
 ) -> Generator[Ending, None, None]:
@@ -57,12 +69,8 @@ def train_all(
     Raises:
         InputError: a run's folder holds another run, or something else; nothing has started then.
     """
-    waiting = []
-    for run in runs:
-        if standing_of_run(folder / run.name, run.recipe) == "finished":
-            yield Ending(run, folder / run.name)
-        else:
-            waiting.append(run)
+    waiting = unfinished(runs, folder)
+    yield from [Ending(run, folder / run.name) for run in runs if run not in waiting]
     going: dict[Any, PlannedRun] = {}
     try:
         while waiting or going:

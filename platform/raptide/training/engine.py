@@ -57,7 +57,7 @@ def build_engine(recipe: Recipe, workers: int, device: str, saved: SavedCheckpoi
         config=config,
         dist_init_required=False,
     )
-    if muon is not None and recipe.training.zero_stage > 0:
+    if muon is not None:
         muon.follow(engine)
     return engine
 

@@ -7,7 +7,7 @@ starts afterwards gives up.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,9 @@ def _begin_attempt(run: Run) -> str:
         Attempts(storage).refuse_others(before[-1])
     attempt = begin_attempt(storage, above=_counted(run.folder_here), driver=run.driver)
     ray.get(run.board.began.remote(attempt.name))
-    if (hang := describe_hang(run.folder_here, attempt.number - 1)) is not None:
-        run.board.warn.remote(hang)
+    with suppress(OSError):  # what is only told
+        if (hang := describe_hang(run.folder_here, attempt.number - 1)) is not None:
+            run.board.warn.remote(hang)
     return attempt.name
 
 

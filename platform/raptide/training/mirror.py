@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -35,7 +35,10 @@ from raptide.training.watching.picture import PICTURE
 from raptide.training.watching.tracking import METRICS
 from raptide.training.watching.watch import HANGS
 
-FILES = (RUN_INFO, RECIPE, METRICS, RESULT, PICTURE, SUMMARY)
+STANDING = (RUN_INFO, RECIPE, RESULT)
+"""What tells how far a run has come; a long one's other files are hundreds of megabytes."""
+
+FILES = (*STANDING, METRICS, PICTURE, SUMMARY)
 FOLDERS = (AUDIT, HANGS, "wandb")
 """Of a run, what is sent and fetched; of all other folders and files, nothing."""
 
@@ -61,25 +64,44 @@ class Mirror:
         return Storage.at(self.uri, "the run's URI")
 
     def fetch(self) -> None:
-        """Make the folder's files those at the URI; what is the same already stays.
+        """Make the folder one of the run at the URI: of its files, those that tell how it stands.
 
         Raises:
             ConfigError: what is there is no run, or the copy of one that lives elsewhere.
             RaptideError: the storage fails.
         """
-        storage = self.storage
-        there = {n: size for n, size in _files(storage, "").items() if n in FILES}
+        there = {n: size for n, size in _files(self.storage, "").items() if n in STANDING}
         if RUN_INFO not in there:
             self._refuse_others()
             shutil.rmtree(self.folder, ignore_errors=True)
             return
+        self._take(STANDING, there)
+
+    def fetch_all(self) -> None:
+        """The same with all of the run's files; `fetch` has found one.
+
+        Raises:
+            RaptideError: the storage fails.
+        """
+        there = {n: size for n, size in _files(self.storage, "").items() if n in FILES}
         for folder in FOLDERS:
-            there |= _files(storage, folder)
-        for file in self._files():
-            if str(file.relative_to(self.folder)) not in there:
-                file.unlink()
+            there |= _files(self.storage, folder)
+        below = [file for each in FOLDERS for file in self.folder.glob(f"{each}/**/*")]
+        here = [str(file.relative_to(self.folder)) for file in below if file.is_file()]
+        self._take((*FILES, *here), there)
+
+    def _take(self, here: Iterable[str], there: dict[str, int]) -> None:
+        """Make files those at the URI; what is the same already stays.
+
+        Args:
+            here: names of those that may be in the folder.
+            there: sizes of those at the URI.
+        """
+        for name in here:
+            if name not in there:
+                (self.folder / name).unlink(missing_ok=True)
         for name, size in there.items():
-            self._fetch(storage, name, size)
+            self._fetch(self.storage, name, size)
         self._name_checkpoints()
 
     def begin(self) -> None:
@@ -171,11 +193,6 @@ class Mirror:
             )
         if there != self.uri:
             file.write_text(json.dumps(info | {"checkpoints": self.uri}) + "\n")
-
-    def _files(self) -> list[Path]:
-        below = [file for each in FOLDERS for file in self.folder.glob(f"{each}/**/*")]
-        own = [self.folder / name for name in FILES]
-        return [file for file in (*own, *below) if file.is_file()]
 
 
 @contextmanager

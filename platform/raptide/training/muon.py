@@ -11,7 +11,6 @@ step itself is orthogonal, what DeepSpeed measures, clips and leaves out are gra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,17 +31,17 @@ MOMENTUM, UNUSED = "exp_avg", "exp_avg_sq"
 """AdamW's names, by which DeepSpeed converts states; the second is not kept."""
 
 
-def muon_step(direction: torch.Tensor) -> torch.Tensor:
+def muon_step(direction: torch.Tensor, *, in_bf16: bool) -> torch.Tensor:
     """The orthogonal step in a direction, for rate 1.
 
     Args:
         direction: [rows, columns] bfloat16.
+        in_bf16: compute in it, rather than in fp32.
 
     Returns [rows, columns] bfloat16 with singular values of RMS · sqrt(max(rows, columns)), within
     a third or so.
     """
-    quick = multiplies_bf16_faster(direction.device)
-    near = _near_orthogonal(direction if quick else direction.float())
+    near = _near_orthogonal(direction if in_bf16 else direction.float())
     return near.to(direction.dtype) * (RMS * math.sqrt(max(direction.shape)))
 
 
@@ -69,23 +68,24 @@ class Partitions:
     group: Any
     """torch.distributed's, of the ranks that have a part each."""
 
-    def of_rank(self, size: int) -> Iterator[tuple[slice, torch.Size, slice, slice]]:
-        """Matrices with elements in this rank's part.
+    def of_rank(self, size: int) -> dict[int, tuple[slice, torch.Size, slice, slice]]:
+        """Matrices with elements in this rank's part, by their place in `shapes`.
 
         Args:
             size: elements of a part.
 
-        Yields where a matrix lies in the whole, its shape, where in the part those of its elements
-        lie that are the rank's, and which they are.
+        Returns for each where it lies in the whole, its shape, where in the part those of its
+        elements lie that are the rank's, and which they are.
         """
-        mine, start = self.rank * size, 0
-        for shape in self.shapes:
+        found, mine, start = {}, self.rank * size, 0
+        for index, shape in enumerate(self.shapes):
             end = start + shape.numel()
             first, last = max(start, mine), min(end, mine + size)
             if first < last:
                 here, which = slice(first - mine, last - mine), slice(first - start, last - start)
-                yield slice(start, end), shape, here, which
+                found[index] = slice(start, end), shape, here, which
             start = end
+        return found
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -93,6 +93,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     DeepSpeed uses it as it uses torch's AdamW: with parameters as they are, or with one flat part
     of each group in their place.
+
+    Gradients that are no numbers have become zeros (step.py). Then no matrix moves, though the
+    momentum would, and by a whole step.
     """
 
     def __init__(self, model: torch.nn.Module, settings: OptimizerSettings) -> None:
@@ -101,6 +104,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         others = [each for name, each in named if not is_matrix(name, each)]
         self._shapes = tuple(each.shape for each in matrices)
         self._partitions: Partitions | None = None
+        self._in_bf16 = False
         self._adamw = torch.optim.AdamW(
             others,
             lr=settings.lr,
@@ -120,15 +124,27 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.register_state_dict_post_hook(_with_unused)
 
     def follow(self, engine: Any) -> None:
-        """Find the matrices in the flat parts that an engine at ZeRO 1 or 2 has made of them."""
-        zero = engine.optimizer
-        laid = zero.round_robin_bit16_groups[0]
+        """Find the matrices in what an engine has made of them, and agree with the other ranks.
+
+        Where each makes its own steps, those of machines that differ would drift apart.
+        """
         names = {id(each): name for name, each in engine.module.named_parameters()}
-        assert tuple(each.shape for each in laid) == self._shapes, "matrices in another order"
-        assert all(is_matrix(names[id(each)], each) for each in laid)
-        assert not any(zero.round_robin_bit16_padding[0]), "gaps between matrices"
-        group = zero.real_dp_process_group[0]
-        self._partitions = Partitions(self._shapes, dist.get_rank(group), group)
+        zero = engine.optimizer
+        if zero is self:
+            groups = [group["params"] for group in self.param_groups]
+        else:
+            groups = zero.round_robin_bit16_groups
+            assert not any(zero.round_robin_bit16_padding[0]), "gaps between matrices"
+            group = zero.real_dp_process_group[0]
+            self._partitions = Partitions(self._shapes, dist.get_rank(group), group)
+        assert tuple(each.shape for each in groups[0]) == self._shapes, "matrices in another order"
+        for kind, members in zip((True, False), groups, strict=True):
+            for each in members:
+                name = names[id(each)]
+                assert is_matrix(name, each) == kind, f"{name} is in the other group"
+        faster = torch.tensor(int(multiplies_bf16_faster(engine.device)), device=engine.device)
+        dist.all_reduce(faster, dist.ReduceOp.MIN)
+        self._in_bf16 = bool(faster)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -148,20 +164,28 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for weights in group["params"]:
             if weights.grad is None:  # as AdamW leaves out what no loss depends on
                 continue
-            # Gradients that are no numbers have become zeros: then nothing moves, though the
-            # momentum would, and by a whole step.
             used = weights.grad.any().to(weights.dtype)
-            _move(weights, muon_step(self._direction(weights, group)) * used, group)
+            step = muon_step(self._direction(weights, group), in_bf16=self._in_bf16)
+            _move(weights, step * used, group)
 
     def _move_part(self, group: dict[str, Any], partitions: Partitions) -> None:
         """Every rank sees all directions, and works on the matrices that it holds something of."""
         (part,) = group["params"]
+        used = self._used(part.grad, partitions)
         direction = self._direction(part, group)
         whole = direction.new_empty(len(part) * dist.get_world_size(partitions.group))
         dist.all_gather_into_tensor(whole, direction, group=partitions.group)
-        for lies, shape, here, which in partitions.of_rank(len(part)):
-            step = muon_step(whole[lies].view(shape))
+        for index, (lies, shape, here, which) in partitions.of_rank(len(part)).items():
+            step = muon_step(whole[lies].view(shape), in_bf16=self._in_bf16) * used[index]
             _move(part[here], step.flatten()[which], group)
+
+    def _used(self, gradient: torch.Tensor, partitions: Partitions) -> torch.Tensor:
+        """Which matrices any rank has a gradient of, [matrices] bfloat16."""
+        used = torch.zeros(len(self._shapes), device=gradient.device)
+        for index, (_, _, here, _) in partitions.of_rank(len(gradient)).items():
+            used[index] = gradient[here].any()
+        dist.all_reduce(used, dist.ReduceOp.MAX, group=partitions.group)
+        return used.bfloat16()
 
     def _direction(self, weights: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         """Nesterov's: the momentum as it would be if the gradient came again; bfloat16."""

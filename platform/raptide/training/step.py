@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from raptide.errors import TrainingDiverged
 from raptide.training.batches import Share
 
 
@@ -45,6 +46,20 @@ class StepResult:
     def skipped(self) -> bool:
         """Whether the gradients were no numbers, so that none was used."""
         return not math.isfinite(self.grad_norm)
+
+
+@contextmanager
+def _as_divergence() -> Iterator[None]:
+    """Within the block, DeepSpeed's end of all scales of an fp16 loss is told as what it is."""
+    try:
+        yield
+    except Exception as error:
+        if "scale already at minimum" not in str(error):
+            raise
+        raise TrainingDiverged(
+            "Gradients in fp16 were infinite at every scale of the loss; resume from the last "
+            "checkpoint with a lower optimizer.lr or a longer warm-up, or train in bf16."
+        ) from None
 
 
 class ForwardTime:
@@ -164,7 +179,8 @@ class Stepper:
             engine.backward(kept * factor)
             if self._guards and index == len(share.micro) - 1:
                 norm = self._only_if_all_finite()
-            engine.step()
+            with _as_divergence():
+                engine.step()
         if norm is None:
             norm = engine.get_global_grad_norm()
         asked = found.new_zeros(len(asks))

@@ -37,6 +37,7 @@ from raptide.training.checkpoints.owned import (
 from raptide.training.group import train_worker
 from raptide.training.meeting import RoomForAll
 from raptide.training.mirror import Mirror
+from raptide.training.planning.estimate import moving_s
 from raptide.training.planning.recipe import Recipe
 from raptide.training.planning.resuming import with_absolute_paths
 from raptide.training.planning.room import choose_device, look_around, worker_needs
@@ -144,6 +145,8 @@ def pretrain(
     uri = mirror.uri if mirror is not None else None
     if not replace and is_finished(folder, recipe):
         print(f"{uri or folder} is finished; raise training.steps to go on with it.")
+        if mirror is not None:
+            mirror.fetch_all()
         return read_result(folder, recipe)
     ray.data.DataContext.get_current().enable_progress_bars = False
     device = choose_device(recipe, look_around())
@@ -205,7 +208,7 @@ def _train(
         )
         raise KeyboardInterrupt
     if mirror is not None:
-        mirror.fetch()
+        mirror.fetch_all()
     result = read_result(folder, recipe, step=ended["step"])
     with without_ending("The run's curve was not drawn"):
         draw_run(folder, result.unigram_ece.all_chosen)
@@ -237,7 +240,8 @@ def _fit(run: Run) -> None:
         train_loop_config={"run": run},
         torch_config=TorchConfig(
             backend="nccl" if device == "cuda" else "gloo",
-            timeout_s=int(2 * cluster.hang_timeout_s) + 60,  # ours comes first
+            # Ours comes first, wherever a rank stands still.
+            timeout_s=int(2 * cluster.hang_timeout_s + moving_s(recipe)) + 60,
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers if cluster.elastic else cluster.max_workers,

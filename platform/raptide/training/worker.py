@@ -16,7 +16,7 @@ from raptide.cluster import on_this_node
 from raptide.data.streaming.batch import Cursor
 from raptide.data.streaming.feeder import BatchReader, FeederActor
 from raptide.data.streaming.shares import BatchShare
-from raptide.errors import CheckpointError, CheckpointUnsaved
+from raptide.errors import CheckpointError, CheckpointUnsaved, StorageStumbled
 from raptide.model.formats.weights import Weights
 from raptide.training.ahead import SharesAhead
 from raptide.training.batches import Share, share_cutter
@@ -27,7 +27,7 @@ from raptide.training.checkpoints.saving import CheckpointWriter
 from raptide.training.checkpoints.scratch import scratch_folder
 from raptide.training.checkpoints.step_bundle import StepBundle
 from raptide.training.engine import build_engine, load_state
-from raptide.training.planning.estimate import saved_bytes
+from raptide.training.planning.estimate import moving_s, saved_bytes
 from raptide.training.planning.optimizer import learning_rate
 from raptide.training.process import collect_garbage, garbage_by_hand
 from raptide.training.run import Run
@@ -69,6 +69,8 @@ class Worker:
             scales_loss=self._recipe.training.precision == "fp16",
         )
         self._post(phase="loading DeepSpeed")
+        self._moving_s = moving_s(self._recipe)
+        self._hang_watch.progress(self._moving_s)
         cursor, so_far = self._load()
         self._hang_watch.progress()
         self._writer = self._prepare_saving(context.get_local_world_size(), sender)
@@ -141,6 +143,7 @@ class Worker:
                 if last or not self._loss_watch.nonfinite_steps:
                     stall_s = self._save(share.batch.next_cursor, result.loss, beside, bundle)
             if last:
+                self._hang_watch.progress(self._moving_s)
                 self._writer.wait()
             self._log(share.batch, result, step_s, stall_s)
             if last:
@@ -205,18 +208,21 @@ class Worker:
         self._evaluations.look()
         self._board_watch.look()
 
-    def _refuse_trouble(self, *, leaving: bool = False) -> None:
+    def _refuse_trouble(self, *, leaving: bool = False, last: bool = False) -> None:
         """
         Raises:
             Superseded: another attempt owns the run.
             CheckpointUnsaved: the last save failed, and the recipe says to stop then, or the run
                 was to leave with it.
+            StorageStumbled: it failed for what may be over by now, and was the run's last.
         """
         if self._writer.superseded is not None:
             raise self._writer.superseded
         unsaved = self._writer.problem
         if unsaved and (leaving or self._recipe.checkpoint.when_unsaved == "stop"):
             raise CheckpointUnsaved(unsaved)
+        if unsaved and last and self._writer.problem_passes:
+            raise StorageStumbled(unsaved)
 
     @property
     def _improves_no_more(self) -> bool:
@@ -229,7 +235,7 @@ class Worker:
         what a benchmark asks of it, beside them as ever.
         It is there already, so that who resumes a run that dies in here comes back here.
         """
-        self._refuse_trouble()
+        self._refuse_trouble(last=True)
         self._hang_watch.progress()
         evaluations, name = self._evaluations, self._newest
         self._post(phase="evaluating")
@@ -242,6 +248,7 @@ class Worker:
         if last is not None and evaluations.so_far.step != self._step:
             evaluations.take(last, self._step)
             evaluations.write_down(name)
+        evaluations.refuse_unwritten()
         self._writer.prune(name)
         for evaluation in evaluations.unlogged():
             self._tracker.log(self._step, evaluation)
@@ -285,7 +292,7 @@ class Worker:
 
     def _save(self, cursor: Cursor, loss: float, evaluate_beside: bool, bundle: bool) -> float:
         """Save what this step has come to; the seconds that training stood still for it."""
-        self._hang_watch.progress()
+        self._hang_watch.progress(self._moving_s)  # the one before may still be on its way
         started = time.perf_counter()
         run, recipe = self._run, self._recipe
         inv_freq = self._engine.module.frequencies()
@@ -331,7 +338,9 @@ class Worker:
         run, board = self._run, self._run.board if self._rank == 0 else None
         waiting = self._writer.unevaluated
         return RunEvaluations(
-            *(run.recipe, run.plan, run.device, board, waiting, so_far), bench=run.bench
+            *(run.recipe, run.plan, run.device, board, waiting, so_far),
+            bench=run.bench,
+            refuse_others=self._writer.refuse_others,
         )
 
     def _choose_checkpoint(self) -> SavedCheckpoint | None:

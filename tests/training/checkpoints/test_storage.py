@@ -20,7 +20,7 @@ from small_runs import (
 )
 from stumbles import Stumbling, fill, hurry
 
-from raptide.errors import CheckpointError, CheckpointUnsaved, ConfigError
+from raptide.errors import CheckpointError, CheckpointUnsaved, ConfigError, StorageStumbled
 from raptide.evaluation.beside import RunBenchmark
 from raptide.evaluation.emergence import read_emergence
 from raptide.inference.engine import Engine
@@ -32,8 +32,10 @@ from raptide.training.checkpoints.checkpoint import (
 )
 from raptide.training.checkpoints.owned import Storage, checkpoint_step
 from raptide.training.checkpoints.saving import send_folder
+from raptide.training.planning.estimate import moving_s
 from raptide.training.trainer import prepare_run
 from raptide.training.watching.audit import audited_steps
+from raptide.training.watching.watch import HangWatch
 
 
 @pytest.fixture(scope="module")
@@ -198,13 +200,53 @@ def test_a_full_disk_stops_the_run_or_not_and_the_last_good_checkpoint_stays(
         assert newest_checkpoint(Storage.of_run(tmp_path / "stops")).step == EVERY
 
 
+class Away(Stumbling):
+    """Takes nothing of some checkpoints."""
+
+    def __init__(self, *steps):
+        super().__init__(10**9)
+        self.steps = steps
+
+    def stumble(self, deed, path):
+        if deed in ("create_dir", "create") and any(f"step-{s:08d}" in path for s in self.steps):
+            super().stumble(deed, path)
+
+
+def test_a_storage_that_is_away_at_the_very_end_is_a_failure_and_no_end(
+    alone, corpus, tmp_path, monkeypatch
+):
+    """The workers' next start finds it there again."""
+    hurry(monkeypatch)
+    recipe = as_recipe(make_recipe(corpus, steps=2 * EVERY), workers=1)
+    allowed, progress = [], HangWatch.progress
+    monkeypatch.setattr(
+        HangWatch, "progress", lambda self, longer_s=0.0: allowed.append(longer_s) or progress(self)
+    )
+    away = Away(2 * EVERY)
+    storage = Storage(PyFileSystem(away), str(tmp_path / "storage"))
+    monkeypatch.setattr(Storage, "of_run", lambda folder: storage)
+    monkeypatch.setattr("raptide.training.result.local_checkpoint", lambda run, saved: saved.name)
+    with pytest.raises(StorageStumbled, match=rf"step-{2 * EVERY:08d}-\S+ could not be saved"):
+        run_here(recipe, tmp_path / "run")
+    assert [checkpoint_step(info.base_name) for info in listed(storage)] == [EVERY]
+    away.steps = ()
+    resumed = run_here(recipe, tmp_path / "run", resume=True)
+    assert (resumed.step, resumed.audit.redone_steps) == (2 * EVERY, EVERY)
+    assert allowed.count(moving_s(recipe)) > 4, "what moves checkpoints may take longer"
+
+
 def test_a_full_scratch_warns_as_a_full_storage_does(alone, corpus, tmp_path, monkeypatch, capsys):
     """It was free when it was asked, and is full when DeepSpeed writes."""
     tree = make_recipe(corpus, steps=EVERY)
-    free = SimpleNamespace(free=10**15)
+    free = SimpleNamespace(free=1000)
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda folder: free)
+    with pytest.raises(CheckpointError, match="ended without its last checkpoint"):
+        run_here(as_recipe(tree, workers=1), tmp_path / "none")
+    assert "has too little space on some node" in capsys.readouterr().err
+    assert listed(Storage.of_run(tmp_path / "none")) == []
+    free.free = 10**15
     with storages.small_disk(tmp_path / "disk", 1) as disk:  # one checkpoint has two megabytes
         monkeypatch.setattr("tempfile.tempdir", str(disk))
-        monkeypatch.setattr(saving.shutil, "disk_usage", lambda folder: free)
         with pytest.raises(CheckpointError, match="ended without its last checkpoint"):
             run_here(as_recipe(tree, workers=1), tmp_path / "run")
     assert max(losses(tmp_path / "run")) == EVERY

@@ -81,6 +81,8 @@ def test_the_papers_batch_is_131072_tokens_on_128_gpus():
         ),
         ("training.offload_parameters=true", "offload_parameters needs zero_stage 3"),
         ("training.compile=true training.zero_stage=3", "compile needs zero_stage 0, 1 or 2"),
+        ("training.rotary_base=500 model.family=esm1b", "rotary_base is of esm2"),
+        ("training.rotary_base=500 init_from=x", "of fresh weights, and init_from brings"),
         ("model.heads=7", "must be an even multiple of heads"),
         ("model.layer=3", "did you mean `layers`"),
     ],

@@ -90,3 +90,16 @@ def test_wandb_is_told_where_a_model_lies_in_any_storage(tracker, tmp_path, kind
     ((*_, artifacts),) = written(tmp_path)
     assert artifacts == [("model", "model-abc", [uri])]
     assert warnings == []
+
+
+def test_nothing_that_wandb_does_at_the_end_ends_a_run(tracker, tmp_path):
+    kept, warnings = tracker("offline")
+    with kept:
+        kept.log(1, {"train/loss": 2.5})
+        kept._wandb = SimpleNamespace(log=kept._wandb.log, finish=fail_to_finish)
+    assert warnings == ["W&B did not take the end of the run (its service has died)."]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["train/loss"] == 2.5
+
+
+def fail_to_finish(exit_code):
+    raise RuntimeError("its service has died")

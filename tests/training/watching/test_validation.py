@@ -17,6 +17,7 @@ from pyarrow.fs import PyFileSystem
 from small_runs import EVERY, STEPS, as_recipe, checkpoint_of, evaluations, make_recipe
 from stumbles import Stumbling, hurry
 
+from raptide.errors import StorageStumbled, Superseded
 from raptide.evaluation.beside import RunBenchmark
 from raptide.training.checkpoints.keeping import awaiting_evaluation, prune
 from raptide.training.checkpoints.owned import Storage
@@ -91,11 +92,28 @@ def test_what_cannot_be_written_down_now_is_told_and_written_later(tmp_path, mon
     storage = Storage(PyFileSystem(handler), str(tmp_path))
     warnings = []
     board = SimpleNamespace(warn=SimpleNamespace(remote=warnings.append))
-    run = RunEvaluations(None, None, "cpu", board, {}, Evaluations(failed=3), storage=storage)
+    owners = []
+
+    def refuse_others():
+        if owners:
+            raise Superseded("another one's")
+
+    run = RunEvaluations(
+        *(None, None, "cpu", board, {}, Evaluations(failed=3)),
+        storage=storage,
+        refuse_others=refuse_others,
+    )
     run.write_down(GOOD)
     assert warnings[0].startswith(f"What {GOOD} has come to was not written down, and will be")
+    with pytest.raises(StorageStumbled, match=GOOD):
+        run.refuse_unwritten()
     handler.times = 0
+    owners.append("another")
     run.look()
+    assert (tmp_path / GOOD / "manifest.json").read_text() == '{"awaits_evaluation": true}'
+    owners.clear()
+    run.look()
+    run.refuse_unwritten()
     manifest = json.loads((tmp_path / GOOD / "manifest.json").read_text())
     assert (manifest["awaits_evaluation"], manifest["heldout_failed"]) == (False, 3)
     assert len(warnings) == 1

@@ -12,7 +12,7 @@ from raptide.errors import TrainingDiverged
 from raptide.training.planning.estimate import explain_memory, ran_out_of_memory
 from raptide.training.planning.recipe import Recipe
 from raptide.training.step import StepResult
-from raptide.training.watching.watch import LossWatch, describe_hang
+from raptide.training.watching.watch import SCALES, LossWatch, describe_hang
 
 HANGING = """
 import sys, threading, time
@@ -73,6 +73,11 @@ def test_steps_that_are_left_out_until_the_scale_of_the_loss_is_found_end_nothin
         watch.see(StepResult(2.8, 0, math.inf))
         watch.refuse_divergence(9, last=True)
     assert (watch.nonfinite_steps, watch.skipped) == (0, 9)
+    for _ in range(SCALES + 2 - 9):
+        watch.refuse_divergence(30, last=False)
+        watch.see(StepResult(2.8, 0, math.inf))
+    with pytest.raises(TrainingDiverged, match="in 2 steps in a row"):
+        watch.refuse_divergence(30, last=False)
 
 
 def test_ranks_that_hang_leave_their_stacks_and_end(tmp_path):

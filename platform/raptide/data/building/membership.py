@@ -17,6 +17,7 @@ import pyarrow.csv
 from raptide.data.building.records import name_hashes, plain_names
 from raptide.data.compressed import open_plain
 from raptide.errors import CorpusError, InputError
+from raptide.patience import is_final, unreadable
 
 NO_RECORD = -1
 """What stands in the column `number` of a line."""
@@ -31,6 +32,7 @@ def read_membership(path: str | Path) -> Iterator[pa.Table]:
 
     Raises:
         CorpusError: the file cannot be read, or a line has other than two columns.
+        StorageStumbled: the file system fails again and again.
     """
     try:
         with open_plain(path) as file:
@@ -47,6 +49,8 @@ def read_membership(path: str | Path) -> Iterator[pa.Table]:
     except CorpusError:
         raise
     except (InputError, OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        if isinstance(error, OSError) and not is_final(error):
+            raise unreadable(str(path), error) from None
         reason = str(error).split("\n")[0].removeprefix(f"{path}: ").rstrip(".")
         raise CorpusError(
             f"{path} is no cluster table ({reason}); a line holds the representative's name, a "

@@ -62,7 +62,7 @@ class Notes:
         for chunk in range(first >> CHUNK_BITS, ((first + count - 1) >> CHUNK_BITS) + 1):
             if chunk != self._at_hand[0]:
                 file = self._file(chunk)
-                self._at_hand = (chunk, pq.read_table(file) if file.exists() else None)
+                self._at_hand = (chunk, patiently(partial(_read, file)))
             table = self._at_hand[1]
             if table is not None:
                 numbers = table["number"].to_numpy()
@@ -71,6 +71,10 @@ class Notes:
 
     def _file(self, chunk: int) -> Path:
         return self._folder / f"{self._kind}-{chunk:012x}.parquet"
+
+
+def _read(file: Path) -> pa.Table | None:
+    return pq.read_table(file) if file.exists() else None
 
 
 def _write(file: Path, notes: pa.Table) -> None:

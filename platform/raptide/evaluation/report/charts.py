@@ -64,6 +64,8 @@ class Series:
     """Whether a line goes through the points."""
     marked: bool = True
     """Whether they have marks."""
+    spread: Sequence[tuple[float, float]] = ()
+    """Interval of each y: a bar through a mark, or a band around a line without."""
 
     @property
     def colour(self) -> str:
@@ -91,8 +93,9 @@ def line_chart(
     """Lines over one axis, with a legend and the numbers as a table."""
     ends = (LEFT, WIDTH - RIGHT)
     x = axis_over([v for s in series for v in s.x], *(ends[::-1] if reverse_x else ends), log=log_x)
-    y = axis_over([v for s in series for v in s.y], HEIGHT - BOTTOM, TOP)
-    lines = join(_line(each, x, y) for each in series)
+    heights = [v for s in series for v in (*s.y, *(end for ends in s.spread for end in ends))]
+    y = axis_over(heights, HEIGHT - BOTTOM, TOP)
+    lines = join([*(_spread(s, x, y) for s in series), *(_line(s, x, y) for s in series)])
     label = f"{title}: {y_label} over {x_label}, lines of {', '.join(s.name for s in series)}"
     drawing = svg(label, frame(x, y, x_label, y_label), lines)
     below = (legend(series, bars=False), numbers(title, x_label, series))
@@ -119,6 +122,20 @@ def _line(series: Series, x: Axis, y: Axis) -> Markup:
         else NOTHING
     )
     return join([line, dots])
+
+
+def _spread(series: Series, x: Axis, y: Axis) -> Markup:
+    if not series.spread:
+        return NOTHING
+    places = [x.at(value) for value in series.x]
+    low, high = ([y.at(ends[i]) for ends in series.spread] for i in (0, 1))
+    if series.marked:
+        bars = zip(places, low, high, strict=True)
+        path = "".join(f"M{at:.1f} {a:.1f}V{b:.1f}" for at, a, b in bars)
+        return tag("path", d=path, class_="line", stroke=series.colour, stroke_opacity="0.5")
+    around = [*zip(places, low, strict=True), *reversed(list(zip(places, high, strict=True)))]
+    path = "M" + "L".join(f"{at:.1f} {height:.1f}" for at, height in around) + "z"
+    return tag("path", d=path, fill=series.colour, fill_opacity="0.12")
 
 
 def bar_chart(

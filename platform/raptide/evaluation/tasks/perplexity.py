@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from raptide.alphabet import decode_sequences
 from raptide.data.corpus import MANIFEST, Corpus
-from raptide.data.corpus_files import sha256_of_file
+from raptide.data.corpus_files import CorpusFiles, sha256_of_file
 from raptide.data.fasta import ReadingRules
 from raptide.data.streaming.rows import Sampling
 from raptide.errors import CorpusError
@@ -25,6 +25,8 @@ from raptide.evaluation.samples import Ratio
 from raptide.evaluation.subjects.ngrams import ngram, uniform, unigram
 from raptide.evaluation.subjects.subject import Subject
 from raptide.evaluation.tasks.task import Outcome, TaskSettings
+from raptide.small_files import write_whole
+from raptide.storage import is_uri
 from raptide.training.watching.heldout import LENGTHS, bucket_names
 
 TRUE = Reading("masked")
@@ -36,9 +38,9 @@ class PerplexitySettings(TaskSettings):
 
     kind: Literal["perplexity"] = "perplexity"
 
-    corpus: Path | None = None
-    """A corpus folder: representatives of its held-out clusters are predicted, its training side is
-    counted."""
+    corpus: Path | str | None = None
+    """Folder or URI of a corpus: representatives of its held-out clusters are predicted, its
+    training side is counted."""
 
     sampling: Sampling = "representatives"
     """Which members of the training side are counted."""
@@ -121,6 +123,7 @@ class PerplexityTask:
     def __init__(self, settings: PerplexitySettings, cache: Path) -> None:
         self.settings = settings
         self._text, trained = _sides(settings)
+        self._manifest = _manifest_here(settings.corpus, cache) if settings.corpus else None
         if settings.counts:
             digest, counts = sha256_of_file(settings.counts), NgramCounts.load(settings.counts)
             self._counts = digest, lambda: counts
@@ -160,8 +163,7 @@ class PerplexityTask:
                     yield sequence
 
     def files(self) -> Sequence[Path]:
-        given = self.settings
-        manifest = given.corpus / MANIFEST if given.corpus else None  # has the digest of the rest
+        given, manifest = self.settings, self._manifest  # which has the digest of the rest
         return [file for file in (manifest, given.fasta, given.train_fasta, given.counts) if file]
 
     def baselines(self) -> Sequence[Subject]:
@@ -192,9 +194,10 @@ class PerplexityTask:
         )
 
     def _measures(self, found: _Found, by_length: dict[str, Ratio]) -> list[Measure]:
-        path = self.settings.corpus or self.settings.fasta
-        assert path
-        dataset = path.resolve().name.split(".")[0]
+        source = self.settings.corpus or self.settings.fasta
+        assert source
+        place = str(source).partition("?")[0] if is_uri(source) else Path(source).resolve()
+        dataset = PurePosixPath(place).name.split(".")[0]
 
         def ece(metric: str, sample: Ratio, role: Role = "more") -> Measure:
             return Measure(metric, dataset, sample, higher_is_better=False, role=role)
@@ -220,6 +223,18 @@ def _sides(settings: PerplexitySettings) -> tuple[Text, Text | None]:
     train = settings.train_fasta
     trained = FastaText.of([train], ReadingRules()) if train and not settings.counts else None
     return FastaText.of([settings.fasta], ReadingRules()), trained
+
+
+def _manifest_here(where: Path | str, cache: Path) -> Path:
+    """The file of a corpus's manifest on this machine."""
+    files = CorpusFiles.at(where)
+    if not files.is_far:
+        return Path(files.where) / MANIFEST
+    content = files.content(MANIFEST)
+    copy = cache / f"corpus-{hashlib.sha256(content).hexdigest()[:16]}" / MANIFEST
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(copy, content.decode())
+    return copy
 
 
 def _order(sequence: str) -> int:

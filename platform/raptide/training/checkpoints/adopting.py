@@ -15,16 +15,25 @@ from raptide.training.checkpoints.checkpoint import (
     TRANSFERS,
     SavedCheckpoint,
     newest_checkpoint,
+    open_checkpoint,
     verify,
     with_attempt,
 )
 from raptide.training.checkpoints.keeping import write_manifest
-from raptide.training.checkpoints.owned import FOLDER, RUN_INFO, Storage, checkpoint_name
+from raptide.training.checkpoints.owned import (
+    FOLDER,
+    RUN_INFO,
+    Storage,
+    checkpoint_name,
+    checkpoint_step,
+    counted_names,
+)
 from raptide.training.planning.recipe import Recipe
 
 
 def find_checkpoint(start: str) -> SavedCheckpoint:
-    """The checkpoint that `continue_from` names: itself, or the newest one of a run.
+    """The checkpoint that `continue_from` names: itself, or the newest one of a run, of one that
+    has cooled down the last before.
 
     Args:
         start: a run's folder, or folder or URI of a checkpoint, which may leave out the attempt
@@ -49,7 +58,22 @@ def find_checkpoint(start: str) -> SavedCheckpoint:
             f"continue_from: {start} holds no complete checkpoint; name a run, or the folder of a "
             "checkpoint, for example runs/demo/checkpoints/step-00000200."
         )
-    return saved
+    return _before_cooldown(start, saved)
+
+
+def _before_cooldown(start: str, newest: SavedCheckpoint) -> SavedCheckpoint:
+    """Where the rate was level last: from its end on it would jump."""
+    level = parse_settings(Recipe, newest.manifest["recipe"], source=newest.uri).last_level_step
+    if level is None or newest.step <= level:
+        return newest
+    for name in reversed(counted_names(newest.storage)):
+        saved = open_checkpoint(newest.storage, name) if checkpoint_step(name) <= level else None
+        if saved is not None:
+            return saved
+    raise CheckpointError(
+        f"continue_from: {start} has cooled down since step {level}, and keeps no checkpoint of "
+        f"before; name {newest.uri} itself, whose rate jumps, or another run."
+    )
 
 
 def _named(start: str, storage: Storage, name: str) -> SavedCheckpoint:

@@ -49,17 +49,13 @@ def read_average(run: Path, number: int) -> Weights:
     """
     if not (run / RUN_INFO).is_file():
         raise CheckpointError(f"{run} is no run, whose checkpoints could be averaged; name one.")
-    storage, taken = Storage.of_run(run), list[SavedCheckpoint]()
-    for name in reversed(counted_names(storage)):
-        saved = open_checkpoint(storage, name, only=f"{MODEL}/") if len(taken) < number else None
-        if saved is not None and holds(saved.manifest, f"{MODEL}/"):
-            taken.append(saved)
-    keep = taken[0].manifest["recipe"]["checkpoint"]["keep"] if taken else 0
-    if min(len(taken), keep) < number:  # beyond these lie some of long ago
+    last = [saved for saved in _last_ones(run) if holds(saved.manifest, f"{MODEL}/")]
+    if len(last) < number:
         raise CheckpointError(
-            f"{run} keeps its last {min(len(taken), keep)} checkpoints with a bundle, but {number} "
-            "are to be averaged; average fewer, or train with a greater checkpoint.keep."
+            f"Of the last checkpoints that {run} keeps {len(last)} have a bundle, but {number} are "
+            "to be averaged; average fewer, or train with a greater checkpoint.keep."
         )
+    taken = last[:number]
     sums: dict[str, torch.Tensor] = {}
     for saved in reversed(taken):
         weights = read_weights(local_checkpoint(run, saved) / MODEL)
@@ -68,6 +64,19 @@ def read_average(run: Path, number: int) -> Weights:
     state = {name: (total / number).float() for name, total in sums.items()}
     lineage = {**weights.lineage, "average_of_steps": [saved.step for saved in reversed(taken)]}
     return replace(weights, state=state, lineage=lineage)
+
+
+def _last_ones(run: Path) -> list[SavedCheckpoint]:
+    """A run's last checkpoints, newest first, as many as it keeps: beyond them lie some of long
+    ago, such as the best."""
+    storage, found = Storage.of_run(run), list[SavedCheckpoint]()
+    for name in reversed(counted_names(storage)):
+        saved = open_checkpoint(storage, name, only=f"{MODEL}/")
+        if saved is not None:
+            found.append(saved)
+            if len(found) == found[0].manifest["recipe"]["checkpoint"]["keep"]:
+                break
+    return found
 
 
 def read_zero_weights(checkpoint: Path) -> Weights:

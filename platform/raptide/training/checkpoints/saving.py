@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import ray
 import ray.train
@@ -26,8 +26,8 @@ from ray.train import CheckpointUploadMode
 from safetensors import SafetensorError
 
 from raptide.attempts import Attempt, Attempts
-from raptide.errors import RaptideError, Superseded
-from raptide.patience import patiently
+from raptide.errors import PassingTrouble, RaptideError, Superseded
+from raptide.patience import is_final, patiently
 from raptide.storage import copy_stream
 from raptide.training.checkpoints.checkpoint import (
     FORMAT_VERSION,
@@ -45,6 +45,19 @@ POLL_S = 0.1
 
 OWNER_EVERY_S = 60.0
 """Seconds between two questions, beside those at each save, whose the storage is."""
+
+
+class Unsaved(NamedTuple):
+    """Why a rank's part of a checkpoint is not there."""
+
+    reason: str
+    passes: bool
+    """Whether it may be over at the next try."""
+
+    @classmethod
+    def of(cls, error: Exception) -> Self:
+        passing = isinstance(error, OSError) and not is_final(error)
+        return cls(str(error), passing or isinstance(error, PassingTrouble))
 
 
 class CheckpointWriter:
@@ -85,6 +98,8 @@ class CheckpointWriter:
         """Who owns the storage now, on rank 0."""
         self.problem: str | None = None
         """Why the last checkpoint could not be saved, on rank 0."""
+        self.problem_passes = False
+        """Whether it may be over by now."""
         self.last_seconds: float | None = None
         """What the last one took until it counted, on rank 0."""
 
@@ -105,7 +120,7 @@ class CheckpointWriter:
         shutil.rmtree(folder, ignore_errors=True)
         if not self._everyone_has_room(folder / ZERO / ZERO_TAG):
             shutil.rmtree(folder, ignore_errors=True)
-            self._fail(name, f"{self._scratch} has too little space on some node")
+            self._fail(name, Unsaved(f"{self._scratch} has too little space on some node", False))
             return name
         with noted_problems(engine) as self._unwritten:
             engine.save_checkpoint(str(folder / ZERO), tag=ZERO_TAG, save_latest=False)
@@ -144,7 +159,7 @@ class CheckpointWriter:
         """Called by Ray Train in a thread of its own."""
         rank = ray.train.get_context().get_world_rank()
         files: dict[str, str] = {}
-        problem = self._unwritten[0] if self._unwritten else None
+        problem = Unsaved(self._unwritten[0], False) if self._unwritten else None
         try:
             try:
                 if problem is None and self._bundle is not None and rank == 0:
@@ -153,9 +168,9 @@ class CheckpointWriter:
                     self._send_beside()
                     files = send_folder(Path(local.path), self._storage, name)
             except (OSError, SafetensorError, RaptideError) as error:
-                problem = str(error)
+                problem = Unsaved.of(error)
             if problem is not None:
-                problem = f"rank {rank}: {problem}"
+                problem = problem._replace(reason=f"rank {rank}: {problem.reason}")
             ray.get(self._board.sent.remote(self._attempt.name, name, rank, files, problem))
             if rank == 0:
                 self._finish(name)
@@ -170,20 +185,20 @@ class CheckpointWriter:
             time.sleep(POLL_S)
         problems = [problem for _, problem in answers.values() if problem is not None]
         if problems:
-            self._fail(name, problems[0])
+            self._fail(name, next((each for each in problems if not each.passes), problems[0]))
             return
         files: dict[str, str] = {}
         for sent, _ in answers.values():
             assert not files.keys() & sent.keys(), "two ranks wrote the same file"
             files |= sent
         try:
-            self._refuse_others()
+            self.refuse_others()
             full = {"format_version": FORMAT_VERSION, **self._manifest, "files": files}
             write_manifest(self._storage, name, full)
         except Superseded:
             return
         except RaptideError as error:
-            self._fail(name, str(error))
+            self._fail(name, Unsaved.of(error))
             return
         if full["awaits_evaluation"]:
             self.unevaluated[name] = time.monotonic()
@@ -192,12 +207,22 @@ class CheckpointWriter:
         self.last_seconds = time.perf_counter() - self._began
 
     def look(self) -> None:
-        """Ask on rank 0, now and then, whose the storage is; what fails now may wait."""
+        """Ask on rank 0, now and then, whose the storage is, while the training goes on; what fails
+        now may wait."""
         if time.monotonic() - self._asked > OWNER_EVERY_S:
-            with suppress(RaptideError):
-                self._refuse_others()
+            self._asked = time.monotonic()
+            threading.Thread(target=self._look, name="owner", daemon=True).start()
 
-    def _refuse_others(self) -> None:
+    def _look(self) -> None:
+        with suppress(RaptideError):
+            self.refuse_others()
+
+    def refuse_others(self) -> None:
+        """
+        Raises:
+            Superseded: another attempt owns the storage.
+            RaptideError: the storage fails.
+        """
         self._asked = time.monotonic()
         try:
             Attempts(self._storage).refuse_others(self._attempt.name)
@@ -209,13 +234,14 @@ class CheckpointWriter:
         """Delete what the settings do not keep; not while a save is on its way."""
         settings, spare = self._settings, tuple(self.unevaluated)
         with best_effort(self._warn, "Old checkpoints were not deleted, and will be tried again"):
-            self._refuse_others()
+            self.refuse_others()
             prune(self._storage, newest, settings.keep, settings.keep_best, spare)
 
-    def _fail(self, name: str, reason: str) -> None:
+    def _fail(self, name: str, unsaved: Unsaved) -> None:
         """Leave no part of a checkpoint, and tell the user."""
-        reason = " ".join(reason.split())
+        reason = " ".join(unsaved.reason.split())
         self.problem = f"{name} could not be saved ({reason}); see to that before the next one."
+        self.problem_passes = unsaved.passes
         if dist.get_rank() == 0:
             self._warn(self.problem)
             with best_effort(self._warn, f"What there is of {name} was not deleted"):

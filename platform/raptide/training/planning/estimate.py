@@ -187,9 +187,19 @@ def peak_flops(recipe: Recipe, device: str) -> float | None:
     return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
+SLOWEST_BYTES_S = 20e6
+"""Of a checkpoint, all together; a storage that gives less is none to train with."""
+
+
 def checkpoint_bytes(recipe: Recipe) -> int:
     """Bytes of one checkpoint: DeepSpeed's state of all ranks, and the bundle in fp32."""
     return sum(_saved_bytes_of(recipe))
+
+
+def moving_s(recipe: Recipe) -> float:
+    """Seconds that a checkpoint may be on its way to a storage or a node, converted there, before
+    that passes for a hang."""
+    return checkpoint_bytes(recipe) / SLOWEST_BYTES_S
 
 
 def saved_bytes(recipe: Recipe, workers: int, rank: int) -> int:

@@ -13,6 +13,7 @@ from raptide.data.streaming.batch import StreamSettings
 from raptide.data.streaming.stream import StreamPlan
 from raptide.model.families import count_parameters
 from raptide.training.planning.estimate import checkpoint_bytes, worker_memory
+from raptide.training.planning.optimizer import LINEAR_UNTIL, cooldown_begin
 from raptide.training.planning.recipe import Recipe
 
 
@@ -60,7 +61,9 @@ def describe_run(recipe: Recipe, plan: StreamPlan) -> str:
                 for workers in _sizes(recipe)
             ),
         ),
+        ("masks", _describe_masks(recipe)),
         ("the run", f"{training.steps:,} steps, at most {tokens:,} tokens"),
+        *_describe_updates(recipe),
         *(("a worker", _describe_memory(recipe, workers)) for workers in _sizes(recipe)),
         (
             "checkpoints",
@@ -79,6 +82,32 @@ def describe_run(recipe: Recipe, plan: StreamPlan) -> str:
     return "\n".join(f"  {name:12} {what}" for name, what in described)
 
 
+def _describe_masks(recipe: Recipe) -> str:
+    if recipe.model.blind:
+        return "none: every residue is a target, and hidden from its own prediction"
+    return f"{recipe.stream.mask_fraction:.0%} of the residues are targets"
+
+
+def _describe_updates(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What moves the weights, at which rates, and when they fall."""
+    given, steps = recipe.optimizer, recipe.training.steps
+    adam = f"{'AdamW' if given.weight_decay else 'Adam'} at {given.lr:g}"
+    if given.matrices == "muon":
+        adam = f"Muon at {given.muon_rate:g} for the matrices, {adam} for the rest"
+    yield (
+        "updates",
+        f"{adam}; weight decay {given.weight_decay:g}, gradients clipped at {given.clip_norm:g}"
+        if given.clip_norm
+        else f"{adam}; weight decay {given.weight_decay:g}, gradients not clipped",
+    )
+    falls = {
+        "inverse_sqrt": "then falling with 1/sqrt(step)",
+        "linear": f"then in a line to a tenth at step {round(LINEAR_UNTIL * steps):,}",
+        "stable": f"level until step {cooldown_begin(given, steps):,}, then in a line to 0",
+    }
+    yield "the rate", f"{given.warmup_steps:,} steps of warm-up, {falls[given.decay]}"
+
+
 def _growth(stream: StreamSettings) -> str:
     if not stream.batch_warmup_steps:
         return ""
@@ -90,7 +119,9 @@ def _growth(stream: StreamSettings) -> str:
 def _describe_start(recipe: Recipe) -> str:
     if recipe.continue_from is not None:
         return f"going on from {recipe.continue_from}, whose steps are done"
-    return f"from {recipe.init_from}" if recipe.init_from else "fresh"
+    if recipe.init_from is not None:
+        return f"from {recipe.init_from}"
+    return f"fresh, rotary base {recipe.training.rotary_base:g}" if recipe.model.rotary else "fresh"
 
 
 def _sizes(recipe: Recipe) -> list[int]:

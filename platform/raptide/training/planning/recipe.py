@@ -321,6 +321,22 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _frequencies_are_fresh(self) -> Recipe:
+        if self.training.rotary_base == TrainingSettings.model_fields["rotary_base"].default:
+            return self
+        if not self.model.rotary:
+            raise ValueError(
+                f"training.rotary_base is of esm2, whose positions are rotary; leave it out for "
+                f"{self.model.family}"
+            )
+        if self.init_from is not None:
+            raise ValueError(
+                "training.rotary_base is of fresh weights, and init_from brings frequencies along; "
+                "leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _starts_from_one_place(self) -> Recipe:
         if self.init_from is not None and self.continue_from is not None:
             raise ValueError("init_from and continue_from are two starts; give one of them")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,12 +27,17 @@ LINE_EVERY_S = 15.0
 """Seconds between two lines where there is no terminal to redraw."""
 
 
+MOST_WARNINGS = 1000
+"""That wait to be said: a run of weeks may have many."""
+
+
 class Board:
     """What workers and driver of a run tell each other; lives through restarts of the workers."""
 
     def __init__(self) -> None:
         self._state: dict[str, Any] = {}
-        self._warnings: list[str] = []
+        self._warnings: deque[str] = deque(maxlen=MOST_WARNINGS)
+        self._warned = 0
         self._mistake: RaptideError | None = None
         self._answers: dict[tuple[str, str], dict[int, Any]] = {}
         self._attempts: list[str] = []
@@ -73,22 +79,22 @@ class Board:
     def warn(self, sentence: str) -> None:
         """Say something once, above the live line."""
         self._warnings.append(sentence)
+        self._warned += 1
 
-    def read(self) -> tuple[dict[str, Any], list[str]]:
-        """The newest state, and all that was ever warned of."""
-        return self._state, self._warnings
+    def read(self, known: int = 0) -> tuple[dict[str, Any], list[str]]:
+        """The newest state, and what was warned of, but for the first `known` times."""
+        new = min(self._warned - known, len(self._warnings))
+        return self._state, list(self._warnings)[len(self._warnings) - new :]
 
-    def sent(
-        self, attempt: str, name: str, rank: int, files: dict[str, str], problem: str | None
-    ) -> None:
-        """A rank has sent its files of a checkpoint, or could not."""
+    def sent(self, attempt: str, name: str, rank: int, files: dict[str, str], problem: Any) -> None:
+        """A rank has sent its files of a checkpoint, or could not, for a problem."""
         if any(attempt < of for of, _ in self._answers):
             return  # a worker that stood still, and whose successors are at work
         if (attempt, name) not in self._answers:
             self._answers = {(attempt, name): {}}  # only one is ever on its way
         self._answers[attempt, name][rank] = (files, problem)
 
-    def answers(self, attempt: str, name: str) -> dict[int, tuple[dict[str, str], str | None]]:
+    def answers(self, attempt: str, name: str) -> dict[int, tuple[dict[str, str], Any]]:
         """What the ranks have sent so far."""
         return self._answers.get((attempt, name), {})
 
@@ -117,10 +123,10 @@ def _states(board: Any, stop: threading.Event) -> Iterator[dict[str, Any]]:
         last = stop.wait(POLL_S)
         try:
             timeout_s = LAST_LOOK_S if last else POLL_S
-            state, warnings = ray.get(board.read.remote(), timeout=timeout_s)
-            for sentence in warnings[warned:]:
+            state, warnings = ray.get(board.read.remote(warned), timeout=timeout_s)
+            for sentence in warnings:
                 warn_here(sentence)
-            warned = len(warnings)
+            warned += len(warnings)
             yield state
         except ray.exceptions.GetTimeoutError:
             pass  # a busy machine; the next look will do

@@ -54,10 +54,6 @@ class Tracker:
             return
         options = {"project": settings.project, "name": name, "id": run_id, "config": config}
         self._wandb = _begin_wandb(mode, {**options, "dir": str(run_folder)}, warn)
-        if self._wandb is not None:
-            # After a rollback W&B drops steps below its last; an axis of our own keeps them.
-            self._wandb.define_metric(STEP)
-            self._wandb.define_metric("*", step_metric=STEP)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         record = {STEP: step, **metrics}
@@ -107,7 +103,10 @@ class Tracker:
         if self._exporter is not None:
             self._exporter.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error is None else 1)
+            try:
+                self._wandb.finish(exit_code=0 if error is None else 1)
+            except Exception as trouble:
+                self._warn(f"W&B did not take the end of the run ({_reason(trouble)}).")
 
 
 def _begin_wandb(mode: str, options: dict[str, Any], warn: Callable[[str], Any]) -> Any:
@@ -117,7 +116,11 @@ def _begin_wandb(mode: str, options: dict[str, Any], warn: Callable[[str], Any])
     settings = wandb.Settings(silent=True, console="off", finish_timeout=FINISH_S)
     for tried in dict.fromkeys((mode, "offline")):
         try:
-            return wandb.init(mode=cast(Any, tried), resume="allow", settings=settings, **options)
+            run = wandb.init(mode=cast(Any, tried), resume="allow", settings=settings, **options)
+            # After a rollback W&B drops steps below its last; an axis of our own keeps them.
+            run.define_metric(STEP)
+            run.define_metric("*", step_metric=STEP)
+            return run
         except Exception as error:
             instead = "without it" if tried == "offline" else "offline: `wandb sync` sends it later"
             warn(f"W&B cannot be reached ({_reason(error)}); the run goes on {instead}.")

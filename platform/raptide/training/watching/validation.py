@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ray._private.state import available_resources_per_node
 from ray.exceptions import GetTimeoutError, RayError
 
 from raptide.data.streaming.stream import StreamPlan
-from raptide.errors import CheckpointError
+from raptide.errors import CheckpointError, StorageStumbled, Superseded
 from raptide.model.formats.detect import read_weights
 from raptide.training.checkpoints.checkpoint import MODEL, open_checkpoint
 from raptide.training.checkpoints.keeping import amend_manifest, awaiting_evaluation, best_effort
@@ -62,6 +63,7 @@ class RunEvaluations:
         so_far: Evaluations,
         storage: Storage | None = None,
         bench: Bench | None = None,
+        refuse_others: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -72,9 +74,11 @@ class RunEvaluations:
             so_far: what the run goes on from.
             storage: where the checkpoints are; that of this worker's run by default.
             bench: what checkpoints are asked beside the training besides.
+            refuse_others: raises Superseded if the storage is another attempt's, whose manifests
+                are its own.
         """
         self._recipe, self._plan, self._device, self._board = recipe, plan, device, board
-        self._bench = bench
+        self._bench, self._refuse_others = bench, refuse_others
         self._storage = storage or Storage.of_ray_train()
         self.waiting = waiting
         self._task: Any = None
@@ -147,9 +151,22 @@ class RunEvaluations:
     def _write_what_is_left(self) -> None:
         for name, changes in list(self._unwritten.items()):
             sentence = f"What {name} has come to was not written down, and will be tried again"
-            with best_effort(self._warn, sentence):
+            with suppress(Superseded), best_effort(self._warn, sentence):
+                self._refuse_others()
                 amend_manifest(self._storage, name, changes)
                 del self._unwritten[name]
+
+    def refuse_unwritten(self) -> None:
+        """
+        Raises:
+            StorageStumbled: what a checkpoint has come to could not be written down.
+        """
+        if self._unwritten:
+            names = ", ".join(self._unwritten)
+            raise StorageStumbled(
+                f"What {names} has come to could not be written down; the workers start again, "
+                "evaluate it once more and try again."
+            )
 
     def unlogged(self) -> list[dict[str, float]]:
         """Metrics of what has come since the last call."""

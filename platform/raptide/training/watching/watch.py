@@ -25,6 +25,10 @@ that is reckoned with: five percent of a nat."""
 LEAST_DEVIATION = 0.05
 
 
+SCALES = 20
+"""Steps in a row that fp16 may leave out: DeepSpeed begins at 2^16, and halves."""
+
+
 class LossWatch:
     """Looks at the loss and the gradients of each step; the same on every rank."""
 
@@ -32,15 +36,16 @@ class LossWatch:
         """
         Args:
             scales_loss: steps are left out until the scale of the loss is found, as in fp16; such
-                are counted, and end nothing.
+                are counted, and end nothing unless there are too many in a row for that.
         """
-        self._scales_loss = scales_loss
+        self._to_find_scale = SCALES if scales_loss else 0
         self._max_nonfinite_steps = max_nonfinite_steps
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self.nonfinite_steps = 0
         """Steps in a row, up to the last, with a loss or a gradient that is NaN or infinite."""
         self.skipped = 0
         """Steps since the workers have started whose gradients were NaN or infinite."""
+        self._skipped_in_a_row = 0
         self._last: StepResult | None = None
         self.spikes = 0
         """Spikes since the workers have started."""
@@ -53,7 +58,8 @@ class LossWatch:
         """
         self._last = result
         self.skipped += result.skipped
-        if result.left_out or (result.skipped and not self._scales_loss):
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.skipped else 0
+        if result.left_out or self._skipped_in_a_row > self._to_find_scale:
             self.nonfinite_steps += 1
             return False
         self.nonfinite_steps = 0
@@ -100,9 +106,13 @@ class HangWatch:
         self._timeout_s = timeout_s
         self.progress()
 
-    def progress(self) -> None:
-        """Something went on: start to count anew."""
-        faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=self._file)
+    def progress(self, longer_s: float = 0.0) -> None:
+        """Something went on: start to count anew.
+
+        Args:
+            longer_s: seconds that what comes now may take besides.
+        """
+        faulthandler.dump_traceback_later(self._timeout_s + longer_s, exit=True, file=self._file)
 
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
