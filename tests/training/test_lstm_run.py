@@ -12,14 +12,19 @@ from small_runs import EVERY, as_recipe, losses, make_recipe
 
 from raptide.alphabet import ESM_33, FIRST_RESIDUE, RESIDUES
 from raptide.data.streaming.batch import Cursor, GlobalBatch, RowSettings, StreamSettings
+from raptide.data.streaming.feeder import FeederActor
 from raptide.data.streaming.rows import pack_block
 from raptide.data.streaming.stream import Source, StreamPlan
 from raptide.errors import CheckpointError, ConfigError
 from raptide.inference.engine import Engine
+from raptide.model.formats.detect import read_weights
+from raptide.training import worker
 from raptide.training.batches import cut_share
+from raptide.training.checkpoints.owned import Storage
 from raptide.training.planning.recipe import EvaluationSettings
 from raptide.training.trainer import prepare_run
 from raptide.training.watching.heldout import HeldoutEvaluator, heldout_rows
+from raptide.training.watching.validation import evaluate_checkpoint
 
 LSTM = {"family": "lstm", "layers": 2, "width": 64}
 CPU = torch.device("cpu")
@@ -49,7 +54,42 @@ def test_a_run_learns_and_its_bundle_opens(lstm_run):
     assert np.isfinite(engine.score_sequences(["MKTAYIAKQR"], "one-pass")).all()
 
 
-def test_a_resumed_run_ends_with_the_same_bits(lstm_run, corpus, tmp_path):
+def test_it_is_shown_all_by_its_run_and_by_evaluations_beside_it(lstm_run, corpus):
+    recipe = lstm_recipe(corpus)
+    plan = prepare_run(recipe, lstm_run.folder, resume=True)
+    rows = heldout_rows(plan, recipe.evaluation)
+    asked = rows, plan, recipe.training.micro_batch_rows, 0, 1
+    model = read_weights(lstm_run.bundle).build()
+    blind, shown = (
+        HeldoutEvaluator(*asked, blind=b).measure(model, CPU).ece for b in (True, False)
+    )
+    assert blind.masked_only != pytest.approx(shown.masked_only, rel=1e-3)
+    storage = Storage.of_run(lstm_run.folder)
+    name = lstm_run.checkpoint.name
+    beside = evaluate_checkpoint._function(recipe, plan, storage, name, "cpu", 1).ece
+    for found in (lstm_run.heldout_ece, beside):
+        assert found.masked_only == pytest.approx(blind.masked_only, rel=1e-5)
+        assert found.all_chosen == pytest.approx(blind.all_chosen, rel=1e-5)
+
+
+class SpiedFeeder:
+    """Starts feeders, and keeps what they were told."""
+
+    def __init__(self):
+        self.told = []
+
+    def options(self, **options):
+        self._options = options
+        return self
+
+    def remote(self, *arguments, **how):
+        self.told.append(how)
+        return FeederActor.options(**self._options).remote(*arguments, **how)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(lstm_run, corpus, tmp_path, monkeypatch):
+    feeder = SpiedFeeder()
+    monkeypatch.setattr(worker, "FeederActor", feeder)
     shorter = lstm_recipe(corpus)
     training = shorter.training.model_copy(update={"steps": EVERY})
     run_here(shorter.model_copy(update={"training": training}), tmp_path / "run")
@@ -57,6 +97,7 @@ def test_a_resumed_run_ends_with_the_same_bits(lstm_run, corpus, tmp_path):
     assert resumed.audit.digest == lstm_run.audit.digest
     assert hash_of(resumed) == hash_of(lstm_run)
     assert losses(resumed.folder) == losses(lstm_run.folder)
+    assert [told["blind"] for told in feeder.told] == [True, True], "every residue is a target"
 
 
 def test_a_run_stays_with_its_family(lstm_run, corpus):
