@@ -9,8 +9,9 @@ happen, at random steps: SIGKILL of a worker, death of a node, a node that is ad
 announced to go away, a storage that is gone for seconds. All the while what its processes open,
 read and write in corpus and checkpoints fails at random (stumble.c), and W&B cannot be reached at
 any start: `faults` counts all of these. Both must train on the same rows in the same order and show
-the same losses, and 30 faults must have happened. Everything runs on this machine, on nodes that Ray's `cluster_utils` starts. Ends
-with 1 if they do not. Seventeen events take about 25 minutes on two cores, --quick a few.
+the same losses, and 30 faults must have happened. Everything runs on this machine, on nodes that
+Ray's `cluster_utils` starts. Ends with 1 if they do not. Seventeen events take about 25 minutes on
+two cores, --quick a few.
 
 Needs the extra `demo`, whose proteins it trains on: pip install -c constraints.txt -e '.[dev]'
 """
