@@ -103,7 +103,7 @@ def test_a_start_that_was_broken_off_starts_over(
     assert newest_checkpoint(Storage.of_run(run)) is None
     with mock.patch.object(trainer, "TorchTrainer", LoneTrainer):
         assert pretrain(recipe, prepare_run(recipe, run, begun=True), run).step == 2 * EVERY + 1
-    manifest = json.loads((run / "checkpoints/step-00000012/manifest.json").read_text())
+    manifest = json.loads((run / "checkpoints/step-00000006/manifest.json").read_text())
     assert manifest["wandb_run_id"] == json.loads((run / "run.json").read_text())["wandb_run_id"]
 
 
@@ -114,7 +114,7 @@ def test_a_copy_that_is_damaged_is_not_replaced_by_fresh_weights(alone, corpus, 
     begin_run(run, recipe, unigram_ece(plan, heldout_rows(plan, recipe.evaluation)))
     saved = adopting.find_checkpoint(str(short))
     adopting.adopt(saved, Storage.of_run(run), recipe, "abc")
-    damaged = next((run / "checkpoints/step-00000012/zero").rglob("*model_states.pt"))
+    damaged = next((run / "checkpoints/step-00000006/zero").rglob("*model_states.pt"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with (
         mock.patch.object(trainer, "TorchTrainer", LoneTrainer),

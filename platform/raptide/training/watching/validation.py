@@ -151,7 +151,7 @@ class RunEvaluations:
     def _write_what_is_left(self) -> None:
         for name, changes in list(self._unwritten.items()):
             sentence = f"What {name} has come to was not written down, and will be tried again"
-            with suppress(Superseded), best_effort(self._warn, sentence):
+            with best_effort(self._warn, sentence), suppress(Superseded):
                 self._refuse_others()
                 amend_manifest(self._storage, name, changes)
                 del self._unwritten[name]
