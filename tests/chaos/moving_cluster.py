@@ -27,6 +27,8 @@ os.environ |= {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+    # A head keeps 3.5 kB of each of the last 100,000 tasks: here as if it had been up for long.
+    "RAY_task_events_max_num_task_in_gcs": "5000",
     "WANDB_MODE": "offline",
 } | os.environ
 

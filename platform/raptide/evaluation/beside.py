@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from raptide.evaluation.subjects.model import ModelSubject
 from raptide.evaluation.subjects.readers import HereReader
 
 CACHE = "bench"
-"""Folder in the run's."""
+"""Folder in the run's, of what is made of the benchmark's data alone."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,11 @@ class RunBenchmark:
 
     def __call__(self, bundle: Path, cpus: int) -> dict[str, tuple[float, float, float, bool]]:
         """Main metrics by task and metric: value, interval, whether higher is better."""
-        cache = ResultCache(Path(self.folder) / CACHE)
-        tasks = Benchmark.load(self.path).make(cache.folder)
-        model = Model.find(bundle)
-        scratch = cache.folder / f"read-{model.digest[:16]}"
-        subject = ModelSubject("checkpoint", model, "fp32", HereReader(cpus), scratch)
-        try:
+        tasks = Benchmark.load(self.path).make(Path(self.folder) / CACHE)
+        with tempfile.TemporaryDirectory() as scratch:  # nobody reads this checkpoint again
+            cache, read = ResultCache(Path(scratch)), Path(scratch) / "read"
+            subject = ModelSubject("checkpoint", Model.find(bundle), "fp32", HereReader(cpus), read)
             found = evaluate(tasks, [subject], cache, baselines=False).found
-        finally:  # nobody reads this checkpoint again
-            shutil.rmtree(scratch, ignore_errors=True)
         mains = [(f.task.settings.name, main) for f in found if (main := f.result.main())]
         return {
             f"{task}/{main.measure.metric}": (

@@ -1,4 +1,4 @@
-"""Keeps Ray Data's scheduling loop at the pace of its reader.
+"""Keeps Ray Data's scheduling loop at the pace of its reader, and what it lists in bounds.
 
 Once as much is prepared ahead as may be, Ray Data's loop (2.60) does not wait for anything: it
 asks again and again whether it may go on, and takes a whole core for as long as training lasts.
@@ -10,9 +10,18 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+import ray.data
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    BackpressurePolicy,
+)
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 Item = TypeVar("Item")
+
+MOST_QUEUED = 256
+"""Inputs of tasks that wait for one, at most: each takes some 15 kB of the reader's process."""
 
 REST_S = 0.5
 """Between two steps of the loop while nobody waits for it; a step takes some milliseconds."""
@@ -29,6 +38,24 @@ class Pace(ExecutionCallback):
 
     def on_execution_step(self, executor: Any) -> None:
         _waiting.wait(REST_S)
+
+
+class ShortQueues(BackpressurePolicy):
+    """Lets an operator list no more inputs for the next one than will soon be taken.
+
+    Ray Data counts their bytes alone, of which a range of numbers has next to none, and would list
+    a whole plan in the course of hours.
+    """
+
+    def max_task_output_bytes_to_read(self, op: Any) -> int | None:
+        queued = [self._topology[n].total_enqueued_input_blocks() for n in op.output_dependencies]
+        return 0 if any(number >= MOST_QUEUED for number in queued) else None
+
+
+def limit_queues(context: ray.data.DataContext) -> None:
+    """Keep queues short, besides what Ray Data's own policies do."""
+    policies = [*ENABLED_BACKPRESSURE_POLICIES, ShortQueues]
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, policies)
 
 
 def paced(items: Iterable[Item]) -> Iterator[Item]:

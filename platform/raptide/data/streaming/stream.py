@@ -36,7 +36,7 @@ from raptide.data.streaming.batch import (
     StreamSettings,
 )
 from raptide.data.streaming.mixture import Mixture
-from raptide.data.streaming.pace import Pace, paced
+from raptide.data.streaming.pace import Pace, limit_queues, paced
 from raptide.data.streaming.rows import block_order, pack_block
 from raptide.errors import CorpusError
 
@@ -236,6 +236,7 @@ def _packed_tables(plan: StreamPlan, cursor: Cursor, tokens: int) -> Iterator[pa
         dataset = dataset.map_batches(prepare, batch_size=None)
         # Of this dataset alone: another's reader would not say when it waits.
         dataset.context.custom_execution_callback_classes = [Pace]
+        limit_queues(dataset.context)
         yield from paced(
             dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
         )
