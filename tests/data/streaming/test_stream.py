@@ -8,6 +8,8 @@ import pytest
 import ray
 
 from raptide.alphabet import ESM_33
+from raptide.data.streaming import pace
+from raptide.data.streaming import stream as stream_module
 from raptide.data.streaming.batch import Cursor, GlobalBatch, PackedRows, StreamSettings
 from raptide.data.streaming.feeder import ACTOR, BatchReader, Feeder, FeederActor
 from raptide.data.streaming.pace import REST_S, Pace
@@ -187,6 +189,28 @@ def test_ray_data_rests_while_nobody_waits_for_rows(plan, batches, monkeypatch):
     assert digest(next(stream)) == digest(batches[1])
     stream.close()
     assert Pace not in ray.data.DataContext.get_current().execution_callback_classes
+
+
+def test_no_more_tasks_are_listed_than_will_soon_be_wanted(cluster, plan, batches, monkeypatch):
+    """Ray Data would list a whole plan while its reader takes its time."""
+    monkeypatch.setattr(stream_module, "TASK_RESIDUES", 1)  # a task for each block
+    monkeypatch.setattr(pace, "MOST_QUEUED", 8)
+    monkeypatch.setattr(pace, "REST_S", 0.005)
+    queued, rest = [], Pace.on_execution_step
+
+    def looked(self, executor):
+        queued.append(max(s.total_enqueued_input_blocks() for s in executor._topology.values()))
+        rest(self, executor)
+
+    monkeypatch.setattr(Pace, "on_execution_step", looked)
+    few = StreamSettings(**SETTINGS.model_dump() | {"lookahead_mb": 16})
+    stream = global_batches(StreamPlan(plan.sources, few, "esm-33"), Cursor(), 100_000)
+    for expected in batches[:4]:
+        assert digest(next(stream)) == digest(expected)
+        time.sleep(1.5)
+    stream.close()
+    assert len(queued) > 100
+    assert max(queued) <= 4 * 8
 
 
 def test_another_corpus_at_the_same_path_is_refused(plan):
