@@ -66,7 +66,8 @@ def test_it_is_shown_all_by_its_run_and_by_evaluations_beside_it(lstm_run, corpu
     assert blind.masked_only != pytest.approx(shown.masked_only, rel=1e-4)
     storage = Storage.of_run(lstm_run.folder)
     name = lstm_run.checkpoint.name
-    beside = evaluate_checkpoint._function(recipe, plan, storage, name, "cpu", 1).ece
+    threads = torch.get_num_threads()  # it sets them
+    beside = evaluate_checkpoint._function(recipe, plan, storage, name, "cpu", threads).ece
     for found in (lstm_run.heldout_ece, beside):
         assert found.masked_only == pytest.approx(blind.masked_only, rel=1e-5)
         assert found.all_chosen == pytest.approx(blind.all_chosen, rel=1e-5)

@@ -251,16 +251,17 @@ def test_two_ranks_make_the_steps_of_one(two_ranks, on_cpu, name):
     close = 2e-2 if "bf16" in name else 1e-3
     np.testing.assert_allclose(told[0], results, rtol=close)
     found = torch.load(two_ranks / f"{name}.pt")
-    assert_moved_alike(found, state, recipe.model, bf16="bf16" in name)
+    assert_moved_alike(found, state, recipe.model, name)
 
 
-def assert_moved_alike(found, expected, shape, *, bf16):
-    """Up to what rounding makes of steps whose size does not depend on the gradients'."""
-    share = 0.5 if bf16 else 0.1
+def assert_moved_alike(found, expected, shape, name):
+    """Up to what rounding makes of steps whose size does not depend on the gradients', the more so
+    where these are of few rows, and so of low rank."""
+    share = 0.5 if "bf16" in name else 0.2 if "one-row" in name else 0.1
     fresh = dict(make_model(shape).initialise(1).named_parameters())
-    for name, weights in expected.items():
-        moved = (weights - fresh[name].detach()).norm()
-        assert (found[name] - weights).norm() < share * moved, name
+    for each, weights in expected.items():
+        moved = (weights - fresh[each].detach()).norm()
+        assert (found[each] - weights).norm() < share * moved, each
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -276,7 +277,7 @@ def test_two_ranks_save_and_one_goes_on(two_ranks, on_cpu, name):
     close = 2e-2 if "bf16" in name else 1e-3
     np.testing.assert_allclose(results, told[2:], rtol=close)
     found, state = torch.load(two_ranks / f"{name}.pt"), weights_of(engine, recipe)
-    assert_moved_alike(found, state, recipe.model, bf16="bf16" in name)
+    assert_moved_alike(found, state, recipe.model, name)
 
 
 @pytest.mark.parametrize("name", RUNS)
