@@ -41,8 +41,7 @@ class Cell:
     @property
     def ece_interval(self) -> tuple[float, float]:
         """95% over proteins; a seed's part is not in it."""
-        low, high = np.quantile(np.exp(self.replicates), [0.025, 0.975])
-        return float(low), float(high)
+        return _interval(np.exp(self.replicates))
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,7 @@ class PowerLaw:
     def ece_interval(self, x: float) -> tuple[float, float]:
         """95% of the laws that the bootstrap has drawn lie between these at x."""
         slope, offset = self.drawn
-        low, high = np.quantile(np.exp(np.exp(offset + slope * np.log(x))), [0.025, 0.975])
-        return float(low), float(high)
+        return _interval(np.exp(np.exp(offset + slope * np.log(x))))
 
     def facts(self) -> dict[str, float]:
         names = ("scale", "exponent", "low", "high", "points")
@@ -167,9 +165,14 @@ def fit(found: Sequence[Cell], by: str, deviation: float) -> PowerLaw | None:
         return None
     slope, offset = np.polyfit(x, np.log([each.nats for each in found]), 1)
     drawn = np.polyfit(x, np.log(_moved(found, deviation)), 1)
-    low, high = np.quantile(-drawn[0], [0.025, 0.975])
-    ends = float(low), float(high)
+    ends = _interval(-drawn[0])
     return PowerLaw(float(np.exp(offset)), float(-slope), *ends, len(found), drawn)
+
+
+def _interval(drawn: np.ndarray) -> tuple[float, float]:
+    """95% of what a bootstrap has drawn."""
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _moved(found: Sequence[Cell], deviation: float) -> np.ndarray:
@@ -224,11 +227,10 @@ def trends(found: Iterable[Cell], deviation: float) -> list[Trend]:
 
 def _trend(by: str, key: str, first: Cell, last: Cell, deviation: float) -> Trend:
     before, after = _moved([first, last], deviation)
-    low, high = np.quantile(before - after, [0.025, 0.975])
     what = f"parameters, {key}" if by == "parameters" else f"data, {key}"
     names = (first.model, last.model) if by == "parameters" else (first.data, last.data)
     ece = float(np.exp(first.nats)), float(np.exp(last.nats))
-    return Trend(what, *names, ece, (float(low), float(high)))
+    return Trend(what, *names, ece, _interval(before - after))
 
 
 def grouped(found: Iterable[Cell], key: Callable[[Cell], str]) -> dict[str, list[Cell]]:
