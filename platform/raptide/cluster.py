@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
-import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raptide.errors import ConfigError

@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from lone_worker import run_here
@@ -41,6 +42,8 @@ from raptide.training.run_folder import load_resumed
 from raptide.training.trainer import prepare_run, pretrain
 from raptide.training.watching.audit import audited_steps
 
+OF_A_RUN = ("ray::RayTrainWorker", "ray::TrainController", "ray::Board", "ray::Feeder")
+
 
 def test_a_run_leaves_what_it_promises(whole):
     assert whole.step == STEPS
@@ -58,6 +61,16 @@ def test_a_run_leaves_what_it_promises(whole):
         manifest["wandb_run_id"]
         == json.loads((whole.folder / "run.json").read_text())["wandb_run_id"]
     )
+
+
+def test_a_run_leaves_no_process(whole):
+    """Ray ends no actor whose handle was pickled, as Ray Train does, nor one that a handler of
+    Ctrl-C holds on to."""
+    assert signal.getsignal(signal.SIGINT).__module__ == "conftest", "a Ctrl-C is for the next run"
+    until = time.monotonic() + 30
+    while left := training_processes(OF_A_RUN):
+        assert time.monotonic() < until, [psutil.Process(each).cmdline() for each in left]
+        time.sleep(0.1)
 
 
 def test_the_model_learns_and_the_baselines_are_sane(whole):

@@ -13,7 +13,6 @@ import ray.data
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raptide.cluster import on_this_node
 from raptide.data.corpus import Corpus
 from raptide.data.streaming.stream import Source, StreamPlan
 from raptide.errors import CheckpointError, ConfigError, CorpusError, plain_errors
@@ -56,7 +55,7 @@ from raptide.training.watching.audit import SUMMARY
 from raptide.training.watching.heldout import heldout_rows, unigram_ece
 from raptide.training.watching.leaving import LEFT, saved_on_sigterm
 from raptide.training.watching.picture import PICTURE, draw_run
-from raptide.training.watching.progress import BoardActor, shown, warn_here
+from raptide.training.watching.progress import board_here, shown, warn_here
 from raptide.training.watching.validation import Bench
 from raptide.version import code_version
 
@@ -186,22 +185,22 @@ def _train(
     mirror: Mirror | None,
 ) -> RunResult:
     info, uri = read_run_info(folder), mirror.uri if mirror is not None else None
-    board = BoardActor.options(scheduling_strategy=on_this_node()).remote()
-    run = Run(
-        recipe=recipe,
-        plan=plan,
-        folder=str(folder.resolve()),
-        uri=uri,
-        run_id=info["wandb_run_id"],
-        code_version=code_version(),
-        device=device,
-        driver=uuid.uuid4().hex,
-        board=board,
-        bench=bench,
-    )
-    with shown(board, recipe.training.steps), saved_on_sigterm(board):
-        _fit(run)
-    ended, _ = ray.get(board.read.remote())
+    with board_here() as board:
+        run = Run(
+            recipe=recipe,
+            plan=plan,
+            folder=str(folder.resolve()),
+            uri=uri,
+            run_id=info["wandb_run_id"],
+            code_version=code_version(),
+            device=device,
+            driver=uuid.uuid4().hex,
+            board=board,
+            bench=bench,
+        )
+        with shown(board, recipe.training.steps), saved_on_sigterm(board):
+            _fit(run)
+        ended, _ = ray.get(board.read.remote())
     if ended["phase"] == LEFT:
         print(
             f"{uri or folder} is saved at step {ended['step']}; --resume goes on.", file=sys.stderr

@@ -48,6 +48,7 @@ def saved_on_sigterm(board: Any) -> Iterator[None]:
         return
     told, over = threading.Event(), threading.Event()
     before = signal.getsignal(signal.SIGTERM)
+    interrupt = signal.getsignal(signal.SIGINT)
 
     def leave(number: int, frame: FrameType | None) -> None:
         if told.is_set():
@@ -62,6 +63,9 @@ def saved_on_sigterm(board: Any) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        # Ray Train leaves one of its own behind: it keeps the run's controller alive, and lets a
+        # Ctrl-C after the run abort that instead of what goes on.
+        signal.signal(signal.SIGINT, interrupt)
         over.set()
         relay.join()
 

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from tqdm import tqdm
 
+from raptide.cluster import on_this_node
 from raptide.errors import RaptideError
 from raptide.training.watching.ranks import RankTimes, Slowest
 
@@ -101,6 +102,20 @@ class Board:
 
 # It is called in every step, and Ray's head would keep 3.5 kB of each call.
 BoardActor = ray.remote(num_cpus=0, enable_task_events=False)(Board)
+
+
+@contextmanager
+def board_here() -> Iterator[Any]:
+    """A board beside this process, for the length of a run.
+
+    Ray ends an actor that nobody can ask any more, but never one whose handle was pickled by itself,
+    as Ray Train does with what its workers are given: each run would leave a process.
+    """
+    board = BoardActor.options(scheduling_strategy=on_this_node()).remote()
+    try:
+        yield board
+    finally:
+        ray.kill(board)
 
 
 @contextmanager

@@ -11,12 +11,13 @@ import socket
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 
-from raptide.training.batches import Share
+if TYPE_CHECKING:  # torch would be most of the board's process
+    from raptide.training.batches import Share
 
 WATCHED_S = 300.0
 """Seconds from the first step of a group of workers."""
