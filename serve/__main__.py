@@ -16,14 +16,20 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
+from itertools import starmap
 from pathlib import Path
 
 import yaml
 from pydantic import ValidationError
 from ray import serve
 from ray.serve.context import _get_global_client
-from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+from ray.serve.schema import (
+    ApplicationStatus,
+    ApplicationStatusOverview,
+    ServeDeploySchema,
+)
 
 from raptide.cluster import local_cpus, ray_session
 from raptide.errors import ConfigError, RaptideError
@@ -31,6 +37,9 @@ from serve.drain import drain
 from serve.environment import proxies
 
 LOOK_EVERY_S = 1.0
+
+TELL_EVERY_S = 15.0
+"""How often it is said what a start waits for."""
 
 
 def main() -> None:
@@ -106,7 +115,8 @@ def run(config: ServeDeploySchema) -> None:
 
 
 def _start(names: list[str], stop: threading.Event) -> bool:
-    """Wait until all applications run; False if a signal came first."""
+    """Wait until all applications run, and say what for; False if a signal came first."""
+    tell_at = time.monotonic() + TELL_EVERY_S
     while not stop.wait(LOOK_EVERY_S):
         found = {name: serve.status().applications.get(name) for name in names}
         for name, status in found.items():
@@ -114,7 +124,25 @@ def _start(names: list[str], stop: threading.Event) -> bool:
                 raise ConfigError(f"{name} does not start: {status.message}")
         if all(each and each.status == ApplicationStatus.RUNNING for each in found.values()):
             return True
+        if time.monotonic() >= tell_at:
+            for line in filter(None, starmap(missing, found.items())):
+                print(line, flush=True)
+            tell_at = time.monotonic() + TELL_EVERY_S
     return False
+
+
+def missing(name: str, status: ApplicationStatusOverview | None) -> str:
+    """What an application waits for, in a line; empty where it runs."""
+    if status is None or not status.deployments:
+        return f"{name}: being built"
+    if status.status == ApplicationStatus.RUNNING:
+        return ""
+    parts = []
+    for deployment, each in status.deployments.items():
+        states = [f"{number} {state.lower()}" for state, number in each.replica_states.items()]
+        part = f"{deployment} has {', '.join(states) or 'no replicas'}"
+        parts.append(f"{part} ({each.message.strip()})" if each.message.strip() else part)
+    return f"{name}: waiting; " + "; ".join(parts)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -15,10 +17,15 @@ import pytest
 import yaml
 from conftest import ROOT
 from endpoints import SERVICERS
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import (
+    ApplicationStatusOverview,
+    DeploymentStatusOverview,
+    ServeDeploySchema,
+)
 from steady_load import KINDS, REFUSED, SteadyLoad, by_kind
 
 from processes import free_port
+from serve.__main__ import missing
 from serve.environment import proxies
 from serve.gateway.keys import make_key
 from serve.rpc import raptide_pb2 as pb
@@ -34,17 +41,36 @@ LARGE = {"input": ["MKTAYIAKQR" * 100] * 16, "pooling": "residue"}
 """Its answer is larger than gRPC takes by default, 4 MB."""
 
 
-def start(config, folder):
+@contextmanager
+def started(config, folder):
+    """`python -m serve` of a configuration, its output as lines; it is gone when the block ends."""
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "serve", file],
         cwd=ROOT,
         env=os.environ | {"RAY_ADDRESS": "local"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # what it started goes with it
+
+
+def wait_for_line(process, end, *, within_s):
+    """Read until a line of a process's output ends so."""
+    limit = threading.Timer(within_s, process.kill)
+    limit.start()
+    told = []
+    for line in process.stdout:
+        told.append(line)
+        if line.rstrip().endswith(end):
+            limit.cancel()
+            return
+    raise AssertionError(f"no line ends in {end}:\n{''.join(told)}")
 
 
 def configuration(port, grpc_port=None, **arguments):
@@ -116,12 +142,12 @@ def test_large_answers_pass_and_what_is_being_answered_at_sigterm_is_finished(bu
         max_batch_tokens=64,
         max_queued_tokens=10**7,
     )
-    with start(config, tmp_path) as process:
+    with started(config, tmp_path) as process:
         url = f"http://127.0.0.1:{port}"
         starting = first_word(f"{url}/healthz")
         assert (starting.status_code, starting.headers["Retry-After"]) == (503, "1"), starting.text
         assert starting.json()["error"]["type"] == "unavailable"
-        assert any(line.strip().endswith(url) for line in process.stdout)
+        wait_for_line(process, url, within_s=300)
         assert len(embed_by_grpc(grpc_port, 10_000, key)) >= 1
         peak = Peak(process)
         assert embed_by_grpc(grpc_port, 120_000_000, "wrong") == "RESOURCE_EXHAUSTED"
@@ -179,6 +205,19 @@ def test_a_proxy_takes_no_larger_message_than_an_application_may_be_sent(bodies,
     assert proxies(config)["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"] == str(most)
 
 
+def test_a_start_says_what_it_waits_for():
+    assert missing("a", None) == "a: being built"
+    gateway = DeploymentStatusOverview("HEALTHY", "UNSPECIFIED", {"RUNNING": 2}, "")
+    states = {"STARTING": 1, "RUNNING": 1}
+    replicas = DeploymentStatusOverview("UPDATING", "UNSPECIFIED", states, "No CPU is free.")
+    deployments = {"Gateway": gateway, "replica-a": replicas}
+    status = ApplicationStatusOverview("DEPLOYING", "", 0.0, deployments)
+    assert missing("a", status) == (
+        "a: waiting; Gateway has 2 running; replica-a has 1 starting, 1 running (No CPU is free.)"
+    )
+    assert missing("a", replace(status, status="RUNNING")) == ""
+
+
 def first_word(url):
     """Of Serve's proxy, before there is anything behind it."""
     until = time.monotonic() + 120
@@ -201,7 +240,7 @@ def refusal(url):
 
 
 def test_a_file_that_is_no_configuration_is_refused(tmp_path):
-    with start({"applications": [{"route": "/"}]}, tmp_path) as process:
+    with started({"applications": [{"route": "/"}]}, tmp_path) as process:
         told = process.stdout.read()
         assert process.wait() == 2
     assert told.startswith("error: ")
