@@ -90,5 +90,11 @@ def test_garbage_waits_for_its_step():
         assert count() == 5
         collect_garbage(GARBAGE_STEPS)
         assert count() == 0
+        held = [Ring() for _ in range(5)]
+        collect_garbage(2 * GARBAGE_STEPS)
+        assert count() == 5
+        held.clear()
+        collect_garbage(3 * GARBAGE_STEPS)
+        assert count() == 0, "what has lived through a collection is garbage too, once it is"
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0

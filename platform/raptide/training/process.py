@@ -47,6 +47,10 @@ def garbage_by_hand() -> Iterator[None]:
 
 
 def collect_garbage(step: int) -> None:
-    """What has come up since the last time, if it is due in this step."""
+    """If it is due in this step.
+
+    All generations, which are small since what was there at first is frozen: what lives through a
+    collection of the younger ones alone would never be looked at again.
+    """
     if step % GARBAGE_STEPS == 0:
-        gc.collect(1)
+        gc.collect()
