@@ -66,7 +66,7 @@ def test_a_run_leaves_what_it_promises(whole):
 def test_a_run_leaves_no_process(whole):
     """Ray ends no actor whose handle was pickled, as Ray Train does, nor one that a handler of
     Ctrl-C holds on to."""
-    assert signal.getsignal(signal.SIGINT).__module__ == "conftest", "a Ctrl-C is for the next run"
+    assert not signal.getsignal(signal.SIGINT).__module__.startswith("ray")
     until = time.monotonic() + 30
     while left := training_processes(OF_A_RUN):
         assert time.monotonic() < until, [psutil.Process(each).cmdline() for each in left]
