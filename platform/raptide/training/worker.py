@@ -366,8 +366,12 @@ class Worker:
         feeder = None
         if self._rank == 0:
             here = FeederActor.options(scheduling_strategy=on_this_node())
-            how = {"first": self._step, "blind": self._recipe.model.blind}
-            feeder = here.remote(self._run.plan, cursor, self._steps_left, self._workers, **how)
+            feeder = here.remote(
+                *(self._run.plan, cursor, self._steps_left, self._workers),
+                first=self._step,
+                blind=self._recipe.model.blind,
+                run=self._run.run_id,
+            )
         self._feeder = broadcast_from_rank_zero(feeder)  # kept: a feeder nobody holds is ended
         return BatchReader(self._feeder, self._rank, self._recipe.cluster.data_timeout_s)
 

@@ -19,6 +19,7 @@ import ray
 from ray.exceptions import GetTimeoutError
 
 from raptide.data.streaming.batch import Cursor, GlobalBatch
+from raptide.data.streaming.pace import claim_as
 from raptide.data.streaming.shares import BatchShare, pack_shares, rows_of_rank, unpack_shares
 from raptide.data.streaming.stream import StreamPlan, global_batches
 from raptide.errors import StreamStalled, plain_errors
@@ -66,12 +67,16 @@ class Feeder:
         *,
         first: int = 0,
         blind: bool = False,
+        run: str | None = None,
     ) -> None:
         """
         Args:
             first: the number of the first batch in the whole stream.
+            run: in whose name it claims CPUs; what an earlier feeder of that name claimed ends.
             blind: the model does not see what it predicts, so it is shown and asked everything.
         """
+        if run is not None:
+            claim_as(run)
         self._lock = threading.Lock()
         self._blind = blind
         self._batches = global_batches(plan, cursor, count, first=first)

@@ -54,6 +54,14 @@ TASK_RESIDUES = 1 << 21
 """Residues one data task prepares, about: enough that a task is worth its overhead."""
 
 
+TASKS_AHEAD = 16
+"""Tasks whose rows fit into the memory for rows ahead, at least. Ray Data keeps half of it for rows
+that are on their way, and waits where a task's alone are more than is left."""
+
+RESIDUE_BYTES = 3
+"""Of a residue's token, its target and its part of a row's boundaries, about."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A corpus that a stream reads."""
@@ -219,7 +227,7 @@ def _packed_tables(plan: StreamPlan, cursor: Cursor, tokens: int) -> Iterator[pa
     """
     opened = open_plan(plan)
     epoch_places = opened.mixture.epoch_places
-    task_blocks = max(1, round(TASK_RESIDUES / opened.block_residues))
+    task_blocks = max(1, round(_task_residues(plan.settings) / opened.block_residues))
     plan_blocks = min(int(tokens / opened.block_residues) + 2, PLAN_TASKS * task_blocks)
     _configure_ray_data(plan)
     first = cursor.epoch * epoch_places + cursor.block
@@ -231,7 +239,8 @@ def _packed_tables(plan: StreamPlan, cursor: Cursor, tokens: int) -> Iterator[pa
             places = (ids["id"] + first).tolist()
             yield pa.concat_tables([_prepare_table(plan, p, epoch_places) for p in places])
 
-        dataset = ray.data.range(plan_blocks, override_num_blocks=min(4, plan_blocks))
+        # One task lists them: of several, what the later ones list would wait for the first.
+        dataset = ray.data.range(plan_blocks, override_num_blocks=1)
         dataset = dataset.repartition(target_num_rows_per_block=task_blocks)
         dataset = dataset.map_batches(prepare, batch_size=None)
         # Of this dataset alone: another's reader would not say when it waits.
@@ -241,6 +250,11 @@ def _packed_tables(plan: StreamPlan, cursor: Cursor, tokens: int) -> Iterator[pa
             dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
         )
         first += plan_blocks
+
+
+def _task_residues(settings: StreamSettings) -> float:
+    """What a task prepares: so much that several of them fit into what may lie ahead."""
+    return min(TASK_RESIDUES, settings.lookahead_mb * 1e6 / TASKS_AHEAD / RESIDUE_BYTES)
 
 
 def _configure_ray_data(plan: StreamPlan) -> None:

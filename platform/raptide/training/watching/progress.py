@@ -108,8 +108,8 @@ BoardActor = ray.remote(num_cpus=0, enable_task_events=False)(Board)
 def board_here() -> Iterator[Any]:
     """A board beside this process, for the length of a run.
 
-    Ray ends an actor that nobody can ask any more, but never one whose handle was pickled by itself,
-    as Ray Train does with what its workers are given: each run would leave a process.
+    Ray ends an actor that nobody can ask any more, but never one whose handle was pickled by
+    itself, as Ray Train does with what its workers are given: each run would leave a process.
     """
     board = BoardActor.options(scheduling_strategy=on_this_node()).remote()
     try:
