@@ -6,6 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import ray
+from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 
 from raptide.alphabet import ESM_33
 from raptide.data.streaming import pace
@@ -212,7 +213,52 @@ def test_no_more_tasks_are_listed_than_will_soon_be_wanted(cluster, plan, batche
             assert time.monotonic() < until, len(queued)
             time.sleep(0.05)
     stream.close()
-    assert max(queued) <= 4 * 8
+    assert max(queued) <= 8 + 2
+
+
+def claims():
+    """Who claims CPUs of the cluster."""
+    coordinator = get_or_create_autoscaling_coordinator()
+    return set(ray.get(coordinator.__ray_call__.remote(lambda self: list(self._ongoing_reqs))))
+
+
+def test_a_feeder_in_place_of_one_that_was_killed_claims_what_that_one_did(plan):
+    """The one that was killed would keep its CPUs for three minutes, and leave it none."""
+    before, digests = claims(), set()
+    for _ in range(2):
+        feeder = FeederActor.remote(plan, Cursor(), 100_000, 1, run="some-run")
+        (share,) = islice(BatchReader(feeder, 0, 60).shares(100_000), 1)
+        digests.add(digest(share))
+        assert claims() - before == {"raptide-some-run-0"}
+        ray.kill(feeder)
+    assert len(digests) == 1
+
+
+def test_where_one_plan_ends_the_next_one_claims(cluster, plan, batches, monkeypatch):
+    monkeypatch.setattr(stream_module, "PLAN_TASKS", 1)
+    monkeypatch.setattr(stream_module, "TASK_RESIDUES", 1)  # a plan of one block
+    monkeypatch.setattr(pace, "_claims", None)
+    pace.claim_as("another-run")
+    names, before = [], claims()
+    monkeypatch.setattr(pace, "_claims", (names.append(name) or name for name in pace._claims))
+    stream = global_batches(plan, Cursor(), len(batches))
+    for expected in islice(batches, 4):
+        assert digest(next(stream)) == digest(expected)
+    stream.close()
+    assert names[:3] == [f"raptide-another-run-{index}" for index in (0, 1, 0)]
+    until = time.monotonic() + 30
+    while claims() - before:  # a loop that has ended takes back what it claimed, in its own time
+        assert time.monotonic() < until, claims()
+        time.sleep(0.1)
+
+
+def test_several_tasks_fit_into_what_may_lie_ahead(plan):
+    rows = prepare_rows(plan, 0, 0)
+    a_residue = stream_module._to_table(rows, 0, 0).nbytes / rows.tokens.size
+    assert a_residue == pytest.approx(stream_module.RESIDUE_BYTES, rel=0.3)
+    for lookahead_mb, residues in ((16, 500_000), (256, stream_module.TASK_RESIDUES)):
+        settings = SETTINGS.model_copy(update={"lookahead_mb": lookahead_mb})
+        assert stream_module._task_residues(settings) == pytest.approx(residues, rel=1e-3)
 
 
 def test_another_corpus_at_the_same_path_is_refused(plan):

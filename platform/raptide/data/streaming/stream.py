@@ -58,7 +58,7 @@ TASKS_AHEAD = 16
 """Tasks whose rows fit into the memory for rows ahead, at least. Ray Data keeps half of it for rows
 that are on their way, and waits where a task's alone are more than is left."""
 
-RESIDUE_BYTES = 3
+RESIDUE_BYTES = 2
 """Of a residue's token, its target and its part of a row's boundaries, about."""
 
 
