@@ -84,11 +84,15 @@ class ShortQueues(BackpressurePolicy):
         return max(0, MOST_QUEUED - max(queued)) if queued else None
 
 
-def limit_queues(context: ray.data.DataContext) -> None:
-    """Keep queues short, besides what Ray Data's own policies do."""
+def limit_queues(context: ray.data.DataContext, *, ample: bool) -> None:
+    """Keep queues short, besides what Ray Data's own policies do.
+
+    Args:
+        ample: so much may lie ahead that nothing ever waits for what Ray Data lets through.
+    """
     policies = [*ENABLED_BACKPRESSURE_POLICIES, ShortQueues]
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, policies)
-    context.output_backpressure_guard_release_interval_s = RELEASE_S
+    context.output_backpressure_guard_release_interval_s = RELEASE_S if ample else None
 
 
 def paced(items: Iterable[Item]) -> Iterator[Item]:

@@ -62,6 +62,10 @@ RESIDUE_BYTES = 2
 """Of a residue's token, its target and its part of a row's boundaries, about."""
 
 
+BATCHES_AHEAD = 32
+"""Batches that fit into the memory for rows ahead where that is ample."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A corpus that a stream reads."""
@@ -232,20 +236,22 @@ def _packed_tables(plan: StreamPlan, cursor: Cursor, tokens: int) -> Iterator[pa
     _configure_ray_data(plan)
     first = cursor.epoch * epoch_places + cursor.block
     while True:
-        # A map before `repartition` would turn its streaming form into a barrier, so the first
-        # place is added in `prepare`.
+        # A map before `repartition` would turn its streaming form into a barrier, so that tasks
+        # become places in `prepare`.
         # A generator: only out of those does Ray Data let our own errors through.
         def prepare(ids: dict[str, np.ndarray], first: int = first) -> Iterator[pa.Table]:
-            places = (ids["id"] + first).tolist()
-            yield pa.concat_tables([_prepare_table(plan, p, epoch_places) for p in places])
+            for task in ids["id"].tolist():
+                places = range(plan_blocks)[task * task_blocks : (task + 1) * task_blocks]
+                tables = [_prepare_table(plan, first + p, epoch_places) for p in places]
+                yield pa.concat_tables(tables)
 
         # One task lists them: of several, what the later ones list would wait for the first.
-        dataset = ray.data.range(plan_blocks, override_num_blocks=1)
-        dataset = dataset.repartition(target_num_rows_per_block=task_blocks)
+        dataset = ray.data.range(-(-plan_blocks // task_blocks), override_num_blocks=1)
+        dataset = dataset.repartition(target_num_rows_per_block=1)
         dataset = dataset.map_batches(prepare, batch_size=None)
         # Of this dataset alone: another's reader would not say when it waits.
         dataset.context.custom_execution_callback_classes = [Pace]
-        limit_queues(dataset.context)
+        limit_queues(dataset.context, ample=_is_ample(plan.settings))
         yield from paced(
             dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
         )
@@ -255,6 +261,11 @@ def _packed_tables(plan: StreamPlan, cursor: Cursor, tokens: int) -> Iterator[pa
 def _task_residues(settings: StreamSettings) -> float:
     """What a task prepares: so much that several of them fit into what may lie ahead."""
     return min(TASK_RESIDUES, settings.lookahead_mb * 1e6 / TASKS_AHEAD / RESIDUE_BYTES)
+
+
+def _is_ample(settings: StreamSettings) -> bool:
+    batch = settings.batch_rows * settings.row_tokens * RESIDUE_BYTES
+    return settings.lookahead_mb * 1e6 >= BATCHES_AHEAD * batch
 
 
 def _configure_ray_data(plan: StreamPlan) -> None:
