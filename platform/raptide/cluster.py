@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# Not ray.data, which `ray` loads when a session asks for it: a run's board needs none of it.
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -65,11 +65,13 @@ def wait_for_line(process, end, *, within_s):
     limit = threading.Timer(within_s, process.kill)
     limit.start()
     told = []
-    for line in process.stdout:
-        told.append(line)
-        if line.rstrip().endswith(end):
-            limit.cancel()
-            return
+    try:
+        for line in process.stdout:
+            told.append(line)
+            if line.rstrip().endswith(end):
+                return
+    finally:
+        limit.cancel()
     raise AssertionError(f"no line ends in {end}:\n{''.join(told)}")
 
 

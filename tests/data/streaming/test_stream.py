@@ -261,6 +261,20 @@ def test_several_tasks_fit_into_what_may_lie_ahead(plan):
         assert stream_module._task_residues(settings) == pytest.approx(residues, rel=1e-3)
 
 
+@pytest.mark.timeout(240)
+def test_batches_that_are_large_for_what_may_lie_ahead_do_not_wait(cluster, plan, monkeypatch):
+    """Their reader holds so much that Ray Data goes on by its escape hatch alone."""
+    monkeypatch.setattr(pace, "RELEASE_S", 3600.0)
+    digests = []
+    for lookahead_mb in (16, 256):
+        large = {"row_tokens": 1024, "batch_rows": 2000, "lookahead_mb": lookahead_mb}
+        settings = SETTINGS.model_copy(update=large)
+        stream = global_batches(StreamPlan(plan.sources, settings, "esm-33"), Cursor(), 100_000)
+        digests.append([digest(next(stream)) for _ in range(3)])
+        stream.close()
+    assert digests[0] == digests[1]
+
+
 def test_another_corpus_at_the_same_path_is_refused(plan):
     other = StreamPlan((Source(plan.sources[0].path, "0" * 64),), SETTINGS, "esm-33")
     with pytest.raises(CorpusError, match="all nodes must see one corpus"):

@@ -53,14 +53,12 @@ SEED_STEP = 0x9E3779B97F4A7C15
 TASK_RESIDUES = 1 << 21
 """Residues one data task prepares, about: enough that a task is worth its overhead."""
 
-
 TASKS_AHEAD = 16
 """Tasks whose rows fit into the memory for rows ahead, at least. Ray Data keeps half of it for rows
 that are on their way, and waits where a task's alone are more than is left."""
 
 RESIDUE_BYTES = 2
 """Of a residue's token, its target and its part of a row's boundaries, about."""
-
 
 BATCHES_AHEAD = 32
 """Batches that fit into the memory for rows ahead where that is ample."""
@@ -264,6 +262,7 @@ def _task_residues(settings: StreamSettings) -> float:
 
 
 def _is_ample(settings: StreamSettings) -> bool:
+    """Whether a reader that gathers a batch leaves room for the next rows."""
     batch = settings.batch_rows * settings.row_tokens * RESIDUE_BYTES
     return settings.lookahead_mb * 1e6 >= BATCHES_AHEAD * batch
 

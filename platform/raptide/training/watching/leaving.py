@@ -38,7 +38,7 @@ def saved_on_sigterm(board: Any) -> Iterator[None]:
     """Within the block SIGTERM lets a run end its step, save and leave.
 
     Where it does not train there is nothing to save, and the signal does what it did before; so
-    does a second one. Outside of the main thread nothing changes.
+    does a second one. Ctrl-C is afterwards what it was. Outside of the main thread nothing changes.
 
     Args:
         board: handle of the run's board.
