@@ -1,6 +1,7 @@
 """The command `raptide` over the same jobs."""
 
 import contextlib
+import importlib
 import io
 import subprocess
 import sys
@@ -12,6 +13,16 @@ from conftest import ROOT
 from raptide.__main__ import MODULES, jobs, main, short_name
 
 
+@contextlib.contextmanager
+def unimported(*modules):
+    """Modules that are to be run are not imported, as in a process that a command has to itself."""
+    imported = {name: sys.modules.pop(name) for name in modules if name in sys.modules}
+    try:
+        yield
+    finally:
+        sys.modules.update(imported)
+
+
 def raptide(*arguments, cwd):
     """What the command does, in this process, in which its imports are paid already."""
     code, out, err = 0, io.StringIO(), io.StringIO()
@@ -21,12 +32,21 @@ def raptide(*arguments, cwd):
         contextlib.redirect_stderr(err),
         mock.patch.object(sys, "argv", ["raptide", *map(str, arguments)]),
         mock.patch.object(sys, "path", [*sys.path]),
+        unimported("serve.__main__", "serve.keys"),
     ):
         try:
             main()
         except SystemExit as end:
             code = end.code or 0
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def test_what_other_tests_import_may_still_be_run(tmp_path):
+    importlib.import_module("serve.__main__")
+    importlib.import_module("serve.keys")
+    assert raptide("serve", "none.yaml", cwd=tmp_path).returncode == 2
+    assert raptide("serve-keys", "--help", cwd=tmp_path).returncode == 0
+    assert "serve.keys" in sys.modules
 
 
 def test_every_job_has_a_short_name_of_its_own():
