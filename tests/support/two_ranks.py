@@ -2,8 +2,8 @@
 
 Twice two steps from the same weights: once with an empty second micro-batch on rank 1, once with
 one that breaks inside in the first step. Writes what came of them, how far the weights are apart
-after the first, and at the start from those of a whole model, and how many passes the rank has
-made.
+after the first, and at the start from those of a whole model, how many passes the rank has made,
+and how far from a mean its weights are once rank 0 has put it into the engine.
 """
 
 import dataclasses
@@ -16,12 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import GatheredParameters
 
 from raptide.alphabet import ESM_33
 from raptide.config import parse_settings
 from raptide.data.streaming.batch import Cursor, GlobalBatch, PackedRows
 from raptide.model.families import make_model
+from raptide.model.formats.detect import write_weights
+from raptide.model.formats.weights import Weights
 from raptide.training.batches import cut_share, empty_micro_batch, share_bounds
+from raptide.training.checkpoints.running_mean import AVERAGED, RunningMean
 from raptide.training.checkpoints.step_bundle import full_tensors
 from raptide.training.engine import build_engine
 from raptide.training.planning.recipe import Recipe
@@ -43,6 +47,8 @@ TREE = {
         "bucket_elements": 500,
     },
     "cluster": {"workers": 2, "device": "cpu"},
+    "checkpoint": {"average_over": 2},
+    "evaluation": {"asynchronous": True},
 }
 
 
@@ -84,6 +90,23 @@ def distance(found, expected):
     return max((float((found[n] - expected[n]).abs().max()) for n in found), default=0.0)
 
 
+def put_mean_into_engine(recipe, rank, folder):
+    """Rank 0 alone has read it."""
+    model = make_model(recipe.model).initialise(99)
+    engine, mean = build_engine(recipe, 2, "cpu", None), RunningMean(recipe, folder / "mean")
+    if rank == 0:
+        weights = dataclasses.replace(Weights.of(model), lineage={AVERAGED: 1})
+        write_weights(folder / "model", weights)
+        mean.begin(recipe.training.steps)
+        mean.keep(folder / "model")
+    mean.put_into(engine)
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        with GatheredParameters([parameter]):
+            found[name] = parameter.detach().clone()
+    return distance(found, model.state_dict())
+
+
 def main():
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
@@ -93,12 +116,14 @@ def main():
     recipe = parse_settings(Recipe, TREE, source="two ranks")
     empty, start, expected = train(recipe, rank, breaks=False)
     broken, _, found = train(recipe, rank, breaks=True)
+    meant = put_mean_into_engine(recipe, rank, folder)
     drawn = make_model(recipe.model).initialise(recipe.training.seed).state_dict()
     told = {
         "empty": empty,
         "broken": broken,
         "farthest": distance(found, expected),
         "farthest_at_start": distance(start, drawn),
+        "farthest_from_mean": meant,
     }
     (folder / f"rank-{rank}.json").write_text(json.dumps(told))
     dist.destroy_process_group()

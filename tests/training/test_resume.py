@@ -123,6 +123,7 @@ FREE = {
     "cluster.check_first": True,
     "checkpoint.when_unsaved": "stop",
     "checkpoint.bundle_every": 3,
+    "checkpoint.average_over": 2,
     "evaluation.asynchronous": True,
     "evaluation.benchmark": "b.yaml",
     "evaluation.timeout_s": 60.0,
@@ -192,7 +193,8 @@ def test_the_weights_of_a_mixture_cannot_change():
 
 @pytest.mark.parametrize("field", FREE)
 def test_what_is_read_anew_is_not_refused(whole, corpus, field):
-    others = {"evaluation.benchmark": {"evaluation.asynchronous": True}}.get(field, {})
+    needs = {"evaluation.asynchronous": True}
+    others = needs if field in ("evaluation.benchmark", "checkpoint.average_over") else {}
     recipe = changed(make_recipe(corpus), {**others, field: FREE[field]})
     prepare_run(recipe, whole.folder, resume=True)
 

@@ -1,6 +1,7 @@
 """A step's bundle: weights of that very step, of which rank 0 never holds more than a shard."""
 
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from raptide.errors import BundleError
 from raptide.model.check import CHECK, verify_check
 from raptide.model.formats.detect import read_weights
 from raptide.model.formats.tensor_files import SAFETENSORS, digest_weights
-from raptide.model.formats.weights import Weights
 from raptide.training.checkpoints import step_bundle
+from raptide.training.checkpoints.running_mean import RunningMean
 from raptide.training.checkpoints.step_bundle import StepBundle, full_tensors
 from raptide.training.engine import build_engine
 
@@ -27,8 +28,10 @@ SHARD = 40_000
 def prepare(family, stage=0, precision="fp32"):
     recipe = recipe_of(stage, precision, model=SHAPES[family])
     engine = build_engine(recipe, 1, "cpu", None)
-    weights = Weights(recipe.model, {}, engine.module.frequencies(), lineage={"step": 7})
-    return recipe.training, engine, StepBundle(weights, recipe.training)
+    frequencies = engine.module.frequencies()
+    kept = None if frequencies is None else frequencies.tolist()
+    manifest = {"step": 7, "cursor": {}, "inv_freq": kept}
+    return recipe.training, engine, StepBundle(recipe, manifest, RunningMean(recipe, Path("none")))
 
 
 @pytest.mark.parametrize(

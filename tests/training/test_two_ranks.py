@@ -28,3 +28,4 @@ def test_a_loss_that_is_no_number_on_one_rank_makes_no_other_passes_than_the_res
     assert told[0]["broken"] == told[1]["broken"]
     assert told[0]["farthest"] < 1e-6
     assert told[0]["farthest_at_start"] == 0, "made in parts, and the same"
+    assert [each["farthest_from_mean"] for each in told] == [0, 0]

@@ -17,12 +17,12 @@ from raptide.data.streaming.batch import Cursor
 from raptide.data.streaming.feeder import BatchReader, FeederActor
 from raptide.data.streaming.shares import BatchShare
 from raptide.errors import CheckpointError, CheckpointUnsaved, StorageStumbled
-from raptide.model.formats.weights import Weights
 from raptide.training.ahead import SharesAhead
 from raptide.training.batches import Share, share_cutter
 from raptide.training.checkpoints.checkpoint import MODEL, SavedCheckpoint, newest_checkpoint
 from raptide.training.checkpoints.keeping import best_effort
 from raptide.training.checkpoints.owned import Storage
+from raptide.training.checkpoints.running_mean import RunningMean
 from raptide.training.checkpoints.saving import CheckpointWriter
 from raptide.training.checkpoints.scratch import scratch_folder
 from raptide.training.checkpoints.step_bundle import StepBundle
@@ -160,7 +160,7 @@ class Worker:
         saved = self._choose_checkpoint()
         self._engine = build_engine(self._recipe, self._workers, self._run.device, saved)
         self._step, self._tokens = 0, 0
-        self._newest = saved.name if saved is not None else ""
+        self._newest, self._saved = saved.name if saved is not None else "", saved
         if saved is None:
             return Cursor(), Evaluations()
         load_state(self._engine, saved, self._workers)
@@ -241,6 +241,7 @@ class Worker:
         self._post(phase="evaluating")
         last = None
         if evaluations.so_far.step != self._step:
+            self._mean.put_into(self._engine)
             last = self._evaluator.measure(self._engine, self._engine.device)
         if self._tracker is None:  # that is rank 0's
             return
@@ -310,12 +311,7 @@ class Worker:
             "inv_freq": None if inv_freq is None else inv_freq.tolist(),
             **self._evaluations.so_far.to_manifest(),
         }
-        step_bundle = None
-        if bundle:
-            left_out = ("cursor", "inv_freq")
-            lineage = {name: value for name, value in manifest.items() if name not in left_out}
-            weights = Weights(recipe.model, {}, inv_freq, lineage=lineage)
-            step_bundle = StepBundle(weights, recipe.training)
+        step_bundle = StepBundle(recipe, manifest, self._mean) if bundle else None
         self._newest = self._writer.save(
             self._engine, manifest | {"awaits_evaluation": evaluate_beside}, step_bundle
         )
@@ -327,6 +323,9 @@ class Worker:
     def _prepare_saving(self, workers_here: int, sender: Sender | None) -> CheckpointWriter:
         recipe, run = self._recipe, self._run
         scratch = scratch_folder(run.run_id, f"rank-{self._rank:05d}", empty=True)
+        self._mean = RunningMean(recipe, scratch / "mean")
+        if self._saved is not None and self._rank == 0:
+            self._mean.take_up(self._saved)
         own, others = (saved_bytes(recipe, self._workers, rank) for rank in (self._rank, 1))
         needed = own + (workers_here - 1) * others  # rank 0 asks for what it writes besides
         send_beside = sender.send if sender is not None else None

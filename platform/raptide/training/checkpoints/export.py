@@ -26,6 +26,8 @@ from raptide.training.checkpoints.checkpoint import (
     verify_folder,
 )
 from raptide.training.checkpoints.owned import MANIFEST, RUN_INFO, Storage, counted_names
+from raptide.training.checkpoints.running_mean import AVERAGED
+from raptide.training.checkpoints.step_bundle import weights_of
 from raptide.training.planning.recipe import Recipe
 
 
@@ -45,7 +47,7 @@ def read_average(run: Path, number: int) -> Weights:
     """The mean of a run's weights in its last checkpoints with a bundle, summed in fp64.
 
     Raises:
-        CheckpointError: the folder is no run, or keeps fewer.
+        CheckpointError: the folder is no run, keeps fewer, or keeps means already.
     """
     if not (run / RUN_INFO).is_file():
         raise CheckpointError(f"{run} is no run, whose checkpoints could be averaged; name one.")
@@ -59,6 +61,11 @@ def read_average(run: Path, number: int) -> Weights:
     sums: dict[str, torch.Tensor] = {}
     for saved in reversed(taken):
         weights = read_weights(local_checkpoint(run, saved) / MODEL)
+        if AVERAGED in weights.lineage:
+            raise CheckpointError(
+                f"Bundles of {run} are means of several checkpoints already "
+                "(checkpoint.average_over); export one without --average."
+            )
         for name, tensor in weights.state.items():
             sums[name] = sums[name] + tensor if name in sums else tensor.double()
     state = {name: (total / number).float() for name, total in sums.items()}
@@ -90,11 +97,7 @@ def read_zero_weights(checkpoint: Path) -> Weights:
     manifest = verify_folder(checkpoint, only=f"{ZERO}/")
     recipe = parse_settings(Recipe, manifest["recipe"], source=str(checkpoint / MANIFEST))
     state = _merge_shards(checkpoint / ZERO)
-    left_out = ("cursor", "files", "inv_freq")
-    lineage = {name: value for name, value in manifest.items() if name not in left_out}
-    kept = manifest.get("inv_freq")
-    inv_freq = None if kept is None else torch.tensor(kept, dtype=torch.float32)
-    return Weights(recipe.model, state, inv_freq, lineage=lineage)
+    return weights_of(recipe, manifest, state)
 
 
 def _merge_shards(folder: Path) -> dict[str, torch.Tensor]:

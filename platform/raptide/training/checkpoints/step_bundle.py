@@ -15,18 +15,21 @@ from raptide.model.formats.bundle import BundleWriter, column
 from raptide.model.formats.detect import read_weights
 from raptide.model.formats.tensor_files import SHARD_BYTES
 from raptide.model.formats.weights import Weights, name_beside
-from raptide.training.planning.recipe import TrainingSettings
+from raptide.training.checkpoints.running_mean import RunningMean
+from raptide.training.planning.recipe import Recipe, TrainingSettings
 
 
 class StepBundle:
     """Rank 0 holds a shard of the weights at most, on its way to the scratch."""
 
-    def __init__(self, weights: Weights, training: TrainingSettings) -> None:
+    def __init__(self, recipe: Recipe, manifest: dict[str, Any], mean: RunningMean) -> None:
         """
         Args:
-            weights: without their state.
+            manifest: of the checkpoint, without `files`.
+            mean: what the bundle is to hold, if the recipe says so, in place of the weights.
         """
-        self._weights, self._training = weights, training
+        self._weights = weights_of(recipe, manifest)
+        self._training, self._mean = recipe.training, mean
         self._problem: OSError | SafetensorError | None = None
 
     def gather(self, engine: Any, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -37,9 +40,10 @@ class StepBundle:
         self._folder, self._writer = folder, None
         if dist.get_rank() == 0:
             self._writer = self._try(BundleWriter, folder, self._weights.settings, shard_bytes)
+        self._mean.begin(self._weights.lineage["step"])
         for name, tensor in full_tensors(engine, self._training):
             if self._writer is not None and self._problem is None:
-                self._try(self._writer.add, self._writer.names[name], tensor)
+                self._try(self._add, self._writer, name, tensor)
 
     def finish(self) -> None:
         """Write the rest, while training goes on; rank 0 calls it.
@@ -53,8 +57,12 @@ class StepBundle:
         assert self._writer is not None, "gathered on another rank"
         for item in name_beside(self._weights, column(self._weights.settings)).items():
             self._writer.add(*item)
-        self._writer.close(self._weights.lineage)
+        self._writer.close({**self._weights.lineage, **self._mean.facts()})
         write_check(self._folder, read_weights(self._folder).build())
+        self._mean.keep(self._folder)
+
+    def _add(self, writer: BundleWriter, name: str, tensor: torch.Tensor) -> None:
+        writer.add(writer.names[name], self._mean.mixed(name, tensor))
 
     def _try(self, act: Any, *args: Any) -> Any:
         try:
@@ -62,6 +70,17 @@ class StepBundle:
         except (OSError, SafetensorError) as error:
             self._problem = error
             return None
+
+
+def weights_of(
+    recipe: Recipe, manifest: dict[str, Any], state: dict[str, torch.Tensor] | None = None
+) -> Weights:
+    """A checkpoint's weights, with what its manifest says of them."""
+    left_out = ("cursor", "files", "inv_freq")
+    lineage = {name: value for name, value in manifest.items() if name not in left_out}
+    kept = manifest.get("inv_freq")
+    inv_freq = None if kept is None else torch.tensor(kept, dtype=torch.float32)
+    return Weights(recipe.model, state or {}, inv_freq, lineage=lineage)
 
 
 def full_tensors(

@@ -145,7 +145,9 @@ def _describe_corpora(plan: StreamPlan, tokens: int) -> Iterator[tuple[str, str]
 
 
 def _with_bundles(recipe: Recipe) -> str:
-    every = recipe.checkpoint.bundle_every
+    every, over = recipe.checkpoint.bundle_every, recipe.checkpoint.average_over
+    if over is not None:
+        return f" with a bundle of the mean over about {over} of them"
     return f" with a bundle, which one in {every} has" if every > 1 else ""
 
 

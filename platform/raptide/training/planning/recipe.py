@@ -170,6 +170,11 @@ class CheckpointSettings(Settings):
     while training waits; those that are evaluated and the last one do in any case. A run's model is
     its newest bundle, and `export_model.py` makes one of any checkpoint."""
 
+    average_over: int | None = Field(None, ge=2)
+    """Let bundles hold the mean of the weights over about so many checkpoints: the first ones have
+    equal parts in it, each later one has one part in so many. What trains goes on from its own
+    weights; evaluations are of the mean, so they need `evaluation.asynchronous`."""
+
     keep: int = Field(3, ge=1)
     """Newest checkpoints that stay, counted by step."""
 
@@ -182,6 +187,15 @@ class CheckpointSettings(Settings):
         return step // self.every_steps % self.bundle_every == 0
 
     _storage_holds_no_key = field_validator("storage")(without_key)
+
+    @model_validator(mode="after")
+    def _every_mean_is_kept(self) -> CheckpointSettings:
+        if self.average_over is not None and self.bundle_every > 1:
+            raise ValueError(
+                "average_over goes on from the mean in the checkpoint before, so it needs "
+                "bundle_every: 1"
+            )
+        return self
 
 
 class EvaluationSettings(Settings):
@@ -298,6 +312,15 @@ class Recipe(Settings):
             raise ValueError(
                 "evaluation.asynchronous evaluates checkpoints, so evaluation.every_steps "
                 f"({each}) must be a multiple of checkpoint.every_steps ({saved})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluates_what_is_kept(self) -> Recipe:
+        if self.checkpoint.average_over is not None and not self.evaluation.asynchronous:
+            raise ValueError(
+                "checkpoint.average_over is for bundles, which workers do not evaluate while they "
+                "train; set evaluation.asynchronous: true"
             )
         return self
 
