@@ -4,11 +4,17 @@ import gc
 import threading
 import time
 
+import psutil
 import pytest
 import torch
 
+from raptide.heap import TRIM_EVERY
 from raptide.training.ahead import SharesAhead
-from raptide.training.process import GARBAGE_STEPS, collect_garbage, garbage_by_hand
+from raptide.training.process import (
+    GARBAGE_STEPS,
+    collect_garbage,
+    garbage_by_hand,
+)
 
 CPU = torch.device("cpu")
 
@@ -98,3 +104,18 @@ def test_garbage_waits_for_its_step():
         assert count() == 0, "what has lived through a collection is garbage too, once it is"
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
+
+
+def test_memory_in_holes_goes_back_to_the_system_in_its_step():
+    def held_mb():
+        return psutil.Process().memory_full_info().uss / 1e6
+
+    blocks = [torch.ones(15_000) for _ in range(3000)]  # 60 kB each, from the heap
+    pillars = blocks[::10]  # what lives on between them
+    full = held_mb()
+    del blocks
+    collect_garbage(TRIM_EVERY - 1)
+    assert held_mb() > full - 30, "pillars hold no holes: this tests nothing"
+    collect_garbage(TRIM_EVERY)
+    assert held_mb() < full - 130
+    assert all(bool((pillar == 1).all()) for pillar in pillars)

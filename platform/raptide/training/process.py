@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from raptide.heap import trim_heap
+
 GARBAGE_STEPS = 20
 """Steps between two collections of Python's garbage."""
 
@@ -47,10 +49,11 @@ def garbage_by_hand() -> Iterator[None]:
 
 
 def collect_garbage(step: int) -> None:
-    """If it is due in this step.
+    """If it is due in this step, Python's and the C library's.
 
-    All generations, which are small since what was there at first is frozen: what lives through a
-    collection of the younger ones alone would never be looked at again.
+    All generations of Python's, which are small since what was there at first is frozen: what lives
+    through a collection of the younger ones alone would never be looked at again.
     """
     if step % GARBAGE_STEPS == 0:
         gc.collect()
+    trim_heap(step)

@@ -23,6 +23,7 @@ from raptide.data.streaming.pace import claim_as
 from raptide.data.streaming.shares import BatchShare, pack_shares, rows_of_rank, unpack_shares
 from raptide.data.streaming.stream import StreamPlan, global_batches
 from raptide.errors import StreamStalled, plain_errors
+from raptide.heap import trim_heap
 
 MOST_A_CALL = 12
 """Batches in one answer, once a worker has its first. The first calls ask for 1, 2, 4, 8, so that
@@ -131,6 +132,7 @@ class Feeder:
                 break
             self._held.append(_Held(batch, self._readers))
             self._produced += 1
+            trim_heap(self._produced)
         if self._produced <= first:
             assert self._failure is not None
             raise self._failure  # the same for every reader
