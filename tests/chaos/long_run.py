@@ -27,13 +27,10 @@ from processes import free_port
 from raptide import RaptideError
 
 WARM_S = 900.0
-"""What is young may grow."""
-
-SETTLED_S = 180.0
-"""So may a process."""
+"""What is young may grow: the run, and each process of it."""
 
 LONG_S = 600.0
-"""A process that was looked at for less has no slope."""
+"""A process that was looked at for less, once it was old, has no slope."""
 
 MOST_MB = 1.0
 """Growth in 1,000 steps."""
@@ -187,7 +184,8 @@ class Memory:
         self._samples: dict[tuple[int, float], list[tuple[int, float]]] = defaultdict(list)
         self._names: dict[tuple[int, float], str] = {}
         self._first: dict[tuple[int, float], float] = {}
-        self._last: dict[tuple[int, float], float] = {}
+        self._old: dict[tuple[int, float], list[float]] = defaultdict(list)
+        """When a process was looked at that was old enough."""
 
     def look(self, now: float, step: int, warm: float) -> None:
         for process in psutil.Process().children(recursive=True):
@@ -200,8 +198,8 @@ class Memory:
                 continue
             self._names[key] = name
             first = self._first.setdefault(key, now)
-            if now >= max(warm, first + SETTLED_S):
-                self._last[key] = now
+            if now >= first + warm:
+                self._old[key].append(now)
                 self._samples[key].append((step, held_mb))
 
     def young(self) -> list[str]:
@@ -210,7 +208,7 @@ class Memory:
         return sorted({self._names[key] for key in self._samples.keys() - kept})
 
     def _seconds(self, key: tuple[int, float]) -> float:
-        return self._last[key] - self._first[key]
+        return self._old[key][-1] - self._old[key][0]
 
     def slopes(self) -> list[dict[str, Any]]:
         """Of each process that was looked at for long, least squares and their lower end.

@@ -6,7 +6,7 @@
 
 Checkpoints in a bucket (a local S3 server), the best of them kept, held-out ECE and a benchmark
 beside the training, W&B offline; nodes come and go in the first quarter of an hour and halfway
-through the rest. From the sixteenth minute on the private memory of every process is compared with
+through the rest. From its sixteenth minute on the private memory of every process is compared with
 the steps that were made: more than 1 MB in 1,000 steps is growth (the slope's interval is beside);
 files in the run, in the bucket and in Ray's session (whose logs are Ray's) are counted. At the end
 the run is told to stop, and must save. Ends with 1 if anything grew or the run did not end as it
