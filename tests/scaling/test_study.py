@@ -11,6 +11,7 @@ from raptide.errors import ConfigError
 from raptide.model.families import count_parameters
 from raptide.scaling.cost import cost_of, describe_grid, epoch_tokens, flops_of
 from raptide.scaling.study import Study
+from raptide.training.planning.resuming import changed_fields
 
 SHIPPED = ROOT / "jobs/recipes/scaling"
 
@@ -151,3 +152,19 @@ def test_the_miniature_sees_the_smallest_share_often_at_equal_steps():
         seeds.setdefault((run.model, run.data), set()).add(run.seed)
     assert sorted(map(len, seeds.values()))[-2:] == [1, 3]
     assert {run.recipe.model.family for run in study.runs} == {"esm2", "lstm"}
+
+
+@pytest.mark.parametrize(
+    ("name", "differ"),
+    [
+        ("muon", {"optimizer.lr", "optimizer.matrices"}),
+        ("averaging", {"optimizer.decay", "optimizer.cooldown", "checkpoint.average_over"}),
+    ],
+)
+def test_what_is_compared_beyond_the_paper_differs_in_what_it_is_about(name, differ):
+    study = Study.load(SHIPPED.parent / f"beyond/{name}.yaml")
+    first, *others = [run for run in study.runs if "shorter" not in run.name]
+    seen = set()
+    for run in others:
+        seen |= changed_fields(first.recipe, run.recipe).keys()
+    assert seen == differ | {"name", "training.seed", "stream.seed"}
