@@ -25,8 +25,12 @@ class ClientLoad:
     """A `Client` in each of two threads and two calls of one `AsyncClient` side by side, for the
     length of a `with` block: lists, and a generator every third time."""
 
-    def __init__(self, url: str, key: str | None = None) -> None:
-        self._url, self._key = url, key
+    def __init__(self, url: str, key: str | None = None, pause_s: float = 0.0) -> None:
+        """
+        Args:
+            pause_s: between the calls of each.
+        """
+        self._url, self._key, self._pause_s = url, key, pause_s
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._block) for _ in range(2)]
         self._threads.append(threading.Thread(target=lambda: asyncio.run(self._await())))
@@ -75,6 +79,7 @@ class ClientLoad:
                     self._fail(error, lazy)
                 else:
                     self._note(vectors, answer.weights or "", started)
+                self._stop.wait(self._pause_s)
 
     async def _await(self) -> None:
         async with AsyncClient(self._url, self._key, chunk_sequences=3) as client:
@@ -89,6 +94,7 @@ class ClientLoad:
                 self._fail(error, lazy=False)
             else:
                 self._note(answer.result, answer.weights or "", started)
+            await asyncio.sleep(self._pause_s)
 
     def _fail(self, error: Exception, lazy: bool) -> None:
         if lazy and "The endpoint was updated" in str(error):

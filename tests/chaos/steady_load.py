@@ -64,6 +64,7 @@ class SteadyLoad:
         residues: of each protein of those.
         grpc: the address of the proxy's gRPC, where `kinds` need it.
         until_refused: whether a client stops once it is told that nothing new is taken.
+        pause_s: between an answer and what a client asks next.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class SteadyLoad:
         grpc: str = "",
         application: str = "",
         until_refused: bool = False,
+        pause_s: float = 0.0,
         **headers: str,
     ) -> None:
         self._url = url
@@ -86,6 +88,7 @@ class SteadyLoad:
         self._grpc = grpc
         self._application = application
         self._until_refused = until_refused
+        self._pause_s = pause_s
         self._headers = headers
         self._stop = threading.Event()
         self.answers: list[Told] = []
@@ -117,6 +120,7 @@ class SteadyLoad:
                 self.answers.append(told)
                 if self._until_refused and told.status in REFUSED:
                     return
+                self._stop.wait(self._pause_s)
 
     def _one(self, client: httpx.Client, stub: Any, kind: Kind | None) -> Told:
         started = time.monotonic()

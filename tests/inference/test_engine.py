@@ -168,9 +168,7 @@ def shape_35m(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("dtype", "others", "tolerance"), [("fp32", 100, 1e-5), ("bf16", 24, 2e-2)]
-)
+@pytest.mark.parametrize(("dtype", "others", "tolerance"), [("fp32", 40, 1e-5), ("bf16", 8, 2e-2)])
 def test_numbers_do_not_depend_on_batch_mates_or_order(shape_35m, dtype, others, tolerance):
     """At the 35 M shape: alone, among many others (bf16 may be emulated), in another order."""
     engine = Engine.load(shape_35m, device="cpu", dtype=dtype)
@@ -218,7 +216,9 @@ def test_an_iterator_gives_an_iterator_that_reads_ahead_a_bounded_part(engine, s
         np.testing.assert_allclose(next(stream), wanted, atol=1e-5)
     assert sum(map(len, taken)) < 16 * engine.max_batch_tokens + 400 + 1404
     for method in (engine.logits, engine.contacts, engine.score_sequences):
-        both = zip(method(iter(sequences)), method(sequences), strict=True)
+        # Scores take a pass for each residue.
+        given = sequences if method != engine.score_sequences else [s[:30] for s in sequences]
+        both = zip(method(iter(given)), method(given), strict=True)
         assert all(np.allclose(a, b, atol=1e-5) for a, b in both)
     with pytest.raises(SequenceError, match=r"Sequence 2: .* this one is empty"):
         list(engine.embed(iter(["MK", "AA", " "])))

@@ -344,6 +344,7 @@ def test_build_and_embed_a_users_own_file(demo, cluster, tmp_path, proteome):
     output = tmp_path / "embeddings"
     done = job_in_process(
         *("embed_proteins.py", "--model", bundle, "--input", source, "--output", output),
+        *("--workers", 1),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -453,7 +454,7 @@ def test_embeddings_of_standard_input_and_of_a_pipe_are_those_of_a_file(cluster,
     for name, text in zip("abc", texts, strict=True):
         (tmp_path / f"{name}.fasta").write_text(text)
     os.mkfifo(tmp_path / "pipe")
-    embed = ("embed_proteins.py", "--model", "m", "--output")
+    embed = ("embed_proteins.py", "--workers", 2, "--model", "m", "--output")
     files = ["a.fasta", "b.fasta", "c.fasta"]
     plain = job_in_process(*embed, "f", "--input", *files, cwd=tmp_path)
     assert plain.returncode == 0, plain.stderr

@@ -167,7 +167,7 @@ def test_memory_does_not_grow_with_the_number_of_batch_sizes_seen():
             for length in (16, 64, 128, 256, 512, 1023):
                 model(Packed(torch.full((length,), 5), (length,)))
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            for length in range(20, 1000, 5):
+            for length in range(20, 330, 2):
                 model(Packed(torch.full((length,), 5), (length,)))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     """

@@ -66,7 +66,7 @@ def assert_equal(rows, column, expected):
 
 @pytest.fixture(scope="module")
 def sequences():
-    return ["MKTAYIAKQR", "M", *[random_sequence(int(generator().integers(2, 200))) for _ in "ab"]]
+    return ["MKTAYIAKQR", "M", *[random_sequence(int(generator().integers(2, 60))) for _ in "ab"]]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def endpoint(proxy, bundle):
     arguments = {"models": [model], "keys_file": str(proxy.keys_file)}
     ray_serve.run(build(arguments), name="exact", route_prefix="/exact")
     yield f"{proxy.url}/exact"
-    ray_serve.delete("exact")
+    ray_serve.delete("exact", _blocking=False)
 
 
 @pytest.fixture

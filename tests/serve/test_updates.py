@@ -30,7 +30,7 @@ def deploy(proxy):
         return f"{proxy.url}/updates"
 
     yield run
-    ray_serve.delete("updates")
+    ray_serve.delete("updates", _blocking=False)
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +39,23 @@ def bundles(tmp_path_factory):
     return {step: make_bundle(folder / str(step), seed=step, step=step) for step in (1, 2)}
 
 
-def every_kind(url, proxy):
-    """Clients that ask for 1, 3, 8 and 64 runs, as JSON, as Arrow and by gRPC."""
-    return SteadyLoad(url, kinds=KINDS, grpc=proxy.grpc, application="updates", **proxy.headers)
-
-
-def test_killed_replicas_cost_no_request_and_come_back_though_their_files_were_pruned(
-    deploy, bundles, proxy, tmp_path
-):
-    model = shutil.copytree(bundles[1], tmp_path / "step-1/model")
+@pytest.fixture(scope="module")
+def url(deploy, bundles, tmp_path_factory):
+    """Where the first of them is served, whose files were pruned."""
+    model = shutil.copytree(bundles[1], tmp_path_factory.mktemp("run") / "step-1/model")
     url = deploy(model)
     shutil.rmtree(model.parent)
+    return url
+
+
+def every_kind(url, proxy):
+    """Clients that ask for 1, 3, 8 and 64 runs, as JSON, as Arrow and by gRPC, and leave replicas
+    that start some of the cores."""
+    where = {"grpc": proxy.grpc, "application": "updates", **proxy.headers}
+    return SteadyLoad(url, kinds=KINDS, pause_s=0.1, **where)
+
+
+def test_killed_replicas_cost_no_request_and_come_back_though_their_files_were_pruned(url, proxy):
     handle = ray_serve.get_deployment_handle("replica-raptide", "updates")
     with every_kind(url, proxy) as load:
         for _ in range(3):  # of two replicas
@@ -58,9 +64,8 @@ def test_killed_replicas_cost_no_request_and_come_back_though_their_files_were_p
     assert not load.failed, by_kind(load.answers)
 
 
-def test_a_new_checkpoint_comes_without_a_failed_request(deploy, bundles, proxy):
-    url = deploy(bundles[1])
-    with ClientLoad(url, proxy.key) as clients, every_kind(url, proxy) as load:
+def test_a_new_checkpoint_comes_without_a_failed_request(url, deploy, bundles, proxy):
+    with ClientLoad(url, proxy.key, pause_s=0.3) as clients, every_kind(url, proxy) as load:
         load.wait_for_more(20)
         deploy(bundles[2])
         load.wait_for(lambda answers: {told.step for told in answers[-8:]} == {"2"})

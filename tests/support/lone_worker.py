@@ -20,8 +20,8 @@ from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, s
 from small_runs import run_to_the_end
 
 from raptide.training import trainer
+from raptide.training.lean import Lean
 from raptide.training.meeting import RoomForAll
-from raptide.training.snapshot import NoSnapshot
 
 
 class LoneWorker(LocalTrainFnUtils):
@@ -54,7 +54,7 @@ class LoneTrainer:
 
     def __init__(self, loop, *, train_loop_config, run_config, scaling_config, **_):
         assert scaling_config.num_workers == 1
-        assert [type(each) for each in run_config.callbacks] == [RoomForAll, NoSnapshot]
+        assert [type(each) for each in run_config.callbacks] == [RoomForAll, Lean]
         sent = ray.cloudpickle.dumps((loop, train_loop_config))  # as it would reach a worker
         self._loop, self._config = ray.cloudpickle.loads(sent)
         self._worker = LoneWorker(run_config)

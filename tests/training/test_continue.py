@@ -1,6 +1,7 @@
 """A new run that goes on from another's checkpoint, with everything."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -171,9 +172,8 @@ def test_a_folder_of_checkpoints_is_a_start_too(short):
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-@pytest.mark.parametrize("field", ["init_from", "continue_from"])
 def test_a_run_is_not_replaced_by_one_that_starts_from_it(
-    alone, corpus, short, tmp_path, field, elsewhere
+    alone, corpus, short, tmp_path, elsewhere
 ):
     run = tmp_path / "run"
     tree = a_tree(corpus, EVERY)
@@ -182,11 +182,12 @@ def test_a_run_is_not_replaced_by_one_that_starts_from_it(
     run_here(as_recipe(tree, workers=1), run)
     saved = max(tmp_path.glob("bucket/*/step-*" if elsewhere else "run/checkpoints/step-*"))
     longer = a_tree(corpus, 2 * EVERY + 1, checkpoint=tree["checkpoint"])
-    for start in (run, saved):
+    for field, start in itertools.product(("init_from", "continue_from"), (run, saved)):
         recipe = as_recipe(longer | {field: str(start)}, workers=1)
         with pytest.raises(ConfigError, match=f"{field} lies in .*, which --replace would delete"):
             prepare_run(recipe, run, replace=True)
-    prepare_run(as_recipe(longer | {field: str(short)}, workers=1), run, replace=True)
+    for field in ("init_from", "continue_from"):
+        prepare_run(as_recipe(longer | {field: str(short)}, workers=1), run, replace=True)
 
 
 def test_a_link_to_the_storage_is_not_replaced_either(alone, corpus, tmp_path):

@@ -36,3 +36,9 @@ def test_ray_train_keeps_no_list_of_checkpoints(whole):
     names = {path.name for path in (whole.folder / "checkpoints").iterdir()}
     assert any(name.startswith("step-") for name in names)
     assert "checkpoint_manager_snapshot.json" not in names
+
+
+def test_ray_train_starts_nothing_for_datasets_that_no_run_has(whole):
+    started = {each["ActorClassName"] for each in ray._private.state.actors().values()}
+    assert "TrainController" in started, "runs of this session are not seen"
+    assert "DatasetManager" not in started

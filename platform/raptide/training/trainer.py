@@ -34,6 +34,7 @@ from raptide.training.checkpoints.owned import (
     read_run_info,
 )
 from raptide.training.group import train_worker
+from raptide.training.lean import Lean
 from raptide.training.meeting import RoomForAll
 from raptide.training.mirror import Mirror
 from raptide.training.planning.estimate import moving_s
@@ -50,7 +51,6 @@ from raptide.training.run_folder import (
     refuse_folder,
     refuse_to_delete,
 )
-from raptide.training.snapshot import NoSnapshot
 from raptide.training.watching.audit import SUMMARY
 from raptide.training.watching.heldout import heldout_rows, unigram_ece
 from raptide.training.watching.leaving import LEFT, saved_on_sigterm
@@ -253,7 +253,7 @@ def _fit(run: Run) -> None:
             storage_path=str(Path(storage.path).parent),
             storage_filesystem=storage.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[RoomForAll(), NoSnapshot()],
+            callbacks=[RoomForAll(), Lean()],
         ),
     )
     with plain_errors():

@@ -106,7 +106,7 @@ def test_checkpoints_are_asked_a_benchmark_the_last_one_too(stored):
     assert emergence.moments[-1].ece == run.heldout_ece.masked_only
 
 
-def test_a_run_goes_on_from_a_bucket_past_a_damaged_checkpoint(whole, stored, capsys):
+def test_a_run_goes_on_from_a_bucket_past_a_damaged_checkpoint(alone, whole, stored, capsys):
     """At another number of workers, from the checkpoint before the damaged one."""
     tree, run = stored
     storage = Storage.of_run(run.folder)
@@ -115,7 +115,7 @@ def test_a_run_goes_on_from_a_bucket_past_a_damaged_checkpoint(whole, stored, ca
     with storage.filesystem.open_output_stream(victim) as file:
         file.write(b"{}")
     tree["training"]["steps"] = STEPS // 2 + 2
-    resumed = run_to_the_end(as_recipe(tree, workers=1), run.folder, resume=True)
+    resumed = run_here(as_recipe(tree, workers=1), run.folder, resume=True)
     told = capsys.readouterr().out
     assert f"Skipping checkpoint {name}: model/config.json is damaged" in told
     assert resumed.step == STEPS // 2 + 2
