@@ -195,7 +195,7 @@ def test_a_run_trains_on_it_as_on_the_folder(far, corpus, alone, tmp_path):
         tree = make_recipe(corpus, steps=6) | {"corpus": place}
         recipe = with_absolute_paths(as_recipe(tree, workers=1))
         run = tmp_path / f"run-{len(curves)}"
-        run_here(recipe, run)
+        run_here(recipe, run, ray_data=True)
         curves.append(losses(run))
     assert curves[0] == curves[1]
     assert recipe.corpus[0].path == far.where

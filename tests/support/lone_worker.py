@@ -1,10 +1,12 @@
 """A run on one worker inside this process: the same loop without Ray Train's processes around it.
 
 Ray Train starts six of them for a run, each of which imports for seconds. A test that is about what
-the worker does, and not about how it is started or restarted, needs none.
+the worker does, and not about how it is started or restarted, needs none. Nor does it need Ray
+Data, of which tests/data/streaming hold that it gives out these rows in this order.
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import threading
@@ -19,7 +21,9 @@ from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils, set_train_fn_utils
 from small_runs import run_to_the_end
 
-from raptide.training import trainer
+from raptide.data.streaming import stream
+from raptide.data.streaming.feeder import Feeder
+from raptide.training import trainer, worker
 from raptide.training.lean import Lean
 from raptide.training.meeting import RoomForAll
 
@@ -80,7 +84,35 @@ def group_of_one(folder):
     dist.destroy_process_group()
 
 
-def run_here(recipe, folder, *, resume=False, **more):
-    """`run_to_the_end` of a run on one worker; within `group_of_one`, as in the fixture `alone`."""
-    with mock.patch.object(trainer, "TorchTrainer", LoneTrainer):
+class FeederHere:
+    """In the place of the feeder's actor: a `Feeder` of this process."""
+
+    def options(self, **_):
+        return self
+
+    def remote(self, *arguments, run, **how):
+        feeder = Feeder(*arguments, **how)
+        return SimpleNamespace(
+            fetch=SimpleNamespace(remote=lambda *asked: ray.put(feeder.fetch(*asked)))
+        )
+
+
+def tables_here(plan, cursor, tokens):
+    """In the place of Ray Data: each block's packed rows, when they are asked for."""
+    places = stream.open_plan(plan).mixture.epoch_places
+    for place in itertools.count(cursor.epoch * places + cursor.block):
+        yield stream._prepare_table(plan, place, places)
+
+
+def run_here(recipe, folder, *, resume=False, ray_data=False, **more):
+    """`run_to_the_end` of a run on one worker; within `group_of_one`, as in the fixture `alone`.
+
+    Args:
+        ray_data: let Ray Data prepare the rows, in a feeder of its own process.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(trainer, "TorchTrainer", LoneTrainer))
+        if not ray_data:
+            stack.enter_context(mock.patch.object(worker, "FeederActor", FeederHere()))
+            stack.enter_context(mock.patch.object(stream, "_packed_tables", tables_here))
         return run_to_the_end(recipe, folder, resume=resume, **more)

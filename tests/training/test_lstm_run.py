@@ -93,8 +93,8 @@ def test_a_resumed_run_ends_with_the_same_bits(lstm_run, corpus, tmp_path, monke
     monkeypatch.setattr(worker, "FeederActor", feeder)
     shorter = lstm_recipe(corpus)
     training = shorter.training.model_copy(update={"steps": EVERY})
-    run_here(shorter.model_copy(update={"training": training}), tmp_path / "run")
-    resumed = run_here(lstm_recipe(corpus), tmp_path / "run", resume=True)
+    run_here(shorter.model_copy(update={"training": training}), tmp_path / "run", ray_data=True)
+    resumed = run_here(lstm_recipe(corpus), tmp_path / "run", resume=True, ray_data=True)
     assert resumed.audit.digest == lstm_run.audit.digest
     assert hash_of(resumed) == hash_of(lstm_run)
     assert losses(resumed.folder) == losses(lstm_run.folder)
