@@ -15,6 +15,7 @@ def trim_heap(done: int) -> None:
     next piece fits none of them: the heap creeps up by some MB in 1,000 rounds. It takes a few
     milliseconds. Elsewhere than on Linux's usual C library nothing is done.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None and done % TRIM_EVERY == 0:
-        trim(0)
+    if done % TRIM_EVERY == 0:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

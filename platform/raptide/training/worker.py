@@ -72,7 +72,7 @@ class Worker:
         self._moving_s = moving_s(self._recipe)
         self._hang_watch.progress(self._moving_s)
         cursor, so_far = self._load()
-        self._hang_watch.progress()
+        self._hang_watch.progress(self._moving_s)
         self._writer = self._prepare_saving(context.get_local_world_size(), sender)
         self._evaluations = self._prepare_evaluations(so_far)
         reader = self._start_stream(cursor)
@@ -323,11 +323,12 @@ class Worker:
     def _prepare_saving(self, workers_here: int, sender: Sender | None) -> CheckpointWriter:
         recipe, run = self._recipe, self._run
         scratch = scratch_folder(run.run_id, f"rank-{self._rank:05d}", empty=True)
-        self._mean = RunningMean(recipe, scratch / "mean")
-        if self._saved is not None and self._rank == 0:
-            self._mean.take_up(self._saved)
         own, others = (saved_bytes(recipe, self._workers, rank) for rank in (self._rank, 1))
         needed = own + (workers_here - 1) * others  # rank 0 asks for what it writes besides
+        self._mean = RunningMean(recipe, scratch / "mean")
+        if self._rank == 0:
+            self._mean.take_up(self._saved)
+            needed += self._mean.bytes_to_come
         send_beside = sender.send if sender is not None else None
         return CheckpointWriter(
             *(recipe.checkpoint, run.board, self._attempt, scratch, needed), send_beside=send_beside

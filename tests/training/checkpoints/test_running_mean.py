@@ -1,5 +1,7 @@
 """Bundles of means: which weights, in which parts, and the same whatever happens to the run."""
 
+import copy
+import errno
 import shutil
 from dataclasses import replace
 
@@ -10,12 +12,16 @@ from lone_worker import run_here
 from small_engines import SHAPES, recipe_of
 from small_runs import as_recipe, checkpoint_of, evaluations, losses, make_recipe
 
-from raptide.errors import CheckpointError, ConfigError
+from raptide.errors import CheckpointError, ConfigError, RaptideError
+from raptide.model.families import count_parameters
 from raptide.model.formats.detect import read_weights, write_weights
 from raptide.model.formats.tensor_files import digest_weights
 from raptide.model.packed import Packed
 from raptide.training.checkpoints import step_bundle
+from raptide.training.checkpoints.checkpoint import SavedCheckpoint
 from raptide.training.checkpoints.export import read_average, read_zero_weights
+from raptide.training.checkpoints.keeping import amend_manifest
+from raptide.training.checkpoints.owned import Storage
 from raptide.training.checkpoints.running_mean import AVERAGED, RunningMean
 from raptide.training.checkpoints.step_bundle import StepBundle
 from raptide.training.engine import build_engine
@@ -108,7 +114,7 @@ def refuse(*_, **__):
 
 
 def every_two(steps, corpus):
-    tree = make_recipe(corpus, steps=steps) | EVERY_TWO
+    tree = make_recipe(corpus, steps=steps) | copy.deepcopy(EVERY_TWO)
     return tree | {"evaluation": tree["evaluation"] | BESIDE["evaluation"]}
 
 
@@ -140,6 +146,12 @@ def test_a_run_s_bundles_are_means_and_a_resume_goes_on_with_them(alone, corpus,
     assert losses(run) == curve, "what trains is not the mean"
     assert [digest_weights(bundle_of(run, step)) for step in (6, 8, 9)] == digests
     assert resumed.heldout_ece == whole.heldout_ece
+
+    # Without means, and with nothing left to do but the last evaluation.
+    amend_manifest(Storage.of_run(run), checkpoint_of(run, 9).name, {"heldout_step": 8})
+    (run / "result.json").unlink()
+    tree["checkpoint"]["average_over"] = None
+    assert run_here(as_recipe(tree, workers=1), run, resume=True).heldout_ece == whole.heldout_ece
     with pytest.raises(CheckpointError, match="are means of several checkpoints already"):
         read_average(run, 2)
 
@@ -180,6 +192,44 @@ def answer(model, tokens):
     model.eval()
     with torch.no_grad():
         return model(Packed(tokens, (len(tokens),)))
+
+
+def test_a_mean_is_taken_up_whatever_may_be_done_to_its_folder(on_cpu, tmp_path):
+    recipe = recipe_of(0, model=SHAPES["esm2"], **EVERY_TWO, **BESIDE)
+    weights = replace(random_weights(**SHAPES["esm2"]), lineage={AVERAGED: 2})
+    storage, name = Storage.of(tmp_path), "step-00000004-000001-0"
+    write_weights(tmp_path / name / "model", weights)
+    files = {f"model/{file.name}": "" for file in (tmp_path / name / "model").iterdir()}
+    saved = SavedCheckpoint(storage, name, {"files": files})
+    for folder in (tmp_path / name, tmp_path / name / "model"):
+        folder.chmod(0o500)
+    (tmp_path / "scratch").mkdir()
+    mean = RunningMean(recipe, tmp_path / "scratch/mean")
+    parameters = count_parameters(recipe.model)
+    assert mean.bytes_to_come == 4 * parameters
+    mean.take_up(saved)
+    assert mean.bytes_to_come == 0
+    assert (tmp_path / "scratch/mean").stat().st_mode & 0o200
+    mean.begin(6)
+    name, before = next(iter(weights.state.items()))
+    assert torch.allclose(mean.mixed(name, before + 3), before + 1), "a third"
+
+
+def test_a_mean_that_has_no_room_is_told(on_cpu, tmp_path, monkeypatch):
+    recipe = recipe_of(0, model=SHAPES["esm2"], **EVERY_TWO, **BESIDE)
+    weights = replace(random_weights(**SHAPES["esm2"]), lineage={AVERAGED: 2})
+    write_weights(tmp_path / "step/model", weights)
+    files = {f"model/{file.name}": "" for file in (tmp_path / "step/model").iterdir()}
+    saved = SavedCheckpoint(Storage.of(tmp_path), "step", {"files": files})
+    (tmp_path / "scratch").mkdir()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.link", full)
+    monkeypatch.setattr("shutil.copy2", full)
+    with pytest.raises(RaptideError, match=r"mean .* in step cannot be copied to .*No space left"):
+        RunningMean(recipe, tmp_path / "scratch/mean").take_up(saved)
 
 
 def test_means_need_what_evaluates_them(corpus):

@@ -6,10 +6,12 @@ After the checkpoint of number n, with weights w and N the recipe's `average_ove
 
 So the first N have equal parts, and later on each new one has one part in N. All that is needed to
 go on is a bundle: what a run was killed after is what it comes back to, at any number of workers.
+A checkpoint whose bundle could not be written has no part in it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -19,12 +21,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from raptide.model.families import count_parameters
+from raptide.model.formats.bundle import LINEAGE
 from raptide.model.formats.detect import read_weights
+from raptide.patience import reason_of, trouble
 from raptide.training.checkpoints.checkpoint import MODEL, SavedCheckpoint, holds
 from raptide.training.planning.recipe import Recipe
 
 AVERAGED = "averaged_checkpoints"
-"""How many have gone into a bundle's mean, by its lineage."""
+"""How many have gone into a bundle's mean, by its lineage; those that were written and could not be
+sent are among them."""
 
 
 class RunningMean:
@@ -41,17 +47,36 @@ class RunningMean:
         self._count = self._next = 0
         self._state: Mapping[str, torch.Tensor] = {}
 
-    def take_up(self, saved: SavedCheckpoint) -> None:
+    def take_up(self, saved: SavedCheckpoint | None) -> None:
         """Go on from a checkpoint's bundle if it holds a mean; rank 0 calls it.
 
+        Also where the recipe asks for none any more: the checkpoint may be the run's last one, and
+        still to be evaluated.
+
         Raises:
-            StorageStumbled: the storage does not give it out.
+            RaptideError: it cannot be copied to the scratch, or the storage does not give it out.
         """
-        if not self._over or not holds(saved.manifest, f"{MODEL}/"):
+        described, room = f"{MODEL}/{LINEAGE}", self._folder.parent
+        if saved is None or not holds(saved.manifest, described):
             return
-        with saved.here(f"{MODEL}/", self._folder.parent) as copy:
-            if AVERAGED in read_weights(copy / MODEL).lineage:
+        with saved.here(described, room) as copy:
+            if AVERAGED not in json.loads((copy / described).read_text()):
+                return
+        try:
+            with saved.here(f"{MODEL}/", room) as copy:
                 self._hold(copy / MODEL)
+        except OSError as error:
+            sentence = (
+                f"The mean of the weights in {saved.name} cannot be copied to {room} "
+                f"({reason_of(error)}); see to that, and resume."
+            )
+            raise trouble(error, sentence) from None
+
+    @property
+    def bytes_to_come(self) -> int:
+        """What the scratch will hold for it and does not yet."""
+        needs_room = self._over and not self._count
+        return 4 * count_parameters(self._recipe.model) if needs_room else 0
 
     def begin(self, step: int) -> None:
         """What `mixed` is asked next are the weights of the checkpoint of this step.
@@ -59,6 +84,8 @@ class RunningMean:
         Those that come out of turn, since a node goes away say, hold the mean as it was; else it
         would depend on such things.
         """
+        if not self._over:  # any more
+            self._count = 0
         recipe = self._recipe
         in_turn = step % recipe.checkpoint.every_steps == 0 or step == recipe.training.steps
         self._next = self._count + bool(self._over and in_turn)
@@ -82,7 +109,9 @@ class RunningMean:
     def _hold(self, bundle: Path) -> None:
         """Under names of its own: a checkpoint's folder is removed once it has been sent."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        shutil.copytree(bundle, self._folder, copy_function=_link)
+        self._folder.mkdir(exist_ok=True)
+        for file in bundle.iterdir():
+            _link(file, self._folder / file.name)
         weights = read_weights(self._folder)
         self._state, self._count = weights.state, weights.lineage[AVERAGED]
 
@@ -103,7 +132,7 @@ class RunningMean:
                     dist.broadcast(parameter.data, 0)
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: Path, target: Path) -> None:
     """A second name for a file, or a copy where it lies on another file system."""
     try:
         os.link(source, target)
