@@ -27,6 +27,8 @@ class JobParser(argparse.ArgumentParser):
 
     def __init__(self, verbose: bool = True, **options: Any) -> None:
         super().__init__(formatter_class=JobHelp, **options)
+        # No option is a number, so a list that begins with a negative one is a value.
+        self._negative_number_matcher = re.compile(r"-\d+(?:\.\d*)?(?:,-?\d+)*$")
         if not verbose:
             return
         self.add_argument(

@@ -34,6 +34,17 @@ def parser_of(tmp_path_factory):
     return read
 
 
+@pytest.mark.parametrize("value", ["-1", "-1,6", "-2,-1", "6,-1"])
+def test_a_list_that_begins_with_a_negative_number_is_a_value(value):
+    parser = commandline.JobParser()
+    parser.add_argument("--layers")
+    assert parser.parse_args(["--layers", value, "-v"]) == parser.parse_args(
+        [f"--layers={value}", "-v"]
+    )
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--layers", "-v"])
+
+
 def test_every_job_is_found():
     assert JOBS == ROOT / "jobs"
     assert {"pretrain_model.py", "evaluate_model.py", "run_demo.py"} <= set(NAMES)
