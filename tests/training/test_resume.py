@@ -1,8 +1,10 @@
 """Every field of a recipe on a resume: it takes effect, or is refused by name."""
 
 import copy
+import errno
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from typing import get_args
 
@@ -22,7 +24,7 @@ from small_runs import (
     make_recipe,
     metrics,
 )
-from stumbles import Stumbling
+from stumbles import Stumbling, hurry
 
 from raptide.alphabet import ESM_33
 from raptide.config import Settings, parse_settings
@@ -37,6 +39,7 @@ from raptide.training.checkpoints.checkpoint import (
 )
 from raptide.training.checkpoints.owned import Storage
 from raptide.training.checkpoints.saving import send_folder
+from raptide.training.checkpoints.step_bundle import full_tensors
 from raptide.training.engine import build_engine, load_state
 from raptide.training.planning.optimizer import learning_rate
 from raptide.training.planning.recipe import Recipe
@@ -307,6 +310,28 @@ def test_a_resumed_engine_follows_its_recipe(on_cpu, tmp_path, stage, workers, p
     assert getattr(resumed.optimizer, "clip_grad", 0.25) == 0.25
     assert resumed.train_micro_batch_size_per_gpu() == 5
     assert resumed.module.checkpoint_activations
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_shards_of_a_file_system_that_stumbles_are_read_again(on_cpu, tmp_path, monkeypatch, stage):
+    recipe = changed(NO_CORPUS, {"training.zero_stage": stage, "training.precision": "fp32"})
+    engine = build_engine(recipe, 1, "cpu", None)
+    saved = save_engine(engine, recipe, tmp_path, 1)
+    resumed = build_engine(recipe, 1, "cpu", saved)
+    hurry(monkeypatch)
+    tries, through = Counter(), torch.load
+
+    def stumbles_first(file, *args, **kwargs):
+        tries[str(file)] += 1
+        if tries[str(file)] == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return through(file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", stumbles_first)
+    load_state(resumed, saved, 1)
+    assert min(tries.values()) >= 2
+    found, expected = (dict(full_tensors(each, recipe.training)) for each in (resumed, engine))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from raptide.model.config import ModelSettings
 from raptide.model.families import AnyModel, make_model
 from raptide.model.formats.detect import read_weights
 from raptide.model.transformer import rotary_frequencies
+from raptide.patience import patiently
 from raptide.training.checkpoints.checkpoint import ZERO, ZERO_TAG, SavedCheckpoint, find_bundle
 from raptide.training.checkpoints.scratch import made_once
 from raptide.training.muon import MuonWithAdamW
@@ -131,7 +132,7 @@ def load_state(engine: Any, saved: SavedCheckpoint, workers: int) -> None:
         folder, tag = converted.parent, converted.name
     else:
         folder, tag = saved.shards(dist.get_rank()) / ZERO, ZERO_TAG
-    with _keeping_settings(engine.optimizer):
+    with _keeping_settings(engine.optimizer), _reading_patiently(engine.checkpoint_engine):
         path, _ = engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
     assert path is not None, f"DeepSpeed found nothing in {folder}"
     dist.barrier()
@@ -154,6 +155,21 @@ def _keeping_settings(optimizer: Any) -> Iterator[None]:
         group.update(own)
     if clip_norm is not None:
         optimizer.clip_grad = clip_norm
+
+
+@contextmanager
+def _reading_patiently(files: Any) -> Iterator[None]:
+    """Within the block each of DeepSpeed's files is read again where its file system stumbles.
+
+    Args:
+        files: DeepSpeed's checkpoint engine.
+    """
+    load = files.load
+    files.load = lambda *args, **kwargs: patiently(partial(load, *args, **kwargs))
+    try:
+        yield
+    finally:
+        del files.load
 
 
 def _convert(saved: SavedCheckpoint, target: Path) -> None:

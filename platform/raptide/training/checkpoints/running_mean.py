@@ -24,7 +24,7 @@ import torch.distributed as dist
 from raptide.model.families import count_parameters
 from raptide.model.formats.bundle import LINEAGE
 from raptide.model.formats.detect import read_weights
-from raptide.patience import reason_of, trouble
+from raptide.patience import patiently, reason_of, trouble
 from raptide.training.checkpoints.checkpoint import MODEL, SavedCheckpoint, holds
 from raptide.training.planning.recipe import Recipe
 
@@ -60,7 +60,7 @@ class RunningMean:
         if saved is None or not holds(saved.manifest, described):
             return
         with saved.here(described, room) as copy:
-            if AVERAGED not in json.loads((copy / described).read_text()):
+            if AVERAGED not in json.loads(patiently((copy / described).read_text)):
                 return
         try:
             with saved.here(f"{MODEL}/", room) as copy:
