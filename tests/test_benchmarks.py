@@ -226,9 +226,9 @@ def test_a_soak_finds_growth_among_what_comes_and_goes(monkeypatch, per_1000, gr
     steps = 3 * np.arange(450)  # a look every ten seconds
     for key, name, looks in (((1, 0.0), "worker", 450), ((2, 0.0), "young", 50)):
         memory._names[key] = name
-        memory._first[key], memory._last[key] = 0.0, 10.0 * looks
         held = 700 + per_1000 * steps / 1000 + rng.normal(0, 0.1, 450)
-        memory._samples[key] = list(zip(steps[:looks], held[:looks], strict=True))
+        times = 10.0 * np.arange(looks)
+        memory._samples[key] = list(zip(times, steps[:looks], held[:looks], strict=True))
     (found,) = memory.slopes()
     assert found["process"] == "worker"
     assert (found["mb_per_1000_steps"] > long_run.MOST_MB) == grows

@@ -181,11 +181,10 @@ class Memory:
     """Private memory (USS) of this script's descendants by the steps that were made."""
 
     def __init__(self) -> None:
-        self._samples: dict[tuple[int, float], list[tuple[int, float]]] = defaultdict(list)
+        self._samples: dict[tuple[int, float], list[tuple[float, int, float]]] = defaultdict(list)
+        """When, at which step, and how many MB, of processes that were old enough."""
         self._names: dict[tuple[int, float], str] = {}
         self._first: dict[tuple[int, float], float] = {}
-        self._old: dict[tuple[int, float], list[float]] = defaultdict(list)
-        """When a process was looked at that was old enough."""
 
     def look(self, now: float, step: int, warm: float) -> None:
         for process in psutil.Process().children(recursive=True):
@@ -199,8 +198,7 @@ class Memory:
             self._names[key] = name
             first = self._first.setdefault(key, now)
             if now >= first + warm:
-                self._old[key].append(now)
-                self._samples[key].append((step, held_mb))
+                self._samples[key].append((now, step, held_mb))
 
     def young(self) -> list[str]:
         """Names of processes that were looked at for too short a time, of each kind once."""
@@ -208,7 +206,7 @@ class Memory:
         return sorted({self._names[key] for key in self._samples.keys() - kept})
 
     def _seconds(self, key: tuple[int, float]) -> float:
-        return self._old[key][-1] - self._old[key][0]
+        return self._samples[key][-1][0] - self._samples[key][0][0]
 
     def slopes(self) -> list[dict[str, Any]]:
         """Of each process that was looked at for long, least squares and their lower end.
@@ -219,7 +217,7 @@ class Memory:
         for key, samples in self._samples.items():
             if self._seconds(key) < LONG_S:
                 continue
-            steps, held = np.array(samples, float).T
+            _, steps, held = np.array(samples, float).T
             slope = np.polyfit(steps, held, 1)[0]
             tenths = [part.mean() for part in np.array_split(held - slope * steps, 10)]
             centres = [part.mean() for part in np.array_split(steps, 10)]

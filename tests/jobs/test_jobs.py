@@ -238,8 +238,7 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(demo):
     folder, _ = demo
     recipe = ["--config", ROOT / "jobs/recipes/demo.yaml", "--output", "runs/dry"]
     settings = ["corpus=corpora/demo", "cluster.workers=[1,4]", "evaluation.asynchronous=true"]
-    settings += ["checkpoint.average_over=2", "evaluation.every_steps=100"]
-    dry = [*recipe, "--dry-run", *settings]
+    dry = [*recipe, "--dry-run", *settings, "evaluation.every_steps=100"]
     done = job_in_process("pretrain_model.py", *dry, cwd=folder)
     assert done.returncode == 0, done.stderr
     for part in (
@@ -255,7 +254,7 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(demo):
         " GB (weights ",
         "in place of the last three) with 1 workers",
         "in place of the last three) with 4 workers",
-        "3 of about 0.01 GB with a bundle of the mean over about 2 of them, the newest 2 kept, in ",
+        "3 of about 0.01 GB, the newest 2 kept, in the run folder",
         "3 on 4 held-out blocks, beside the training",
         "ZeRO 2, fp32, its own check passed",
     ):

@@ -10,11 +10,7 @@ import torch
 
 from raptide.heap import TRIM_EVERY
 from raptide.training.ahead import SharesAhead
-from raptide.training.process import (
-    GARBAGE_STEPS,
-    collect_garbage,
-    garbage_by_hand,
-)
+from raptide.training.process import GARBAGE_STEPS, collect_garbage, garbage_by_hand
 
 CPU = torch.device("cpu")
 

@@ -26,6 +26,7 @@ from raptide.training.checkpoints.running_mean import AVERAGED, RunningMean
 from raptide.training.checkpoints.step_bundle import StepBundle
 from raptide.training.engine import build_engine
 from raptide.training.planning.estimate import DTYPES
+from raptide.training.planning.overview import describe_run
 from raptide.training.trainer import prepare_run
 from raptide.training.watching.heldout import HeldoutEvaluator, heldout_rows
 
@@ -227,9 +228,18 @@ def test_a_mean_that_has_no_room_is_told(on_cpu, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.link", full)
-    monkeypatch.setattr("shutil.copy2", full)
+    monkeypatch.setattr("shutil.copyfile", full)
     with pytest.raises(RaptideError, match=r"mean .* in step cannot be copied to .*No space left"):
         RunningMean(recipe, tmp_path / "scratch/mean").take_up(saved)
+
+
+def test_a_dry_run_says_what_bundles_hold(corpus, tmp_path):
+    recipe = as_recipe(every_two(4, corpus), workers=1)
+    told = describe_run(recipe, prepare_run(recipe, tmp_path / "run"))
+    expected = (
+        "with a bundle of the mean over about 3 of them, the newest 10 kept, in the run folder"
+    )
+    assert expected in told
 
 
 def test_means_need_what_evaluates_them(corpus):

@@ -12,7 +12,6 @@ A checkpoint whose bundle could not be written has no part in it.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from raptide.kept import link_or_copy
 from raptide.model.families import count_parameters
 from raptide.model.formats.bundle import LINEAGE
 from raptide.model.formats.detect import read_weights
@@ -111,7 +111,7 @@ class RunningMean:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(exist_ok=True)
         for file in bundle.iterdir():
-            _link(file, self._folder / file.name)
+            link_or_copy(file, self._folder / file.name)
         weights = read_weights(self._folder)
         self._state, self._count = weights.state, weights.lineage[AVERAGED]
 
@@ -130,11 +130,3 @@ class RunningMean:
                     parameter.data.copy_(self._state[name])
                 if not in_parts:
                     dist.broadcast(parameter.data, 0)
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where it lies on another file system."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
